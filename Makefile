@@ -1,0 +1,65 @@
+# Every target sets up what it needs: a virtual environment with the pinned versions, and the build.
+#
+#   make test        lint, and all but the slow tests
+#   make test-all    the slow tests too
+#   make demo        train two small models with stock's loss and with this one
+#   make lint        formatting and static checks
+#   make format      rewrite the sources the way lint wants them
+#   make wheel       build a wheel into dist/
+#   make clean       remove the environment and everything built
+#
+# PYTHON=python3.12 picks the interpreter, TORCH=torch==2.10.0 another torch, VENV=dir another place.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+LIBRARY := fused_ce/_C.so
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+INSTALLED := $(VENV)/.installed-$(subst /,_,$(if $(TORCH),$(TORCH),pinned))
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: build test test-all demo lint format wheel clean
+
+build: $(LIBRARY)
+
+$(INSTALLED): requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit("fused_ce: Python 3.10 or newer is needed, \
+	found %s; name one with PYTHON=." % sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	sed '$(if $(TORCH),s|^torch==.*|$(TORCH)|)' requirements-dev.txt > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet -r $(VENV)/requirements.txt
+	rm -f $(VENV)/.installed-*
+	touch '$@'
+
+$(LIBRARY): $(INSTALLED) $(CXX_FILES) setup.py pyproject.toml
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test-all: lint
+	$(BIN)/python -m pytest -q $(ARGS)
+
+demo: build
+	$(BIN)/python -m bench.demo $(ARGS)
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: build
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info $(LIBRARY)

@@ -1,0 +1,81 @@
+// From tensors to a Problem: every address that a kernel will touch is proved here.
+//
+// The Python layer has asked stock PyTorch to complain about what a user can get wrong; these
+// checks are the ones that a caller of the raw operators cannot get around.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "problem.h"
+
+namespace fused_ce {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The arguments that all operators share, as the dispatcher hands them over.
+struct Arguments {
+  const Tensor& input;                  // [N, C, ...]
+  const Tensor& target;                 // [N, ...] or [N, C, ...]
+  const std::optional<Tensor>& weight;  // [C]
+  int64_t reduction;
+  int64_t ignore_index;
+  double label_smoothing;
+};
+
+// Collects the operands of one call, checks each against the input, and lays them out as a Problem.
+class ProblemBuilder {
+ public:
+  explicit ProblemBuilder(const Arguments& arguments);
+
+  void set_grad(const Tensor& grad);                // [N, C, ...]
+  void set_target_grad(const Tensor& target_grad);  // [N, C, ...]
+  void set_loss(const Tensor& loss);                // [N, ...] or []
+  void set_stats(const Tensor& stats);              // [3, rows], or [2, rows] in float64
+  void set_grad_output(const Tensor& grad_output);  // [N, ...] or []
+
+  // Sizes of the row dimensions, in the input's order.
+  const std::vector<int64_t>& row_sizes() const { return row_sizes_; }
+  ScalarType stats_dtype() const { return stats_dtype_; }
+  std::vector<int64_t> stats_sizes() const {
+    return {stats_dtype_ == ScalarType::Double ? 2 : 3, problem_.rows};
+  }
+
+  // Merges and orders the row dimensions. The builder must outlive the problem.
+  const Problem& build();
+
+ private:
+  void set_class_operand(Operand& operand, const Tensor& tensor, const char* name);
+  void set_row_operand(Operand& operand, const Tensor& tensor, const char* name);
+  void set_logical(Operand& operand, void* data, ScalarType dtype);
+
+  Problem problem_;
+  int64_t class_dim_;
+  std::vector<int64_t> sizes_;      // of the input
+  std::vector<int64_t> row_sizes_;  // without the class dimension
+  std::optional<Tensor> weight_;    // keeps a converted weight alive
+  ScalarType stats_dtype_;
+};
+
+// No two elements share memory, and the elements leave no holes.
+bool is_dense(const Tensor& tensor);
+
+// Throws unless `input` may be overwritten: no two of its elements share memory, and neither does
+// it with the target or the weight.
+void check_overwritable(const Tensor& input, const Tensor& target,
+                        const std::optional<Tensor>& weight);
+
+// The elements of a tensor of a floating type, with its dimensions merged as far as they go.
+Elements elements_of(const Tensor& tensor);
+
+inline void check(bool holds, const std::string& message) {
+  if (!holds) throw std::runtime_error("fused_ce: " + message);
+}
+
+}  // namespace fused_ce

@@ -1,0 +1,167 @@
+// Moves runs of elements between a tensor of any type and stride and a buffer of float or double.
+//
+// The kernels compute on the accumulation type A alone; everything about storage types is here, so
+// a kernel is compiled for two types instead of for every pair of tensor types. A run that is
+// already A with stride 1 is used where it lies.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../problem.h"
+#include "math.h"
+#include "simd.h"
+
+namespace fused_ce {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline double to_float(double x) { return x; }
+inline float to_float(BFloat16 x) { return math::bits_as<float>(uint32_t(x.bits) << 16); }
+
+// The multiplication moves the exponent's bias and makes subnormals normal.
+inline float to_float(Float16 x) {
+  float magnitude = math::bits_as<float>(uint32_t(x.bits & 0x7fffu) << 13) * 0x1p112f;
+  uint32_t bits = math::bits_as<uint32_t>(magnitude);
+  bits |= magnitude >= 65536.0f ? 0x7f800000u : 0u;
+  return math::bits_as<float>(bits | (uint32_t(x.bits & 0x8000u) << 16));
+}
+
+// Rounds to nearest, ties to even, as every store below does.
+template <class T>
+inline T from_float(float x);
+
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+
+template <>
+inline double from_float<double>(float x) {
+  return x;
+}
+
+template <>
+inline BFloat16 from_float<BFloat16>(float x) {
+  uint32_t bits = math::bits_as<uint32_t>(x);
+  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return {static_cast<uint16_t>(x == x ? rounded : 0x7fc0u)};
+}
+
+template <>
+inline Float16 from_float<Float16>(float x) {
+  uint32_t bits = math::bits_as<uint32_t>(x);
+  uint32_t sign = bits & 0x80000000u;
+  uint32_t magnitude = bits ^ sign;
+  uint32_t normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 0.5 lets the addition itself round a subnormal half into the low bits.
+  uint32_t subnormal =
+      math::bits_as<uint32_t>(math::bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  uint32_t half = magnitude >= 0x477ff000u ? special : finite;
+  return {static_cast<uint16_t>(half | (sign >> 16))};
+}
+
+template <class T>
+inline T from_float(double x) {
+  return from_float<T>(static_cast<float>(x));
+}
+
+template <>
+inline double from_float<double>(double x) {
+  return x;
+}
+
+template <class A, class T>
+inline void load_as(const T* from, int64_t stride, int64_t n, A* to) {
+  if (stride == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] = static_cast<A>(to_float(from[i]));
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] = static_cast<A>(to_float(from[i * stride]));
+  }
+}
+
+template <class A, class T>
+inline void store_as(const A* from, int64_t n, T* to, int64_t stride) {
+  if (stride == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] = from_float<T>(from[i]);
+  } else {
+    for (int64_t i = 0; i < n; i++) to[i * stride] = from_float<T>(from[i]);
+  }
+}
+
+// Calls f with a pointer of the operand's floating type, at an offset in elements.
+template <class F>
+inline void with_floating_pointer(const Operand& operand, int64_t offset, const F& f) {
+  switch (operand.dtype) {
+    case DType::kFloat32:
+      return f(static_cast<float*>(operand.data) + offset);
+    case DType::kFloat64:
+      return f(static_cast<double*>(operand.data) + offset);
+    case DType::kBFloat16:
+      return f(static_cast<BFloat16*>(operand.data) + offset);
+    case DType::kFloat16:
+      return f(static_cast<Float16*>(operand.data) + offset);
+    default:
+      return;
+  }
+}
+
+// These two are out of line, with a dispatch of their own, so that the many places that move a run
+// do not each carry a copy of all conversions.
+template <class A>
+__attribute__((noinline)) void load_span(const Operand& from, int64_t offset, int64_t stride,
+                                         int64_t n, A* to) {
+  simd::run(
+      [&] { with_floating_pointer(from, offset, [&](auto* p) { load_as(p, stride, n, to); }); });
+}
+
+template <class A>
+__attribute__((noinline)) void store_span(const A* from, int64_t n, const Operand& to,
+                                          int64_t offset, int64_t stride) {
+  simd::run(
+      [&] { with_floating_pointer(to, offset, [&](auto* p) { store_as(from, n, p, stride); }); });
+}
+
+template <class A>
+inline A load_value(const Operand& from, int64_t offset) {
+  A value{};
+  with_floating_pointer(from, offset, [&](auto* p) { value = static_cast<A>(to_float(*p)); });
+  return value;
+}
+
+template <class A>
+inline void store_value(A value, const Operand& to, int64_t offset) {
+  with_floating_pointer(to, offset, [&](auto* p) {
+    using T = std::remove_reference_t<decltype(*p)>;
+    *p = from_float<T>(value);
+  });
+}
+
+template <class A>
+inline bool is_direct(const Operand& operand, int64_t stride) {
+  constexpr DType kAccumulation = sizeof(A) == 8 ? DType::kFloat64 : DType::kFloat32;
+  return operand.data && operand.dtype == kAccumulation && stride == 1;
+}
+
+// The run itself where it is direct, else `buffer` filled from it.
+template <class A>
+inline const A* read_span(const Operand& from, int64_t offset, int64_t stride, int64_t n,
+                          A* buffer) {
+  if (is_direct<A>(from, stride)) return static_cast<const A*>(from.data) + offset;
+  load_span(from, offset, stride, n, buffer);
+  return buffer;
+}
+
+}  // namespace fused_ce

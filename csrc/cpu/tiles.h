@@ -1,0 +1,70 @@
+// Cuts the rows of a problem into tiles: runs of rows along the innermost row dimension.
+//
+// A tile is the unit of work of a thread and of the sums over rows. Its bounds depend on the
+// problem alone, never on the number of threads, and so do the bits of every result.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../problem.h"
+
+namespace fused_ce {
+
+struct Tiling {
+  int64_t tile_rows;  // at most this many rows in a tile
+  int64_t per_run;    // tiles in one run of the innermost dimension
+  int64_t count;      // tiles in all
+  int64_t grain;      // tiles below which another thread is not worth waking
+};
+
+inline int64_t inner_rows(const Problem& p) {
+  return p.row_dims == 0 ? p.rows : p.row_sizes[p.row_dims - 1];
+}
+
+inline Tiling make_tiling(const Problem& p, int64_t tile_rows, int64_t work_per_row) {
+  constexpr int64_t kGrainWork = 32768;
+  Tiling t;
+  int64_t inner = inner_rows(p);
+  t.tile_rows = std::max<int64_t>(1, std::min(tile_rows, inner));
+  t.per_run = inner == 0 ? 0 : (inner + t.tile_rows - 1) / t.tile_rows;
+  t.count = inner == 0 ? 0 : p.rows / inner * t.per_run;
+  int64_t tile_work = std::max<int64_t>(1, t.tile_rows * work_per_row);
+  t.grain = std::max<int64_t>(1, kGrainWork / tile_work);
+  return t;
+}
+
+// One tile: how many rows it has and, per row dimension, where it starts.
+class Tile {
+ public:
+  Tile(const Problem& p, const Tiling& tiling, int64_t number) : row_dims_(p.row_dims) {
+    int64_t run = number / tiling.per_run;
+    int64_t first = number % tiling.per_run * tiling.tile_rows;
+    rows = std::min(tiling.tile_rows, inner_rows(p) - first);
+    for (int d = row_dims_ - 2; d >= 0; d--) {
+      index_[d] = run % p.row_sizes[d];
+      run /= p.row_sizes[d];
+    }
+    if (row_dims_ > 0) index_[row_dims_ - 1] = first;
+  }
+
+  int64_t rows;
+
+  // Where the operand's elements of this tile's first row start.
+  int64_t offset(const Operand& operand) const {
+    int64_t offset = 0;
+    for (int d = 0; d < row_dims_; d++) offset += index_[d] * operand.row_strides[d];
+    return offset;
+  }
+
+  // From one row of the tile to the next.
+  int64_t stride(const Operand& operand) const {
+    return row_dims_ == 0 ? 0 : operand.row_strides[row_dims_ - 1];
+  }
+
+ private:
+  int row_dims_;
+  int64_t index_[kMaxRowDims];
+};
+
+}  // namespace fused_ce

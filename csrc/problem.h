@@ -1,0 +1,75 @@
+// One cross entropy call as plain data: where the tensors lie, how they are laid out, what was
+// asked.
+//
+// checks.cpp fills it from tensors and has proved by then that every address in it may be touched;
+// the kernels of every backend read it. Strides count elements. A "row" is one prediction over
+// `classes` classes; all dimensions of the input but the class dimension are row dimensions.
+#pragma once
+
+#include <cstdint>
+
+namespace fused_ce {
+
+enum class DType : uint8_t {
+  kFloat64,
+  kFloat32,
+  kBFloat16,
+  kFloat16,
+  kInt64,
+  kInt32,
+  kInt16,
+  kUInt8
+};
+
+// The values are those of torch.nn._reduction.
+enum class Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
+
+// Row dimensions left after adjacent ones were merged; checks.cpp refuses more.
+constexpr int kMaxRowDims = 24;
+
+struct Operand {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t class_stride = 0;
+  int64_t row_strides[kMaxRowDims] = {};
+};
+
+struct Problem {
+  int64_t classes = 0;
+  int64_t rows = 0;
+  int row_dims = 0;
+  int64_t row_sizes[kMaxRowDims] = {};
+
+  Operand input;        // [rows, classes]
+  Operand target;       // [rows] class indices, or [rows, classes] probabilities
+  Operand grad;         // like the input; no data when no gradient is asked for
+  Operand target_grad;  // like the input; only for probability targets
+  Operand loss;         // [rows] for Reduction::kNone, else a scalar
+  Operand grad_output;  // like the loss, strides 0 for a scalar; no data means 1
+  Operand row_max;      // [rows] the maximum logit of the row, in the accumulation type
+  Operand row_sum;   // [rows] sum of exp(x - row_max), without the target class if it is an index
+  Operand row_tail;  // [rows] what rounding took from row_sum; no data where the input is float64
+
+  const void* weight = nullptr;  // [classes] in the accumulation type, contiguous
+  bool probabilities = false;
+  Reduction reduction = Reduction::kMean;
+  int64_t ignore_index = -100;
+  double label_smoothing = 0.0;  // within [0, 1]
+
+  // Found by the scan of the targets, before any kernel runs.
+  double weight_sum = 0.0;   // sum of all class weights, or the number of classes
+  double denominator = 1.0;  // what the sum of the losses is divided by
+
+  bool accumulates_in_double() const { return input.dtype == DType::kFloat64; }
+};
+
+// All elements of one tensor, no matter which dimension they belong to.
+struct Elements {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int dims = 0;
+  int64_t sizes[kMaxRowDims + 1] = {};
+  int64_t strides[kMaxRowDims + 1] = {};  // descending
+};
+
+}  // namespace fused_ce

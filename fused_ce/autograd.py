@@ -1,0 +1,177 @@
+"""The ``torch.autograd.Function`` classes, one for each moment the gradient can be computed.
+
+They are written in the ctx style, without ``setup_context``: with it, ``torch.compile`` of
+``torch.func.grad`` gives silent zeros. Transforms never reach them; ``functional`` sends those to
+stock. A backward that must be differentiable itself is stock's formula, differentiated.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.graph import increment_version
+
+from . import ops
+
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+class Options(NamedTuple):
+    """What a call asks for besides its tensors, in the order of the operators' arguments."""
+
+    reduction: int
+    ignore_index: int
+    label_smoothing: float
+
+
+def _stock_gradients(ctx: Any, grad_output: Tensor, input: Tensor, target: Tensor, weight) -> tuple:
+    """Differentiates stock's loss, under a graph if the caller wants one.
+
+    All tensors are first brought to the loss's dtype: under autocast it is wider than theirs.
+    """
+    needed = [t for t, needs in zip((input, target), ctx.needs_input_grad, strict=False) if needs]
+    with torch.enable_grad():
+        loss = F.cross_entropy(
+            input.to(ctx.loss_dtype),
+            target.to(ctx.loss_dtype) if target.is_floating_point() else target.long(),
+            None if weight is None else weight.to(ctx.loss_dtype),
+            ignore_index=ctx.options.ignore_index,
+            reduction=_REDUCTIONS[ctx.options.reduction],
+            label_smoothing=ctx.options.label_smoothing,
+        )
+    create_graph = torch.is_grad_enabled()
+    grads = iter(torch.autograd.grad(loss, needed, grad_output, create_graph=create_graph))
+    return tuple(next(grads) if needs else None for needs in ctx.needs_input_grad)
+
+
+def _needs_stock(grad_output: Tensor) -> bool:
+    """Whether the gradient itself is to be differentiated, or comes as a batch of gradients."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_output)
+
+
+def _fused_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
+    input, target, weight, stats = saved
+    needs_input, needs_target, *_ = ctx.needs_input_grad
+    arguments = (input, target, weight, *ctx.options, stats, grad_output)
+    return (
+        ops.backward(*arguments) if needs_input else None,
+        ops.backward_target(*arguments) if needs_target else None,
+        None,
+        None,
+        None,
+    )
+
+
+class Recompute(Function):
+    """Keeps two numbers a row; the gradient is computed from the logits in the backward."""
+
+    @staticmethod
+    def forward(ctx, input, target, weight, options, loss_dtype):
+        loss, stats = ops.forward_stats(input, target, weight, *options, loss_dtype)
+        ctx.save_for_backward(input, target, weight, stats)
+        ctx.options = options
+        ctx.loss_dtype = loss_dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        saved = ctx.saved_tensors
+        if _needs_stock(grad_output):
+            return _stock_gradients(ctx, grad_output, *saved[:3])
+        return _fused_gradients(ctx, grad_output, saved)
+
+
+class GradInForward(Function):
+    """Computes the gradient for a ``grad_output`` of 1 along with the loss.
+
+    The backward hands it out as it is if that is what arrives, and else computes it anew into the
+    same memory. It is never scaled: in float16 a small gradient would be lost before a gradient
+    scaler's factor could save it.
+    """
+
+    @staticmethod
+    def forward(ctx, input, target, weight, options, loss_dtype):
+        loss, stats, grad = ops.forward_grad(input, target, weight, *options, loss_dtype)
+        ctx.save_for_backward(input, target, weight, stats, grad)
+        ctx.options = options
+        ctx.loss_dtype = loss_dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        *saved, grad = ctx.saved_tensors
+        if _needs_stock(grad_output):
+            return _stock_gradients(ctx, grad_output, *saved[:3])
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            return _fused_gradients(ctx, grad_output, saved)
+        input, target, weight, stats = saved
+        ops.rescale_(grad, input, target, weight, *ctx.options, stats, grad_output)
+        return grad, None, None, None, None
+
+
+class _Overwriting(Function):
+    """What the in-place forms share: the logits are gone, so there is one backward."""
+
+    @staticmethod
+    def begin_backward(ctx, grad_output):
+        if ctx.consumed:
+            raise RuntimeError(
+                "fused_ce: the first backward through cross_entropy(inplace=True) overwrote the "
+                "logits, so there can be no second one; use inplace=False to go back twice."
+            )
+        if _needs_stock(grad_output):
+            raise RuntimeError(
+                "fused_ce: cross_entropy(inplace=True) overwrites the logits, so its gradient "
+                "cannot be differentiated or batched; use inplace=False for that."
+            )
+        ctx.consumed = True
+        return ctx.saved_tensors
+
+
+class OverwriteInForward(_Overwriting):
+    """Overwrites the logits with the gradient while it computes the loss."""
+
+    @staticmethod
+    def forward(ctx, input, target, weight, options, loss_dtype):
+        loss = ops.forward_grad_(input, target, weight, *options, loss_dtype)
+        increment_version(input)
+        ctx.save_for_backward(input)
+        ctx.consumed = False
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (input,) = _Overwriting.begin_backward(ctx, grad_output)
+        grad = input.detach()
+        ops.scale_(grad, grad_output)
+        increment_version(input)
+        return grad, None, None, None, None
+
+
+class OverwriteInBackward(_Overwriting):
+    """Overwrites the logits in the backward, with ``grad_output`` folded in before rounding."""
+
+    @staticmethod
+    def forward(ctx, input, target, weight, options, loss_dtype):
+        ops.check_overwritable(input, target, weight)
+        loss, stats = ops.forward_stats(input, target, weight, *options, loss_dtype)
+        ctx.save_for_backward(input, target, weight, stats)
+        ctx.options = options
+        ctx.consumed = False
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, target, weight, stats = _Overwriting.begin_backward(ctx, grad_output)
+        arguments = (target, weight, *ctx.options, stats, grad_output)
+        target_grad = None
+        if ctx.needs_input_grad[1]:
+            target_grad = ops.backward_target(input, *arguments)
+        grad = input.detach()
+        ops.backward_(grad, *arguments)
+        increment_version(input)
+        return grad, target_grad, None, None, None

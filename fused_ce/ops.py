@@ -1,0 +1,121 @@
+"""Loads the operator library and binds its operators, the only place that names them.
+
+The operators take every argument by position, in the order of ``csrc/ops.cpp``; the overloads are
+bound once because looking one up costs as much as a small call. The fake kernels give
+``torch.compile`` and ``torch.export`` the shapes; what they rely on is checked in ``functional``.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_LIBRARY = Path(__file__).parent / "_C.so"
+_MIN_TORCH = (2, 10)
+
+
+def _load() -> None:
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < _MIN_TORCH:
+        raise ImportError(
+            f"fused_ce needs torch 2.10 or newer, found {torch.__version__}; upgrade torch."
+        )
+    if not _LIBRARY.exists():
+        raise ImportError(
+            f"fused_ce has no compiled library at {_LIBRARY}; build it with "
+            "'pip install --no-build-isolation -e .' in the source tree, and import it from there "
+            "or from elsewhere."
+        )
+    try:
+        torch.ops.load_library(_LIBRARY)
+    except OSError as error:
+        raise ImportError(
+            f"fused_ce could not load {_LIBRARY} with torch {torch.__version__}; reinstall "
+            f"fused_ce for this machine ({error})."
+        ) from error
+
+
+_load()
+
+forward = torch.ops.fused_ce.forward.default
+forward_stats = torch.ops.fused_ce.forward_stats.default
+forward_grad = torch.ops.fused_ce.forward_grad.default
+forward_grad_ = torch.ops.fused_ce.forward_grad_.default
+backward = torch.ops.fused_ce.backward.default
+backward_ = torch.ops.fused_ce.backward_.default
+backward_target = torch.ops.fused_ce.backward_target.default
+rescale_ = torch.ops.fused_ce.rescale_.default
+scale_ = torch.ops.fused_ce.scale_.default
+check_overwritable = torch.ops.fused_ce.check_overwritable.default
+instruction_set = torch.ops.fused_ce.instruction_set.default
+
+
+def _row_shape(input: Tensor) -> tuple[int, ...]:
+    shape = tuple(input.shape)
+    return shape[:1] + shape[2:] if len(shape) > 1 else ()
+
+
+def _fake_loss(input: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
+    return input.new_empty(_row_shape(input) if reduction == 0 else (), dtype=dtype)
+
+
+def _fake_stats(input: Tensor) -> Tensor:
+    rows = 1
+    for size in _row_shape(input):
+        rows *= size
+    wide = input.dtype == torch.float64
+    dtype = torch.float64 if wide else torch.float32
+    return input.new_empty((2 if wide else 3, rows), dtype=dtype)
+
+
+def _fake_gradient(like: Tensor) -> Tensor:
+    if torch._prims_common.is_non_overlapping_and_dense(like):
+        return torch.empty_like(like)
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("fused_ce::forward")
+@torch.library.register_fake("fused_ce::forward_grad_")
+def _(input, target, weight, reduction, ignore_index, label_smoothing, loss_dtype):
+    return _fake_loss(input, reduction, loss_dtype)
+
+
+@torch.library.register_fake("fused_ce::forward_stats")
+def _(input, target, weight, reduction, ignore_index, label_smoothing, loss_dtype):
+    return _fake_loss(input, reduction, loss_dtype), _fake_stats(input)
+
+
+@torch.library.register_fake("fused_ce::forward_grad")
+def _(input, target, weight, reduction, ignore_index, label_smoothing, loss_dtype):
+    loss = _fake_loss(input, reduction, loss_dtype)
+    return loss, _fake_stats(input), _fake_gradient(input)
+
+
+@torch.library.register_fake("fused_ce::backward")
+def _(input, target, weight, reduction, ignore_index, label_smoothing, stats, grad_output):
+    return _fake_gradient(input)
+
+
+@torch.library.register_fake("fused_ce::backward_target")
+def _(input, target, weight, reduction, ignore_index, label_smoothing, stats, grad_output):
+    return _fake_gradient(target)
+
+
+@torch.library.register_fake("fused_ce::backward_")
+def _(input, target, weight, reduction, ignore_index, label_smoothing, stats, grad_output):
+    return None
+
+
+@torch.library.register_fake("fused_ce::rescale_")
+def _(grad, input, target, weight, reduction, ignore_index, label_smoothing, stats, grad_output):
+    return None
+
+
+@torch.library.register_fake("fused_ce::check_overwritable")
+def _(input, target, weight):
+    return None
+
+
+@torch.library.register_fake("fused_ce::scale_")
+def _(grad, grad_output):
+    return None
