@@ -68,8 +68,20 @@ def _fake_stats(input: Tensor) -> Tensor:
     return input.new_empty((2 if wide else 3, rows), dtype=dtype)
 
 
+def _is_dense(tensor: Tensor) -> bool:
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    dims = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted(dim for dim in dims if dim[1] != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def _fake_gradient(like: Tensor) -> Tensor:
-    if torch._prims_common.is_non_overlapping_and_dense(like):
+    if _is_dense(like):
         return torch.empty_like(like)
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 

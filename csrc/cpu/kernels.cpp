@@ -21,7 +21,7 @@ bool prefers_lanes(const Problem& p) {
   if (p.classes > std::numeric_limits<int32_t>::max()) return false;
   if (p.classes <= kMaxLaneClasses) return true;
   if (p.input.class_stride == 1) return false;
-  const int64_t lane_stride = p.row_dims == 0 ? 1 : p.input.row_strides[p.row_dims - 1];
+  const int64_t lane_stride = p.input.row_strides[p.row_dims - 1];
   return lane_stride == 1 || p.classes <= kMaxGatheredClasses;
 }
 
@@ -101,10 +101,10 @@ void scan_targets(const Problem& p, const Tiling& tiling, int64_t begin, int64_t
                   TargetScan* scans) {
   for (int64_t t = begin; t < end; t++) {
     const Tile tile(p, tiling, t);
-    const int64_t first = tile.offset(p.target), stride = tile.stride(p.target);
+    const Run targets = tile.run(p.target);
     TargetScan scan;
     for (int64_t i = 0; i < tile.rows; i++) {
-      const int64_t index = load_index(p.target, first + i * stride);
+      const int64_t index = load_index(p.target, targets.at(i));
       if (index == p.ignore_index) continue;
       if (!in_range(p, index)) {
         scan = {0.0, index, true};

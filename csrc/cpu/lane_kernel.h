@@ -62,9 +62,7 @@ class LaneKernel {
   static constexpr int64_t kMaxTile = 65536;
   using Lanes = A[kMaxLanes];
 
-  int64_t lane_stride(const Operand& operand) const {
-    return p_.row_dims == 0 ? 1 : operand.row_strides[p_.row_dims - 1];
-  }
+  int64_t lane_stride(const Operand& operand) const { return operand.row_strides[p_.row_dims - 1]; }
 
   bool keeps_terms() const { return p_.grad.data && (grad_direct_ || !tile_.empty()); }
 
@@ -73,15 +71,16 @@ class LaneKernel {
 
   void begin(const Tile& tile) {
     n_ = tile.rows;
-    input_ = tile.offset(p_.input);
-    target_ = tile.offset(p_.target);
-    grad_ = tile.offset(p_.grad);
+    input_ = tile.run(p_.input).first;
+    target_ = tile.run(p_.target).first;
+    grad_ = tile.run(p_.grad).first;
     loaded_ = false;
   }
 
   void read_tasks(const Tile& tile) {
+    const TaskReader<A> reader(p_, tile);
     for (int64_t l = 0; l < n_; l++) {
-      const RowTask task = read_task<A>(p_, tile, l);
+      const RowTask task = reader.read(l);
       target_class_[l] = task.counted ? static_cast<int32_t>(task.index) : -1;
       counted_[l] = task.counted ? A(1) : A(0);
       target_weight_[l] = task.weight;
@@ -202,8 +201,9 @@ class LaneKernel {
   }
 
   void read_statistics(const Tile& tile) {
-    load_span(p_.row_max, tile.offset(p_.row_max), tile.stride(p_.row_max), n_, max_);
-    for (int64_t l = 0; l < n_; l++) sum_[l] = load_row_sum<A>(p_, tile, l);
+    load_span(p_.row_max, tile.run(p_.row_max).first, tile.run(p_.row_max).stride, n_, max_);
+    const Run rows = tile.run(p_.row_sum);
+    for (int64_t l = 0; l < n_; l++) sum_[l] = load_row_sum<A>(p_, rows.at(l));
   }
 
   IndexRow<double> index_row(int64_t l) const {
@@ -252,10 +252,11 @@ class LaneKernel {
       }
     }
     if (p_.reduction == Reduction::kNone)
-      store_span(loss_, n_, p_.loss, tile.offset(p_.loss), tile.stride(p_.loss));
+      store_span(loss_, n_, p_.loss, tile.run(p_.loss).first, tile.run(p_.loss).stride);
     if (p_.row_max.data) {
-      store_span(max_, n_, p_.row_max, tile.offset(p_.row_max), tile.stride(p_.row_max));
-      for (int64_t l = 0; l < n_; l++) store_row_sum<A>(sum_[l], p_, tile, l);
+      store_span(max_, n_, p_.row_max, tile.run(p_.row_max).first, tile.run(p_.row_max).stride);
+      const Run rows = tile.run(p_.row_sum);
+      for (int64_t l = 0; l < n_; l++) store_row_sum<A>(sum_[l], p_, rows.at(l));
     }
     if (p_.grad.data) describe();
     double total = 0.0;

@@ -31,7 +31,7 @@ class RowKernel {
   // Returns the row's loss; fills in its statistics and, where there is memory for it, its
   // gradient.
   double forward(const Tile& tile, int64_t i) {
-    const RowTask task = read_task<A>(p_, tile, i);
+    const RowTask task = TaskReader<A>(p_, tile).read(i);
     const int64_t grad = at(tile, i, p_.grad);
     if (!task.counted) {
       if (p_.grad.data) zero(grad);
@@ -57,23 +57,23 @@ class RowKernel {
   }
 
   void backward(const Tile& tile, int64_t i) {
-    const RowTask task = read_task<A>(p_, tile, i);
+    const RowTask task = TaskReader<A>(p_, tile).read(i);
     const int64_t grad = at(tile, i, p_.grad);
     if (!task.counted) return zero(grad);
     const int64_t input = at(tile, i, p_.input), target = at(tile, i, p_.target);
     Sums sums;
     sums.max = load_value<A>(p_.row_max, at(tile, i, p_.row_max));
-    sums.exps = load_row_sum<A>(p_, tile, i);
+    sums.exps = load_row_sum<A>(p_, at(tile, i, p_.row_sum));
     if (p_.probabilities) sums.mass = sum_probabilities(target);
     const Row row = describe(task, sums, read_target_logit(task, input));
     write_gradient(task, row, sums.max, input, grad, target);
   }
 
   void backward_target(const Tile& tile, int64_t i) {
-    const RowTask task = read_task<A>(p_, tile, i);
+    const RowTask task = TaskReader<A>(p_, tile).read(i);
     const int64_t input = at(tile, i, p_.input), target_grad = at(tile, i, p_.target_grad);
     const A max = load_value<A>(p_.row_max, at(tile, i, p_.row_max));
-    const double total = load_row_sum<A>(p_, tile, i);
+    const double total = load_row_sum<A>(p_, at(tile, i, p_.row_sum));
     const ProbabilityRow<double> row{total, 0.0};
     const A log_total = static_cast<A>(math::log1p_nonnegative(row.total_less_one()));
     const A scale = static_cast<A>(task.scale);
@@ -127,14 +127,14 @@ class RowKernel {
   };
 
   static int64_t at(const Tile& tile, int64_t i, const Operand& operand) {
-    return tile.offset(operand) + i * tile.stride(operand);
+    return tile.run(operand).at(i);
   }
 
   double write_row(const Tile& tile, int64_t i, const Sums& sums, double loss) const {
     if (p_.reduction == Reduction::kNone) store_value(loss, p_.loss, at(tile, i, p_.loss));
     if (p_.row_max.data) {
       store_value(sums.max, p_.row_max, at(tile, i, p_.row_max));
-      store_row_sum<A>(sums.exps, p_, tile, i);
+      store_row_sum<A>(sums.exps, p_, at(tile, i, p_.row_sum));
     }
     return loss;
   }

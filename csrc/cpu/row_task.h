@@ -1,4 +1,4 @@
-// What a kernel has to know of one row besides its logits.
+// What a kernel has to know of one row besides its logits, read once per row.
 #pragma once
 
 #include <cstdint>
@@ -18,35 +18,41 @@ struct RowTask {
 };
 
 template <class A>
-inline RowTask read_task(const Problem& p, const Tile& tile, int64_t row) {
-  RowTask task{true, -1, 1.0, 1.0};
-  if (!p.probabilities) {
-    task.index = load_index(p.target, tile.offset(p.target) + row * tile.stride(p.target));
-    task.counted = is_counted(p, task.index);
-    if (!task.counted) return task;
-    if (p.weight) task.weight = static_cast<const A*>(p.weight)[task.index];
+class TaskReader {
+ public:
+  TaskReader(const Problem& p, const Tile& tile)
+      : p_(p), target_(tile.run(p.target)), grad_output_(tile.run(p.grad_output)) {}
+
+  RowTask read(int64_t row) const {
+    RowTask task{true, -1, 1.0, 1.0};
+    if (!p_.probabilities) {
+      task.index = load_index(p_.target, target_.at(row));
+      task.counted = is_counted(p_, task.index);
+      if (!task.counted) return task;
+      if (p_.weight) task.weight = static_cast<const A*>(p_.weight)[task.index];
+    }
+    const bool scaled = p_.grad_output.data;
+    task.scale = scaled ? load_value<double>(p_.grad_output, grad_output_.at(row)) : 1.0;
+    task.scale /= p_.denominator;
+    return task;
   }
-  double grad_output = 1.0;
-  if (p.grad_output.data)
-    grad_output = load_value<double>(p.grad_output,
-                                     tile.offset(p.grad_output) + row * tile.stride(p.grad_output));
-  task.scale = grad_output / p.denominator;
-  return task;
-}
+
+ private:
+  const Problem& p_;
+  const Run target_, grad_output_;
+};
 
 // The row's sum of exp(x - M) is kept in two parts: a row that is nearly certain of a wrong class
 // has a sum just above 1, and what it has above 1 must survive until the backward.
 template <class A>
-inline double load_row_sum(const Problem& p, const Tile& tile, int64_t row) {
-  const int64_t offset = tile.offset(p.row_sum) + row * tile.stride(p.row_sum);
+inline double load_row_sum(const Problem& p, int64_t offset) {
   double sum = static_cast<const A*>(p.row_sum.data)[offset];
   if (p.row_tail.data) sum += static_cast<const A*>(p.row_tail.data)[offset];
   return sum;
 }
 
 template <class A>
-inline void store_row_sum(double sum, const Problem& p, const Tile& tile, int64_t row) {
-  const int64_t offset = tile.offset(p.row_sum) + row * tile.stride(p.row_sum);
+inline void store_row_sum(double sum, const Problem& p, int64_t offset) {
   const A rounded = static_cast<A>(sum);
   static_cast<A*>(p.row_sum.data)[offset] = rounded;
   if (p.row_tail.data) static_cast<A*>(p.row_tail.data)[offset] = static_cast<A>(sum - rounded);

@@ -18,9 +18,7 @@ struct Tiling {
   int64_t grain;      // tiles below which another thread is not worth waking
 };
 
-inline int64_t inner_rows(const Problem& p) {
-  return p.row_dims == 0 ? p.rows : p.row_sizes[p.row_dims - 1];
-}
+inline int64_t inner_rows(const Problem& p) { return p.row_sizes[p.row_dims - 1]; }
 
 inline Tiling make_tiling(const Problem& p, int64_t tile_rows, int64_t work_per_row) {
   constexpr int64_t kGrainWork = 32768;
@@ -34,6 +32,14 @@ inline Tiling make_tiling(const Problem& p, int64_t tile_rows, int64_t work_per_
   return t;
 }
 
+// Where the rows of a tile lie in one operand.
+struct Run {
+  int64_t first;
+  int64_t stride;
+
+  int64_t at(int64_t row) const { return first + row * stride; }
+};
+
 // One tile: how many rows it has and, per row dimension, where it starts.
 class Tile {
  public:
@@ -45,21 +51,15 @@ class Tile {
       index_[d] = run % p.row_sizes[d];
       run /= p.row_sizes[d];
     }
-    if (row_dims_ > 0) index_[row_dims_ - 1] = first;
+    index_[row_dims_ - 1] = first;
   }
 
   int64_t rows;
 
-  // Where the operand's elements of this tile's first row start.
-  int64_t offset(const Operand& operand) const {
-    int64_t offset = 0;
-    for (int d = 0; d < row_dims_; d++) offset += index_[d] * operand.row_strides[d];
-    return offset;
-  }
-
-  // From one row of the tile to the next.
-  int64_t stride(const Operand& operand) const {
-    return row_dims_ == 0 ? 0 : operand.row_strides[row_dims_ - 1];
+  Run run(const Operand& operand) const {
+    int64_t first = 0;
+    for (int d = 0; d < row_dims_; d++) first += index_[d] * operand.row_strides[d];
+    return {first, operand.row_strides[row_dims_ - 1]};
   }
 
  private:

@@ -1,0 +1,55 @@
+"""Guards the error bounds of exp and log1p that cpu/math.h states.
+
+No bound on the loss or the gradient can be met with a worse exp, so it is measured on its own, for
+each instruction set, over floats of its whole domain: a sample, and in the slow test every one.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NATIVE = Path(__file__).parent / "native"
+FLAGS = (
+    "-std=c++20 -O3 -fopenmp-simd -fno-math-errno -fno-trapping-math -fno-signed-zeros "
+    "-ffp-contract=fast"
+).split()
+
+# In ulp, as stated in cpu/math.h.
+BOUNDS = {"exp_float": 1.02, "exp_double": 1.0, "log1p_double": 2.0}
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    binary = tmp_path_factory.mktemp("native") / "math_accuracy"
+    compiler = os.environ.get("CXX", "c++")
+    source = str(NATIVE / "math_accuracy.cpp")
+    subprocess.run([compiler, *FLAGS, source, "-o", str(binary)], check=True)
+    return binary
+
+
+def measure(program: Path, capability: str, step: int) -> dict[str, float]:
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    result = subprocess.run(
+        [program, str(step)], env=environment, capture_output=True, text=True, check=True
+    )
+    sys.stdout.write(result.stdout)
+    return {name: float(error) for name, error, *_ in map(str.split, result.stdout.splitlines())}
+
+
+# A prime step meets every low bit pattern of the mantissa.
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_exp_or_log1p_is_less_accurate_than_stated(program, capability):
+    errors = measure(program, capability, 1009)
+    assert errors.keys() == BOUNDS.keys()
+    for name, bound in BOUNDS.items():
+        assert errors[name] <= bound, name
+
+
+@pytest.mark.slow
+def test_exp_or_log1p_of_any_float_is_less_accurate_than_stated(program):
+    errors = measure(program, "avx512", 1)
+    for name, bound in BOUNDS.items():
+        assert errors[name] <= bound, name
