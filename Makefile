@@ -22,6 +22,9 @@ INSTALLED := $(VENV)/.installed-$(subst /,_,$(if $(TORCH),$(TORCH),pinned))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Threads that wait for one another should not spin: the tests share the cores with other programs.
+test test-all: export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: build test test-all demo lint format wheel clean
 
 build: $(LIBRARY)

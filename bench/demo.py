@@ -1,0 +1,98 @@
+"""Trains two real models with the stock loss and with fused_ce, and shows that nothing changed.
+
+`make demo` sets up what this needs and runs it. Each model is trained once per loss from the same
+seed; the program prints both as they go, ends with a table and a picture, and exits with 1 if the
+curves part, so that it serves as a check as well as a show.
+"""
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+# Threads that spin while they wait make a small model tens of times slower on a machine that has
+# other work. Read when torch loads, and the same for both losses.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Run as a file, Python looks for modules beside it; `bench` and `fused_ce` are one folder up.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench import peak_memory
+from bench.curves import draw
+from bench.digits import digits
+from bench.display import Outcome, Progression, memory_text, summary, verdict
+from bench.language_model import language_model
+from bench.training import LOSS_NAMES, train
+
+TASKS = {"language-model": language_model, "digits": digits}
+PICTURE = "demo.png"
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bench.demo", description="train real models with the stock loss and with fused_ce"
+    )
+    parser.add_argument("--loss", choices=[*LOSS_NAMES, "both"], default="both")
+    parser.add_argument("--task", choices=[*TASKS, "all"], default="all")
+    parser.add_argument("--steps", type=positive, help="of each training; default: as the task has")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/demo"),
+        help=f"folder for {PICTURE}; default: %(default)s",
+    )
+    return parser.parse_args(arguments)
+
+
+def run(console: Console, name: str, options: argparse.Namespace) -> Outcome:
+    task = TASKS[name]()
+    losses = LOSS_NAMES if options.loss == "both" else (options.loss,)
+    steps = options.steps or task.steps
+    rows, classes = task.logits_shape
+    heading = f"[bold]{task.name}[/]: {task.about}; logits {rows} x {classes}"
+    console.print(heading, highlight=False, soft_wrap=True)
+    with console.status("measuring peak memory"):
+        memory = {loss: peak_memory.measure(loss, rows, classes) for loss in losses}
+    sizes = ", ".join(f"{loss} {memory_text(size)}" for loss, size in memory.items())
+    console.print(f"  peak memory of one loss: {sizes}", highlight=False)
+    with Progression(console, task, memory, steps) as progression:
+        for runs in train(task, losses, steps, options.seed):
+            progression.update(runs)
+    console.print()
+    return Outcome(task, runs, memory)
+
+
+def succeeded(outcome: Outcome) -> bool:
+    if outcome.compared:
+        return outcome.parting is None
+    return all(math.isfinite(loss) for run in outcome.runs.values() for loss in run.losses)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    console = Console()
+    names = list(TASKS) if options.task == "all" else [options.task]
+    outcomes = [run(console, name, options) for name in names]
+
+    console.print(summary(outcomes))
+    for outcome in outcomes:
+        if outcome.compared:
+            console.print(verdict(outcome), highlight=False, soft_wrap=True)
+    draw(outcomes, options.out / PICTURE)
+    console.print(f"picture: {options.out / PICTURE}", highlight=False, soft_wrap=True)
+    return 0 if all(map(succeeded, outcomes)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
