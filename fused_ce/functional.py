@@ -102,9 +102,7 @@ def cross_entropy(
     if _stock_reason(input, target, weight, ignore_index, reduction, label_smoothing):
         return _stock(input, target, weight, ignore_index, reduction, label_smoothing)
 
-    options = autograd.Options(
-        _Reduction.get_enum(reduction), ignore_index, max(0.0, label_smoothing)
-    )
+    options = autograd.Options(_Reduction.get_enum(reduction), ignore_index, label_smoothing)
     loss_dtype = _loss_dtype(input, target, weight)
     mode = _mode(input, target, options.reduction, grad_in_forward, inplace)
     return _RUN[mode](input, target, weight, options, loss_dtype)

@@ -1,0 +1,211 @@
+"""Inputs of the tests: memory layouts, targets of every kind, and covering selections.
+
+A layout takes contiguous values of shape (C,), (N, C) or (N, C, d1, ...) and returns a tensor of
+that shape with other strides. Gaps between the elements hold nan, so that a kernel that reads one
+shows it in the result, and one that writes to one is found by `gaps_are_untouched`.
+"""
+
+import itertools
+import random
+
+import torch
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# One shape of each rank that stock tells apart: unbatched, rows, and one to four further axes
+# (stock has code of its own for exactly two). Sizes are small, odd and different from each other;
+# a size of 1 appears once because its stride means nothing.
+SHAPES = {
+    "C": lambda c: (c,),
+    "NC": lambda c: (5, c),
+    "NCd": lambda c: (3, c, 7),
+    "NCHW": lambda c: (2, c, 3, 5),
+    "NCdhw": lambda c: (2, c, 3, 1, 4),
+    "NCd4": lambda c: (2, c, 1, 3, 2, 2),
+}
+
+
+def _embed(values, shape, index):
+    base = torch.full(shape, torch.nan, dtype=values.dtype)
+    view = base[index]
+    view.copy_(values)
+    return view
+
+
+def _enlarged(values, axis, size):
+    return [*values.shape[:axis], size, *values.shape[axis + 1 :]]
+
+
+def class_axis(tensor):
+    return 0 if tensor.dim() == 1 else 1
+
+
+def _gap_after_each_row(values):
+    classes = values.shape[1]
+    index = (slice(None), slice(0, classes))
+    return _embed(values, _enlarged(values, 1, classes + 3), index)
+
+
+def _every_second_class(values):
+    axis = class_axis(values)
+    index = (slice(None),) * axis + (slice(None, None, 2),)
+    return _embed(values, _enlarged(values, axis, 2 * values.shape[axis]), index)
+
+
+def _odd_offset(values):
+    flat = torch.full((values.numel() + 1,), torch.nan, dtype=values.dtype)
+    view = flat[1:].view(values.shape)
+    return view.copy_(values)
+
+
+def _next_token(values):
+    # (B, T, V) logits of a language model without the last position, classes moved to axis 1.
+    batch, classes, positions = values.shape
+    base = _embed(
+        values.transpose(1, 2), (batch, positions + 1, classes), (slice(None), slice(0, -1))
+    )
+    return base.transpose(1, 2)
+
+
+def _reversed_axes(values):
+    axes = tuple(range(values.dim()))[::-1]
+    return values.permute(axes).contiguous().permute(axes)
+
+
+def _sliding_window(values):
+    # Rows that start one element after each other: overlap without a stride of zero.
+    rows, classes = values.shape
+    return values.flatten()[: rows + classes - 1].unfold(0, classes, 1)
+
+
+def _expanded(axis):
+    return lambda values: values.narrow(axis, 0, 1).expand_as(values)
+
+
+# name: (make, shapes that it applies to)
+_ALL = tuple(SHAPES)
+_BATCHED = _ALL[1:]
+_POSITIONS = _ALL[2:]
+LAYOUTS = {
+    "contiguous": (lambda values: values.contiguous(), _ALL),
+    "odd offset": (_odd_offset, _ALL),
+    "gap after each row": (_gap_after_each_row, _BATCHED),
+    "every second class": (_every_second_class, _ALL),
+    "every second row": (
+        lambda values: _embed(
+            values, _enlarged(values, 0, 2 * values.shape[0]), (slice(None, None, 2),)
+        ),
+        _BATCHED,
+    ),
+    "transposed": (lambda values: values.t().contiguous().t(), ("NC",)),
+    "classes last": (
+        lambda values: values.movedim(1, -1).contiguous().movedim(-1, 1),
+        _POSITIONS,
+    ),
+    "next token": (_next_token, ("NCd",)),
+    "channels_last": (
+        lambda values: values.contiguous(memory_format=torch.channels_last),
+        ("NCHW",),
+    ),
+    "channels_last_3d": (
+        lambda values: values.contiguous(memory_format=torch.channels_last_3d),
+        ("NCdhw",),
+    ),
+    "reversed axes": (_reversed_axes, _POSITIONS),
+    "expanded rows": (_expanded(0), _BATCHED),
+    "expanded classes": (lambda values: _expanded(class_axis(values))(values), _ALL),
+    "expanded positions": (_expanded(-1), _POSITIONS),
+    "sliding window": (_sliding_window, ("NC",)),
+}
+OVERLAPPING = ("expanded rows", "expanded classes", "expanded positions", "sliding window")
+GEOMETRIES = tuple((shape, layout) for layout, (_, shapes) in LAYOUTS.items() for shape in shapes)
+
+
+def lay_out(values, layout):
+    view = LAYOUTS[layout][0](values)
+    assert view.shape == values.shape
+    return view
+
+
+def gaps_are_untouched(view):
+    """Whether every element of the view's storage that is not the view's own is still nan."""
+    everything = torch.empty(0, dtype=view.dtype).set_(view.untyped_storage())
+    own = torch.zeros(everything.shape, dtype=torch.bool)
+    own.as_strided(view.size(), view.stride(), view.storage_offset()).fill_(True)
+    return bool(everything[~own].isnan().all())
+
+
+def is_dense(tensor):
+    """Whether the elements fill one stretch of memory exactly once, in any order of axes."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+KINDS = (torch.int64, torch.int32, torch.int16, torch.uint8, "probability")
+
+
+def target_of(kind, shape, dtype, *, ignore_index=None, generator=None):
+    """Targets for logits of `shape`; every third one is `ignore_index` where that is given."""
+    positions = shape[:0] if len(shape) == 1 else shape[:1] + shape[2:]
+    classes = shape[0] if len(shape) == 1 else shape[1]
+    if kind == "probability":
+        axis = 0 if len(shape) == 1 else 1
+        return torch.randn(shape, generator=generator).softmax(axis).to(dtype)
+    target = torch.randint(0, min(classes, 256), positions, generator=generator)
+    if ignore_index is not None and positions:
+        target.view(-1)[1::3] = ignore_index
+    return target.to(kind)
+
+
+def covering(axes, strength, valid=lambda case: True):
+    """Cases in which every valid combination of values of any `strength` axes occurs.
+
+    `valid` is asked about whole and about partial cases. The selection is greedy with a fixed
+    seed: it is the same in each run.
+    """
+    draw = random.Random(0)
+    wanted = {
+        combination: None
+        for names in itertools.combinations(axes, strength)
+        for values in itertools.product(*(axes[name] for name in names))
+        if valid(dict(combination := tuple(zip(names, values, strict=True))))
+    }
+    cases = []
+    while wanted:
+        first = next(iter(wanted))
+        best, gain = None, ()
+        attempts = 0
+        while attempts < 12 or best is None:
+            attempts += 1
+            assert attempts < 1000, f"no valid case contains {first}"
+            case = {name: draw.choice(values) for name, values in axes.items()} | dict(first)
+            if not valid(case):
+                continue
+            covered = [
+                combination
+                for combination in itertools.combinations(case.items(), strength)
+                if combination in wanted
+            ]
+            if len(covered) > len(gain):
+                best, gain = case, covered
+        for combination in gain:
+            del wanted[combination]
+        cases.append(best)
+    return cases
+
+
+def name_of(case):
+    """A test id that can be read and typed."""
+    return "-".join(_text(value) for value in case.values())
+
+
+def _text(value):
+    if isinstance(value, tuple):
+        return ",".join(map(_text, value))
+    return str(value).removeprefix("torch.").replace(" ", "_")
