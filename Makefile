@@ -3,12 +3,16 @@
 #   make test        lint, and all but the slow tests
 #   make test-all    the slow tests too
 #   make demo        train two small models with stock's loss and with this one
+#   make test-torch TORCH=torch==2.10.0
+#                    the tests with the wheel, built with the pinned torch, under another torch in an
+#                    environment of its own (gigabytes where torch comes with CUDA)
 #   make lint        formatting and static checks
 #   make format      rewrite the sources the way lint wants them
 #   make wheel       build a wheel into dist/
 #   make clean       remove the environment and everything built
 #
-# PYTHON=python3.12 picks the interpreter, TORCH=torch==2.10.0 another torch, VENV=dir another place.
+# PYTHON=python3.12 picks the interpreter, TORCH=torch==2.10.0 another torch, VENV=dir another place,
+# ARGS="..." goes on to pytest or the program that the target runs.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,9 +27,9 @@ INSTALLED := $(VENV)/.installed-$(subst /,_,$(if $(TORCH),$(TORCH),pinned))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Threads that wait for one another should not spin: the tests share the cores with other programs.
-test test-all: export OMP_WAIT_POLICY ?= PASSIVE
+test test-all test-torch: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: build test test-all demo lint format wheel clean
+.PHONY: build test test-all test-torch demo lint format wheel clean
 
 build: $(LIBRARY)
 
@@ -48,6 +52,17 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest -q $(ARGS)
 
+test-torch: OTHER := build/test-torch
+test-torch:
+	$(if $(TORCH),,$(error name the other torch, as in TORCH=torch==2.10.0))
+	$(MAKE) wheel TORCH=
+	$(PYTHON) -m venv --clear $(OTHER)
+	sed -n '/^torch=/d; /^#/d; /^[nph][uy]/p' requirements-dev.txt > $(OTHER)/requirements.txt
+	$(OTHER)/bin/python -m pip install --quiet '$(TORCH)' -r $(OTHER)/requirements.txt
+	$(OTHER)/bin/python -m pip install --quiet --no-deps dist/fused_ce-*.whl
+	$(OTHER)/bin/pytest -q -m "not slow" tests \
+		--ignore tests/test_build.py --ignore tests/test_demo.py --ignore tests/test_bench.py $(ARGS)
+
 demo: build
 	$(BIN)/python -m bench.demo $(ARGS)
 
@@ -62,6 +77,7 @@ format: build
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 wheel: build
+	rm -rf dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
 
 clean:

@@ -1,7 +1,7 @@
 """Builds the operator library, fused_ce/_C, against the LibTorch stable ABI.
 
-The library holds no Python symbols and asks for nothing newer than torch 2.10, so one build serves
-every Python and every torch from there on; fused_ce.ops loads it.
+The library holds no Python symbols and asks for nothing newer than torch 2.10, so one wheel serves
+every Python, free-threaded ones too, and every torch from there on; fused_ce.ops loads it.
 """
 
 import re
@@ -9,6 +9,7 @@ import shutil
 import sys
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 try:
     import torch
@@ -51,10 +52,21 @@ CXX_FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
 
+
+class AnyPythonWheel(bdist_wheel):
+    """Tags the wheel for one platform and any Python."""
+
+    def get_tag(self):
+        *_, platform = super().get_tag()
+        return "py3", "none", platform
+
+
 setup(
     ext_modules=[
         CppExtension("fused_ce._C", SOURCES, extra_compile_args=CXX_FLAGS, py_limited_api=True)
     ],
-    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    cmdclass={
+        "bdist_wheel": AnyPythonWheel,
+        "build_ext": BuildExtension.with_options(no_python_abi_suffix=True),
+    },
 )

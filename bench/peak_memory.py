@@ -9,6 +9,7 @@ is None: a figure that was not measured is not shown.
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,18 +41,23 @@ def lower_mark() -> None:
         pass
 
 
-def measure_here(name: str, rows: int, classes: int) -> int | None:
-    loss = make_loss(name)
-    few = min(rows, WARM_UP_ROWS)
-    timed_loss(loss, torch.randn(few, classes), torch.randint(classes, (few,)))
-    logits, target = torch.randn(rows, classes), torch.randint(classes, (rows,))
+def rise(call: Callable[[], object]) -> int | None:
+    """Bytes by which the call raises the high-water mark."""
     lower_mark()
     mark, resident = read_status("VmHWM"), read_status("VmRSS")
     # A mark left standing above the water would hide the first part of the rise.
     if mark is None or resident is None or mark - resident > RESOLUTION:
         return None
-    timed_loss(loss, logits, target)
+    call()
     return read_status("VmHWM") - mark
+
+
+def measure_here(name: str, rows: int, classes: int) -> int | None:
+    loss = make_loss(name)
+    few = min(rows, WARM_UP_ROWS)
+    timed_loss(loss, torch.randn(few, classes), torch.randint(classes, (few,)))
+    logits, target = torch.randn(rows, classes), torch.randint(classes, (rows,))
+    return rise(lambda: timed_loss(loss, logits, target))
 
 
 def measure(name: str, rows: int, classes: int) -> int | None:

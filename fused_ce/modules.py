@@ -68,6 +68,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.grad_in_forward = grad_in_forward
         self.inplace = inplace
 
+    def __prepare_scriptable__(self):
+        raise RuntimeError(
+            "fused_ce.CrossEntropyLoss cannot be scripted; torch.jit.script takes "
+            "torch.nn.CrossEntropyLoss, and torch.compile takes both."
+        )
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Returns the loss of ``input`` against ``target``."""
         return cross_entropy(

@@ -79,7 +79,7 @@ def test_wheel_serves_every_python_and_carries_type_information(tmp_path):
     built = run(*pip, "-w", str(tmp_path), str(ROOT), cwd=tmp_path)
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    assert "-cp310-abi3-" in wheel.name
+    assert "-py3-none-" in wheel.name
 
     unpacked = tmp_path / "unpacked"
     shutil.unpack_archive(wheel, unpacked, "zip")

@@ -1,0 +1,129 @@
+"""Draws what was measured: how many times stock's speed, and how many logits of memory.
+
+One line for each case and one mark for each provider, so that twenty cases stay readable at the
+width of a README. Speeds are ratios, hence the logarithmic axis: twice as fast and half as fast
+are the same distance from stock. What was not measured has no mark.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from bench.curves import FAINT, INK, style
+from bench.peak_memory import RESOLUTION
+from bench.problem import BOTH, FORWARD
+from bench.record import Record
+
+# Colour and shape, for readers who cannot tell all the colours apart.
+MARKS = {
+    "stock": ("#7d97b8", "s", 30),
+    "compile": ("#4f7cac", "^", 40),
+    "recompute": ("#e8a33d", "v", 36),
+    "fused": ("#c2410c", "o", 52),
+    "inplace": ("#15803d", "D", 36),
+    "copy": ("#6b7280", "|", 110),
+}
+LABELS = {
+    "stock": "stock, eager",
+    "compile": "stock, torch.compile",
+    "recompute": "fused_ce, recompute",
+    "fused": "fused_ce",
+    "inplace": "fused_ce, in place",
+    "copy": "copying the logits",
+}
+DPI = 120
+
+
+def mark(axes: Axes, name: str, points: Sequence[tuple[float, int]]) -> None:
+    if not points:
+        return
+    color, marker, size = MARKS[name]
+    across, down = zip(*points, strict=True)
+    axes.scatter(across, down, s=size, c=color, marker=marker, label=LABELS[name], zorder=3)
+
+
+def case_axis(axes: Axes, records: Sequence[Record]) -> None:
+    style(axes)
+    axes.set_yticks(range(len(records)), [record.case.name for record in records])
+    axes.set_ylim(len(records) - 0.4, -0.6)
+    axes.spines["left"].set_visible(False)
+    for row in range(len(records)):
+        axes.axhline(row, color=FAINT, linewidth=0.7, zorder=0)
+
+
+def legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    found = {}
+    for panel in axes:
+        handles, labels = panel.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    ordered = [label for label in LABELS.values() if label in found]
+    figure.legend(
+        [found[label] for label in ordered],
+        ordered,
+        loc="outside lower center",
+        ncols=len(ordered),
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
+
+
+def new_figure(title: str, note: str, width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+    figure.text(0.01, 1 - 0.5 / height, note, fontsize=8.5, color=INK, va="center")
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, facecolor="white")
+
+
+def draw_speed(records: Sequence[Record], note: str, path: Path) -> None:
+    figure = new_figure("Speed, times stock PyTorch's", note, 9.5, 1.9 + 0.27 * len(records))
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, which in zip(panels, (FORWARD, BOTH), strict=True):
+        case_axis(axes, records)
+        axes.set_title(which, fontsize=10, color=INK)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.axvline(1, color=MARKS["stock"][0], linewidth=2, zorder=1, label=LABELS["stock"])
+        for name in MARKS:
+            ratios = [record.ratio(name, which) for record in records]
+            points = [(ratio, row) for row, ratio in enumerate(ratios) if ratio is not None]
+            mark(axes, name, points if name != "stock" else [])
+    legend(figure, panels)
+    save(figure, path)
+
+
+def draw_memory(records: Sequence[Record], note: str, path: Path) -> None:
+    """Forward+backward, in logits. Small logits are left out: what the system's account of memory
+    cannot resolve would be a large part of them."""
+    records = [record for record in records if record.case.logits_bytes >= 16 * RESOLUTION]
+    figure = new_figure(
+        "Peak memory beyond the logits, forward+backward, in multiples of the logits",
+        note,
+        9.5,
+        1.9 + 0.4 * len(records),
+    )
+    axes = figure.subplots()
+    case_axis(axes, records)
+    names = [name for name in MARKS if name != "copy"]
+    for place, name in enumerate(names):
+        points = []
+        for row, record in enumerate(records):
+            result = record.find(name, BOTH)
+            if result is not None and result.peak is not None:
+                # Beside each other, since several need exactly one gradient.
+                offset = 0.6 * (place / (len(names) - 1) - 0.5)
+                points.append((result.peak / record.case.logits_bytes, row + offset))
+        mark(axes, name, points)
+    axes.set_xlim(left=-0.1)
+    axes.grid(axis="x", color=FAINT, linewidth=0.7)
+    legend(figure, [axes])
+    save(figure, path)

@@ -1,0 +1,94 @@
+"""Who is measured: stock PyTorch, stock compiled, the modes of fused_ce, and the copy.
+
+A provider gives the call of a pass: logits in, loss (and gradient) out, nothing between the two
+that is not the provider's own work. Forward runs without a gradient. Forward+backward is the loss
+and `torch.autograd.grad` of it, which hands the gradient on as a model's own backward would take
+it: a fresh tensor in every call, nothing accumulated.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.cases import Case
+from bench.problem import BOTH, COPY, FORWARD, Problem
+
+Call = Callable[[Tensor], Any]
+
+
+def stock() -> Callable[..., Tensor]:
+    return F.cross_entropy
+
+
+def compiled() -> Callable[..., Tensor]:
+    return torch.compile(F.cross_entropy, fullgraph=True, dynamic=False)
+
+
+def fused() -> Callable[..., Tensor]:
+    # Imported here, so that where nothing has been built the others are still measured.
+    import fused_ce
+
+    return fused_ce.cross_entropy
+
+
+@dataclass(frozen=True)
+class Provider:
+    function: Callable[[], Callable[..., Tensor]] | None  # none for the copy
+    mode: Mapping[str, bool] = field(default_factory=dict)
+    passes: tuple[str, ...] = (FORWARD, BOTH)
+
+
+# Recompute and in place differ from the default by when the gradient is computed; without one they
+# are the same call.
+PROVIDERS = {
+    "stock": Provider(stock),
+    "compile": Provider(compiled),
+    "fused": Provider(fused),
+    "recompute": Provider(fused, {"grad_in_forward": False}, (BOTH,)),
+    "inplace": Provider(fused, {"inplace": True}, (BOTH,)),
+    "copy": Provider(None, passes=(COPY,)),
+}
+
+
+def passes_of(name: str, case: Case) -> tuple[str, ...]:
+    """Without a gradient a case with a grad_output of its own is the plain case again."""
+    passes = PROVIDERS[name].passes
+    return passes if case.grad_output == 1.0 else tuple(p for p in passes if p != FORWARD)
+
+
+def make_call(name: str, which: str, problem: Problem) -> Call:
+    provider = PROVIDERS[name]
+    if provider.function is None:
+        # Touched before, so that the copy pays for its traffic and not for its pages.
+        return torch.zeros_like(problem.original).copy_
+    loss = partial(
+        provider.function(), target=problem.target, **problem.options, **provider.mode
+    )
+    if which == FORWARD:
+        return loss
+    grad_output = problem.grad_output
+
+    def forward_and_backward(logits: Tensor) -> tuple[Tensor, Tensor]:
+        value = loss(logits)
+        return value, torch.autograd.grad(value, logits, grad_output)[0]
+
+    return forward_and_backward
+
+
+def path(name: str, problem: Problem, logits: Tensor) -> str:
+    """Which of its paths fused_ce takes, in its own words. Stock's figures under the name of fused
+    would be the worst this program could print."""
+    provider = PROVIDERS[name]
+    if provider.function is not fused:
+        return ""
+    from fused_ce import explain
+
+    answer = explain(logits, problem.target, **problem.options, **provider.mode)
+    if not answer.startswith("fused"):
+        raise RuntimeError(f"fused_ce does not take this case: {answer}")
+    return answer
