@@ -40,8 +40,14 @@ struct IndexRow {
   A target_gap;  // M - x_t
   A target_exp;  // exp(x_t - M)
   A target_weight;
+  A inverse_total;
 
-  FCE_HOST_DEVICE A total() const { return others + target_exp; }
+  FCE_HOST_DEVICE IndexRow(A others, A target_gap, A target_exp, A target_weight)
+      : others(others),
+        target_gap(target_gap),
+        target_exp(target_exp),
+        target_weight(target_weight),
+        inverse_total(A(1) / (others + target_exp)) {}
 
   // lse - M is log1p of this. The maximum itself contributes exactly 1 to the total.
   FCE_HOST_DEVICE A total_less_one() const {
@@ -56,12 +62,12 @@ struct IndexRow {
 
   // A / sum_c exp(x_c - M), so that A p_c is this times exp(x_c - M).
   FCE_HOST_DEVICE A exp_factor(A weight_sum, Smoothing<A> s) const {
-    return (s.hard * target_weight + s.smooth * weight_sum) / total();
+    return (s.hard * target_weight + s.smooth * weight_sum) * inverse_total;
   }
 
   FCE_HOST_DEVICE A target_grad(A weight_sum, Smoothing<A> s) const {
-    A hard_part = s.hard * target_weight * (others / total());
-    return s.smooth * (weight_sum * (target_exp / total()) - target_weight) - hard_part;
+    A hard_part = s.hard * target_weight * (others * inverse_total);
+    return s.smooth * (weight_sum * (target_exp * inverse_total) - target_weight) - hard_part;
   }
 };
 

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "../formula.h"
@@ -38,6 +39,7 @@ class LaneKernel {
   double forward(const Tile& tile) {
     begin(tile);
     read_tasks(tile);
+    if (!p_.probabilities) read_target_logits();
     find_max();
     sum_terms();
     const double total = write_losses(tile);
@@ -60,6 +62,9 @@ class LaneKernel {
  private:
   // Small enough that a tile and what it is made from stay in the second-level cache.
   static constexpr int64_t kMaxTile = 65536;
+  // Lanes whose sums are held in registers at a time.
+  static constexpr int64_t kStrip = 32;
+
   using Lanes = A[kMaxLanes];
 
   int64_t lane_stride(const Operand& operand) const { return operand.row_strides[p_.row_dims - 1]; }
@@ -78,14 +83,30 @@ class LaneKernel {
   }
 
   void read_tasks(const Tile& tile) {
-    const TaskReader<A> reader(p_, tile);
-    for (int64_t l = 0; l < n_; l++) {
-      const RowTask task = reader.read(l);
-      target_class_[l] = task.counted ? static_cast<int32_t>(task.index) : -1;
-      counted_[l] = task.counted ? A(1) : A(0);
-      target_weight_[l] = task.weight;
-      scale_[l] = task.scale;
+    if (!p_.probabilities) read_targets(tile.run(p_.target));
+    ignores_ = !p_.probabilities && std::count(target_class_, target_class_ + n_, -1) > 0;
+    for (int64_t l = 0; l < n_; l++) target_weight_[l] = 1.0;
+    if (weight_ && !p_.probabilities) {
+      for (int64_t l = 0; l < n_; l++)
+        if (target_class_[l] >= 0) target_weight_[l] = weight_[target_class_[l]];
     }
+    for (int64_t l = 0; l < n_; l++) scale_[l] = 1.0 / p_.denominator;
+    if (p_.grad_output.data) {
+      const Run grad_output = tile.run(p_.grad_output);
+      for (int64_t l = 0; l < n_; l++)
+        scale_[l] = load_value<double>(p_.grad_output, grad_output.at(l)) / p_.denominator;
+    }
+  }
+
+  // The class of each lane, -1 for a row that is not counted.
+  void read_targets(const Run run) {
+    with_index_pointer(p_.target, run.first, [&](const auto* targets) {
+#pragma omp simd
+      for (int64_t l = 0; l < n_; l++) {
+        const int64_t index = targets[l * run.stride];
+        target_class_[l] = is_counted(p_, index) ? static_cast<int32_t>(index) : -1;
+      }
+    });
   }
 
   A* grad_lanes(int64_t c) const {
@@ -98,16 +119,14 @@ class LaneKernel {
     return tile_.empty() ? nullptr : tile_.data() + c * n_;
   }
 
-  // The logits of class c. Once the tile holds them they are not loaded again.
-  const A* logits(int64_t c) {
-    const int64_t offset = input_ + c * p_.input.class_stride;
+  // The logits of class c in `count` lanes from `first` on. Once the tile holds them they are not
+  // loaded again.
+  const A* logits(int64_t c, int64_t first, int64_t count) {
+    const int64_t stride = lane_stride(p_.input);
+    const int64_t offset = input_ + c * p_.input.class_stride + first * stride;
     if (input_direct_) return static_cast<const A*>(p_.input.data) + offset;
-    if (tile_.empty()) {
-      load_span(p_.input, offset, lane_stride(p_.input), n_, buffer_);
-      return buffer_;
-    }
-    A* lanes = tile_.data() + c * n_;
-    if (!loaded_) load_span(p_.input, offset, lane_stride(p_.input), n_, lanes);
+    A* lanes = tile_.empty() ? buffer_ : tile_.data() + c * n_ + first;
+    if (!loaded_) load_span(p_.input, offset, stride, count, lanes);
     return lanes;
   }
 
@@ -132,53 +151,66 @@ class LaneKernel {
   void find_max() {
     for (int64_t l = 0; l < n_; l++) max_[l] = -math::kInf<A>;
     for (int64_t c = 0; c < p_.classes; c++) {
-      const A* x = logits(c);
+      const A* x = logits(c, 0, n_);
 #pragma omp simd
       for (int64_t l = 0; l < n_; l++) max_[l] = x[l] > max_[l] ? x[l] : max_[l];
     }
-    loaded_ = true;
+    loaded_ = !tile_.empty();
   }
 
   void sum_terms() {
-    const bool has_gaps = has_coefficients();
-    clear(sum_), clear(gaps_), clear(mass_);
-    for (int64_t l = 0; l < n_; l++) target_logit_[l] = A(0);
-    for (int64_t c = 0; c < p_.classes; c++) {
-      const A* x = logits(c);
-      if (has_gaps) add_gaps(c, x);
-      if (keeps_terms())
-        add_terms<true>(c, x, kept_lanes(c));
+    if (has_coefficients()) sum_gaps();
+    for (int64_t first = 0; first < n_; first += kStrip) {
+      if (n_ - first < kStrip)
+        sum_strip(first, n_ - first);
       else
-        add_terms<false>(c, x, nullptr);
-    }
-    // A row of -inf alone has no softmax.
-    for (int64_t l = 0; l < n_; l++)
-      if (max_[l] == -math::kInf<A>) sum_[l] = std::numeric_limits<double>::quiet_NaN();
-  }
-
-  template <bool kKeep>
-  void add_terms(int64_t c, const A* x, A* kept) {
-    const int32_t cls = static_cast<int32_t>(c);
-#pragma omp simd
-    for (int64_t l = 0; l < n_; l++) {
-      const A base = max_[l] == -math::kInf<A> ? A(0) : max_[l];
-      const bool is_target = target_class_[l] == cls;
-      const A e = math::exp_nonpositive(x[l] - base);
-      target_logit_[l] = is_target ? x[l] : target_logit_[l];
-      sum_[l] += is_target ? A(0) : e;
-      if (kKeep) kept[l] = e;
+        sum_strip(first, std::integral_constant<int64_t, kStrip>{});
     }
   }
 
-  void add_gaps(int64_t c, const A* x) {
-    with_lane_coefficients(c, [&](auto coefficient) {
+  // Sums exp(x - M) over the classes but the target, for a few lanes, whose sums fit in registers.
+  template <class Width>
+  void sum_strip(int64_t first, Width width) {
+    A base[kStrip];
+    double sum[kStrip];
+    int32_t skipped[kStrip];
+    for (int64_t l = 0; l < width; l++) {
+      const A max = max_[first + l];
+      base[l] = max == -math::kInf<A> ? A(0) : max;  // exp(-inf - 0) is 0, not NaN
+      // But a row of -inf alone has no softmax.
+      sum[l] = max == -math::kInf<A> ? std::numeric_limits<double>::quiet_NaN() : 0.0;
+      skipped[l] = p_.probabilities ? -1 : target_class_[first + l];
+    }
+    A scratch[kStrip];
+    for (int64_t c = 0; c < p_.classes; c++) {
+      const A* x = logits(c, first, width);
+      A* terms = keeps_terms() ? kept_lanes(c) + first : scratch;
+      const int32_t cls = static_cast<int32_t>(c);
 #pragma omp simd
-      for (int64_t l = 0; l < n_; l++) {
-        const A a = coefficient(l);
-        gaps_[l] += a * (max_[l] - x[l]);
-        mass_[l] += a;
+      for (int64_t l = 0; l < width; l++) {
+        const A e = math::exp_nonpositive(x[l] - base[l]);
+        terms[l] = skipped[l] == cls ? A(0) : e;
       }
-    });
+#pragma omp simd
+      for (int64_t l = 0; l < width; l++) sum[l] += terms[l];
+    }
+    for (int64_t l = 0; l < width; l++) sum_[first + l] = sum[l];
+  }
+
+  // sum_c a_c (M - x_c) and sum_c a_c.
+  void sum_gaps() {
+    clear(gaps_), clear(mass_);
+    for (int64_t c = 0; c < p_.classes; c++) {
+      const A* x = logits(c, 0, n_);
+      with_lane_coefficients(c, [&](auto coefficient) {
+#pragma omp simd
+        for (int64_t l = 0; l < n_; l++) {
+          const A a = coefficient(l);
+          gaps_[l] += a * (max_[l] - x[l]);
+          mass_[l] += a;
+        }
+      });
+    }
   }
 
   void sum_mass() {
@@ -207,8 +239,9 @@ class LaneKernel {
   }
 
   IndexRow<double> index_row(int64_t l) const {
+    const A lead = target_logit_[l] - max_[l];
     const double gap = static_cast<double>(max_[l]) - target_logit_[l];
-    return {sum_[l], gap, math::exp_nonpositive(-gap), target_weight_[l]};
+    return {sum_[l], gap, math::exp_nonpositive(lead), target_weight_[l]};
   }
 
   // The gradient in lane l is scale (factor e - a_c), with the scale already in the factor where
@@ -243,12 +276,13 @@ class LaneKernel {
         loss_[l] = row.loss(math::log1p_nonnegative(row.total_less_one()), gaps_[l]);
       }
     } else {
+      const bool ignores = ignores_;
 #pragma omp simd
       for (int64_t l = 0; l < n_; l++) {
         const IndexRow<double> row = index_row(l);
         const double log_total = math::log1p_nonnegative(row.total_less_one());
         const double loss = row.loss(log_total, gaps_[l], p_.weight_sum, row_smoothing_);
-        loss_[l] = counted_[l] != A(0) ? loss : 0.0;
+        loss_[l] = ignores && target_class_[l] < 0 ? 0.0 : loss;
       }
     }
     if (p_.reduction == Reduction::kNone)
@@ -260,38 +294,48 @@ class LaneKernel {
     }
     if (p_.grad.data) describe();
     double total = 0.0;
+#pragma omp simd reduction(+ : total)
     for (int64_t l = 0; l < n_; l++) total += loss_[l];
     return total;
   }
 
   void write_gradient(bool has_terms) {
     for (int64_t c = 0; c < p_.classes; c++) {
-      const A* from = has_terms ? kept_lanes(c) : logits(c);
+      const A* from = has_terms ? kept_lanes(c) : logits(c, 0, n_);
       A* out = grad_direct_ ? grad_lanes(c) : buffer_;
-      with_lane_coefficients(c, [&](auto coefficient) {
-        if (has_terms)
-          write_class(c, out, coefficient, [=](int64_t l) { return from[l]; });
-        else
-          write_class(c, out, coefficient,
-                      [=, this](int64_t l) { return math::exp_nonpositive(from[l] - max_[l]); });
-      });
+      if (has_terms)
+        write_class(c, out, [=](int64_t l) { return from[l]; });
+      else
+        write_class(c, out,
+                    [=, this](int64_t l) { return math::exp_nonpositive(from[l] - max_[l]); });
+      if (ignores_) {
+#pragma omp simd
+        for (int64_t l = 0; l < n_; l++) out[l] = target_class_[l] < 0 ? A(0) : out[l];
+      }
       if (!grad_direct_)
         store_span(out, n_, p_.grad, grad_ + c * p_.grad.class_stride, lane_stride(p_.grad));
     }
+    if (p_.probabilities) return;
+    const int64_t lanes = lane_stride(p_.grad), classes = p_.grad.class_stride;
+    for (int64_t l = 0; l < n_; l++) {
+      const int64_t target = target_class_[l];
+      if (target >= 0) store_value(target_grad_[l], p_.grad, grad_ + l * lanes + target * classes);
+    }
   }
 
-  template <class Coefficient, class Term>
-  void write_class(int64_t c, A* out, const Coefficient& coefficient, const Term& term) {
-    const int32_t cls = static_cast<int32_t>(c);
-    const bool subtracts = has_coefficients();
-    const A part = p_.probabilities ? A(1) : smoothing_.smooth;
+  template <class Term>
+  void write_class(int64_t c, A* out, const Term& term) {
+    if (!has_coefficients()) {
 #pragma omp simd
-    for (int64_t l = 0; l < n_; l++) {
-      A value = factor_[l] * term(l);
-      if (subtracts) value = difference_scale_[l] * (value - part * coefficient(l));
-      value = target_class_[l] == cls ? target_grad_[l] : value;
-      out[l] = counted_[l] != A(0) ? value : A(0);
+      for (int64_t l = 0; l < n_; l++) out[l] = factor_[l] * term(l);
+      return;
     }
+    const A part = p_.probabilities ? A(1) : smoothing_.smooth;
+    with_lane_coefficients(c, [&](auto coefficient) {
+#pragma omp simd
+      for (int64_t l = 0; l < n_; l++)
+        out[l] = difference_scale_[l] * (factor_[l] * term(l) - part * coefficient(l));
+    });
   }
 
   void clear(double* lanes) const { std::fill(lanes, lanes + n_, 0.0); }
@@ -304,13 +348,12 @@ class LaneKernel {
   std::vector<A> tile_;
 
   int64_t n_ = 0, input_ = 0, target_ = 0, grad_ = 0;
-  bool loaded_ = false;
+  bool loaded_ = false, ignores_ = false;
 
   int32_t target_class_[kMaxLanes];
   // What belongs to a row as a whole is in double, for the reasons that RowKernel gives.
   double scale_[kMaxLanes], sum_[kMaxLanes], gaps_[kMaxLanes], mass_[kMaxLanes], loss_[kMaxLanes],
       target_weight_[kMaxLanes];
-  Lanes counted_;
   Lanes max_;
   Lanes target_logit_, target_grad_, factor_, difference_scale_;
   Lanes buffer_, probability_buffer_;

@@ -120,10 +120,10 @@ class RowKernel {
 
   // In double: these few numbers go into every element of the row.
   struct Row {
-    IndexRow<double> index;
-    ProbabilityRow<double> probability;
-    double total_less_one;
-    double exp_factor;
+    IndexRow<double> index{0.0, 0.0, 1.0, 0.0};
+    ProbabilityRow<double> probability{1.0, 0.0};
+    double total_less_one = 0.0;
+    double exp_factor = 0.0;
   };
 
   static int64_t at(const Tile& tile, int64_t i, const Operand& operand) {
@@ -153,7 +153,7 @@ class RowKernel {
   }
 
   Row describe(const RowTask& task, const Sums& sums, A target_logit) const {
-    Row row{};
+    Row row;
     if (p_.probabilities) {
       row.probability = {sums.exps, sums.mass};
       row.total_less_one = row.probability.total_less_one();

@@ -11,19 +11,27 @@
 
 namespace fused_ce {
 
-inline int64_t load_index(const Operand& target, int64_t offset) {
+// Calls f with a pointer of the target's integer type, at an offset in elements.
+template <class F>
+inline void with_index_pointer(const Operand& target, int64_t offset, const F& f) {
   switch (target.dtype) {
     case DType::kInt64:
-      return static_cast<const int64_t*>(target.data)[offset];
+      return f(static_cast<const int64_t*>(target.data) + offset);
     case DType::kInt32:
-      return static_cast<const int32_t*>(target.data)[offset];
+      return f(static_cast<const int32_t*>(target.data) + offset);
     case DType::kInt16:
-      return static_cast<const int16_t*>(target.data)[offset];
+      return f(static_cast<const int16_t*>(target.data) + offset);
     case DType::kUInt8:
-      return static_cast<const uint8_t*>(target.data)[offset];
+      return f(static_cast<const uint8_t*>(target.data) + offset);
     default:
-      return -1;
+      return;
   }
+}
+
+inline int64_t load_index(const Operand& target, int64_t offset) {
+  int64_t index = -1;
+  with_index_pointer(target, offset, [&](const auto* p) { index = *p; });
+  return index;
 }
 
 inline bool in_range(const Problem& p, int64_t index) {
