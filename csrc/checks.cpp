@@ -15,6 +15,11 @@ std::vector<int64_t> to_vector(torch::headeronly::IntHeaderOnlyArrayRef values) 
   return {values.begin(), values.end()};
 }
 
+bool has_sizes(const Tensor& tensor, const std::vector<int64_t>& expected) {
+  const auto sizes = tensor.sizes();
+  return std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end());
+}
+
 std::string to_string(const std::vector<int64_t>& sizes) {
   std::string text = "[";
   for (size_t i = 0; i < sizes.size(); i++) text += (i ? ", " : "") + std::to_string(sizes[i]);
@@ -48,17 +53,17 @@ bool is_floating(DType dtype) { return dtype <= DType::kFloat16; }
 
 DType checked_dtype(const Tensor& tensor, bool floating, const char* name) {
   const std::optional<DType> dtype = dtype_of(tensor.scalar_type());
-  check(dtype && is_floating(*dtype) == floating,
-        std::string(name) + " must be of a " + (floating ? "floating" : "integer") +
-            " type that the kernels know, got scalar type " +
-            std::to_string(static_cast<int>(tensor.scalar_type())));
+  FCE_CHECK(dtype && is_floating(*dtype) == floating,
+            std::string(name) + " must be of a " + (floating ? "floating" : "integer") +
+                " type that the kernels know, got scalar type " +
+                std::to_string(static_cast<int>(tensor.scalar_type())));
   return *dtype;
 }
 
 void check_device(const Tensor& tensor, const Tensor& input, const char* name) {
-  check(tensor.is_cpu() == input.is_cpu() && tensor.is_cuda() == input.is_cuda() &&
-            tensor.get_device_index() == input.get_device_index(),
-        std::string(name) + " must be on the input's device");
+  FCE_CHECK(tensor.is_cpu() == input.is_cpu() && tensor.is_cuda() == input.is_cuda() &&
+                tensor.get_device_index() == input.get_device_index(),
+            std::string(name) + " must be on the input's device");
 }
 
 // The dimensions with more than one element, those of the smallest strides first.
@@ -118,9 +123,10 @@ void check_overwritable(const Tensor& input, const Tensor& target,
     throw std::runtime_error(
         "unsupported operation: more than one element of the written-to tensor refers to a single "
         "memory location. Please clone() the tensor before performing the operation.");
-  check(!share_memory(input, target) && !(weight && share_memory(input, *weight)),
-        "inplace=True needs logits that share no memory with the target or the weight, which would "
-        "be overwritten too; clone() one of them");
+  FCE_CHECK(
+      !share_memory(input, target) && !(weight && share_memory(input, *weight)),
+      "inplace=True needs logits that share no memory with the target or the weight, which would "
+      "be overwritten too; clone() one of them");
 }
 
 Elements elements_of(const Tensor& tensor) {
@@ -128,7 +134,7 @@ Elements elements_of(const Tensor& tensor) {
   e.data = tensor.data_ptr();
   e.dtype = checked_dtype(tensor, true, "tensor");
   auto dims = by_stride(tensor);
-  check(dims.size() <= kMaxRowDims + 1, "the tensor has too many dimensions");
+  FCE_CHECK(dims.size() <= kMaxRowDims + 1, "the tensor has too many dimensions");
   for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
     const auto [stride, size] = *dim;
     if (e.dims > 0 && e.strides[e.dims - 1] == stride * size)
@@ -147,11 +153,11 @@ Elements elements_of(const Tensor& tensor) {
 ProblemBuilder::ProblemBuilder(const Arguments& a)
     : class_dim_(a.input.dim() == 1 ? 0 : 1), sizes_(to_vector(a.input.sizes())) {
   Problem& p = problem_;
-  check(!sizes_.empty() && sizes_.size() <= kMaxRowDims + 1,
-        "input must have 1 to " + std::to_string(kMaxRowDims + 1) + " dimensions, got " +
-            std::to_string(sizes_.size()));
+  FCE_CHECK(!sizes_.empty() && sizes_.size() <= kMaxRowDims + 1,
+            "input must have 1 to " + std::to_string(kMaxRowDims + 1) + " dimensions, got " +
+                std::to_string(sizes_.size()));
   p.classes = sizes_[class_dim_];
-  check(p.classes > 0, "input must have at least one class");
+  FCE_CHECK(p.classes > 0, "input must have at least one class");
   row_sizes_ = sizes_;
   row_sizes_.erase(row_sizes_.begin() + class_dim_);
   p.rows = std::accumulate(row_sizes_.begin(), row_sizes_.end(), int64_t{1}, std::multiplies<>());
@@ -175,9 +181,9 @@ ProblemBuilder::ProblemBuilder(const Arguments& a)
 
   if (a.weight) {
     check_device(*a.weight, a.input, "weight");
-    check(a.weight->dim() == 1 && a.weight->numel() == p.classes,
-          "weight must be 1-D with one value for each of the " + std::to_string(p.classes) +
-              " classes, got shape " + to_string(to_vector(a.weight->sizes())));
+    FCE_CHECK(a.weight->dim() == 1 && a.weight->numel() == p.classes,
+              "weight must be 1-D with one value for each of the " + std::to_string(p.classes) +
+                  " classes, got shape " + to_string(to_vector(a.weight->sizes())));
     checked_dtype(*a.weight, true, "weight");
     weight_ = *a.weight;
     if (weight_->scalar_type() != stats_dtype_) weight_ = torch::stable::to(*weight_, stats_dtype_);
@@ -185,19 +191,19 @@ ProblemBuilder::ProblemBuilder(const Arguments& a)
     p.weight = weight_->data_ptr();
   }
 
-  check(a.reduction >= 0 && a.reduction <= 2,
-        "reduction must be 0 (none), 1 (mean) or 2 (sum), got " + std::to_string(a.reduction));
+  FCE_CHECK(a.reduction >= 0 && a.reduction <= 2,
+            "reduction must be 0 (none), 1 (mean) or 2 (sum), got " + std::to_string(a.reduction));
   p.reduction = static_cast<Reduction>(a.reduction);
   p.ignore_index = a.ignore_index;
-  check(!(a.label_smoothing > 1.0), "label_smoothing must be at most 1");
+  FCE_CHECK(!(a.label_smoothing > 1.0), "label_smoothing must be at most 1");
   p.label_smoothing = a.label_smoothing > 0.0 ? a.label_smoothing : 0.0;
 }
 
 void ProblemBuilder::set_class_operand(Operand& operand, const Tensor& tensor, const char* name) {
   operand.dtype = checked_dtype(tensor, true, name);
-  check(to_vector(tensor.sizes()) == sizes_, std::string(name) + " must have the input's shape " +
-                                                 to_string(sizes_) + ", got " +
-                                                 to_string(to_vector(tensor.sizes())));
+  FCE_CHECK(has_sizes(tensor, sizes_), std::string(name) + " must have the input's shape " +
+                                           to_string(sizes_) + ", got " +
+                                           to_string(to_vector(tensor.sizes())));
   operand.data = tensor.data_ptr();
   operand.class_stride = tensor.stride(class_dim_);
   int d = 0;
@@ -206,9 +212,9 @@ void ProblemBuilder::set_class_operand(Operand& operand, const Tensor& tensor, c
 }
 
 void ProblemBuilder::set_row_operand(Operand& operand, const Tensor& tensor, const char* name) {
-  check(to_vector(tensor.sizes()) == row_sizes_, std::string(name) + " must have the shape " +
-                                                     to_string(row_sizes_) + ", got " +
-                                                     to_string(to_vector(tensor.sizes())));
+  FCE_CHECK(has_sizes(tensor, row_sizes_), std::string(name) + " must have the shape " +
+                                               to_string(row_sizes_) + ", got " +
+                                               to_string(to_vector(tensor.sizes())));
   operand.dtype = *dtype_of(tensor.scalar_type());
   operand.data = tensor.data_ptr();
   for (int64_t d = 0; d < tensor.dim(); d++) operand.row_strides[d] = tensor.stride(d);
@@ -226,7 +232,7 @@ void ProblemBuilder::set_logical(Operand& operand, void* data, ScalarType dtype)
 
 void ProblemBuilder::set_grad(const Tensor& grad) {
   set_class_operand(problem_.grad, grad, "grad");
-  check(problem_.grad.dtype == problem_.input.dtype, "grad must have the input's type");
+  FCE_CHECK(problem_.grad.dtype == problem_.input.dtype, "grad must have the input's type");
 }
 
 void ProblemBuilder::set_target_grad(const Tensor& target_grad) {
@@ -242,9 +248,9 @@ void ProblemBuilder::set_loss(const Tensor& loss) {
 }
 
 void ProblemBuilder::set_stats(const Tensor& stats) {
-  check(stats.scalar_type() == stats_dtype_ && stats.is_contiguous() && stats.is_cpu() &&
-            to_vector(stats.sizes()) == stats_sizes(),
-        "stats must be what the forward operator returned for the same arguments");
+  FCE_CHECK(stats.scalar_type() == stats_dtype_ && stats.is_contiguous() && stats.is_cpu() &&
+                has_sizes(stats, stats_sizes()),
+            "stats must be what the forward operator returned for the same arguments");
   auto* data = static_cast<std::byte*>(stats.data_ptr());
   set_logical(problem_.row_max, data, stats_dtype_);
   const int64_t plane = problem_.rows * static_cast<int64_t>(stats.element_size());
@@ -254,16 +260,16 @@ void ProblemBuilder::set_stats(const Tensor& stats) {
 
 void ProblemBuilder::set_grad_output(const Tensor& grad_output) {
   checked_dtype(grad_output, true, "grad_output");
-  check(grad_output.is_cpu(), "grad_output must be on the input's device");
+  FCE_CHECK(grad_output.is_cpu(), "grad_output must be on the input's device");
   if (problem_.reduction == Reduction::kNone) {
     set_row_operand(problem_.grad_output, grad_output, "grad_output");
   } else {
-    check(grad_output.numel() == 1, "grad_output must hold one value");
+    FCE_CHECK(grad_output.numel() == 1, "grad_output must hold one value");
     problem_.grad_output = {grad_output.data_ptr(), *dtype_of(grad_output.scalar_type())};
   }
 }
 
-const Problem& ProblemBuilder::build() {
+Problem& ProblemBuilder::build() {
   Problem& p = problem_;
   const Problem logical = p;  // row dimensions still in the input's order
   const auto from = operands(logical);

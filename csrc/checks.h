@@ -14,6 +14,12 @@
 
 #include "problem.h"
 
+// The message is put together only when it is needed: checks are most of a small call.
+#define FCE_CHECK(holds, message) \
+  do {                            \
+    if (!(holds)) fail(message);  \
+  } while (false)
+
 namespace fused_ce {
 
 using torch::headeronly::ScalarType;
@@ -48,7 +54,7 @@ class ProblemBuilder {
   }
 
   // Merges and orders the row dimensions. The builder must outlive the problem.
-  const Problem& build();
+  Problem& build();
 
  private:
   void set_class_operand(Operand& operand, const Tensor& tensor, const char* name);
@@ -74,8 +80,8 @@ void check_overwritable(const Tensor& input, const Tensor& target,
 // The elements of a tensor of a floating type, with its dimensions merged as far as they go.
 Elements elements_of(const Tensor& tensor);
 
-inline void check(bool holds, const std::string& message) {
-  if (!holds) throw std::runtime_error("fused_ce: " + message);
+[[noreturn]] inline void fail(const std::string& message) {
+  throw std::runtime_error("fused_ce: " + message);
 }
 
 }  // namespace fused_ce

@@ -107,7 +107,7 @@ struct Forward {
     Tensor loss = empty(none ? builder.row_sizes() : std::vector<int64_t>{}, loss_type);
     builder.set_loss(loss);
     if (grad) builder.set_grad(*grad);
-    Problem problem = builder.build();
+    Problem& problem = builder.build();
     scan(problem);
     run_forward(problem);
     return loss;
@@ -125,13 +125,13 @@ void write_gradient(const Arguments& arguments, const Tensor& stats, const Tenso
   builder.set_stats(stats);
   builder.set_grad_output(grad_output);
   builder.set_grad(grad);
-  Problem problem = builder.build();
+  Problem& problem = builder.build();
   scan(problem);
   run_backward(problem);
 }
 
 double read_scalar(const Tensor& value) {
-  check(value.numel() == 1 && value.is_cpu(), "grad_output must hold one value on the CPU");
+  FCE_CHECK(value.numel() == 1 && value.is_cpu(), "grad_output must hold one value on the CPU");
   const Elements element = elements_of(value);
   return load_value<double>(Operand{element.data, element.dtype}, 0);
 }
@@ -201,8 +201,8 @@ Tensor backward_target_cpu(const Tensor& input, const Tensor& target,
   builder.set_stats(stats);
   builder.set_grad_output(grad_output);
   builder.set_target_grad(target_grad);
-  Problem problem = builder.build();
-  check(problem.probabilities, "only a target of probabilities has a gradient");
+  Problem& problem = builder.build();
+  FCE_CHECK(problem.probabilities, "only a target of probabilities has a gradient");
   scan(problem);
   const Tiling tiling = row_tiling(problem);
   for_tiles(tiling,
