@@ -231,3 +231,8 @@ def test_module_is_confused_by_the_container_it_is_in():
     for training in (True, False):
         losses = [model.train(training)(x, y) for model in models]
         torch.testing.assert_close(*losses)
+
+
+def test_scripting_fails_without_saying_what_to_script_instead():
+    with pytest.raises(RuntimeError, match="torch.jit.script takes torch.nn.CrossEntropyLoss"):
+        torch.jit.script(torch.nn.Sequential(fused_ce.CrossEntropyLoss()))
