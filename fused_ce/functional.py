@@ -194,16 +194,11 @@ def _stock(input, target, weight, ignore_index, reduction, label_smoothing):
 
 def _stock_reason(input, target, weight, ignore_index, reduction, label_smoothing) -> str | None:
     """Why the kernels cannot take this call; None if they can."""
-    for name, tensor in (("logits", input), ("target", target), ("weight", weight)):
-        if tensor is None and name == "weight":
-            continue
-        if not isinstance(tensor, Tensor):
-            return f"the {name} are not a tensor"
-        if tensor.layout is not torch.strided or tensor.is_nested:
-            kind = "nested" if tensor.is_nested else "sparse"
-            return f"the {name} are {kind}" if name == "logits" else f"the {name} is {kind}"
-        if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
-            return f"the {name} is a {type(tensor).__name__}"
+    reason = _foreign(input, "logits") or _foreign(target, "target")
+    if reason is None and weight is not None:
+        reason = _foreign(weight, "weight")
+    if reason is not None:
+        return reason
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
@@ -218,6 +213,20 @@ def _stock_reason(input, target, weight, ignore_index, reduction, label_smoothin
         return "the arguments are not valid, and stock says why"
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         return "the weight requires grad"
+    return None
+
+
+def _foreign(tensor: object, name: str) -> str | None:
+    """Why this argument is not a tensor of plain strided memory; None if it is."""
+    verb = "are" if name == "logits" else "is"
+    if not isinstance(tensor, Tensor):
+        return f"the {name} {verb} not a tensor"
+    if tensor.is_nested:
+        return f"the {name} {verb} nested"
+    if tensor.layout is not torch.strided:
+        return f"the {name} {verb} sparse"
+    if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
+        return f"the {name} {verb} a {type(tensor).__name__}"
     return None
 
 
@@ -238,15 +247,18 @@ def _is_invalid(input, target, weight, ignore_index, reduction, label_smoothing)
     classes = shape[1] if dims > 1 else shape[0]
     if classes == 0:
         return True
-    if target.shape == shape:
+    target_shape = target.shape
+    if target_shape == shape:
         if target.dtype not in _LOGIT_DTYPES or ignore_index >= 0:
             return True
     elif target.dtype not in _INDEX_DTYPES:
         return True
     elif dims == 1:
-        if target.numel() != 1 or target.dim() > 1:
+        if len(target_shape) > 1 or target.numel() != 1:
             return True
-    elif target.shape != shape[:1] + shape[2:]:
+    elif len(target_shape) != dims - 1 or target_shape[0] != shape[0]:
+        return True
+    elif dims > 2 and target_shape[1:] != shape[2:]:
         return True
     if weight is None:
         return False
