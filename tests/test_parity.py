@@ -135,6 +135,27 @@ def test_work_shared_by_threads_changes_the_loss_or_a_gradient(shape, dtype, mod
     )
 
 
+# Rows whose exponentials have nowhere to stay, so that they are computed twice: a half type beyond
+# 262144 classes, a tile of a half type's lanes that has grown too large, and a strided row of more
+# classes than are gathered into a tile.
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda dtype: torch.randn(2, 262145).to(dtype),
+        lambda dtype: torch.randn(4097, 40).to(dtype).t(),
+        lambda dtype: torch.randn(5, 2 * 4097).to(dtype)[:, ::2],
+    ],
+    ids=["262145 classes", "transposed", "every second class"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
+def test_row_that_outgrows_the_scratch_memory_is_wrong(make, dtype, mode, kind):
+    input = make(dtype).mul(3)
+    target = target_of(kind, input.shape, dtype, ignore_index=-100)
+    check_against_stock(input, target, mode=mode, label_smoothing=0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
