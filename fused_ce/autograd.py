@@ -8,14 +8,21 @@ stock. A backward that must be differentiable itself is stock's formula, differe
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
 from . import ops
 
 _REDUCTIONS = ("none", "mean", "sum")
+
+
+def transform_is_active() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class Options(NamedTuple):
@@ -29,28 +36,52 @@ class Options(NamedTuple):
 def _stock_gradients(ctx: Any, grad_output: Tensor, input: Tensor, target: Tensor, weight) -> tuple:
     """Differentiates stock's loss, under a graph if the caller wants one.
 
-    All tensors are first brought to the loss's dtype: under autocast it is wider than theirs.
+    The gradient is that for a ``grad_output`` of 1, times ``grad_output``: what may be a batch, or
+    carry a tangent, then only meets a product. The rest runs outside of any transform, in the
+    loss's dtype (under autocast it is wider than the logits') and in float32 for the half types.
     """
-    needed = [t for t, needs in zip((input, target), ctx.needs_input_grad, strict=False) if needs]
-    with torch.enable_grad():
+    dtype = torch.promote_types(ctx.loss_dtype, torch.float32)
+    create_graph = torch.is_grad_enabled()
+    with temporarily_clear_interpreter_stack(), torch.enable_grad():
+        logits = input.to(dtype)
+        classes = target.to(dtype) if target.is_floating_point() else target.long()
         loss = F.cross_entropy(
-            input.to(ctx.loss_dtype),
-            target.to(ctx.loss_dtype) if target.is_floating_point() else target.long(),
-            None if weight is None else weight.to(ctx.loss_dtype),
+            logits,
+            classes,
+            None if weight is None else weight.to(dtype),
             ignore_index=ctx.options.ignore_index,
             reduction=_REDUCTIONS[ctx.options.reduction],
             label_smoothing=ctx.options.label_smoothing,
         )
-    create_graph = torch.is_grad_enabled()
-    grads = iter(torch.autograd.grad(loss, needed, grad_output, create_graph=create_graph))
-    return tuple(next(grads) if needs else None for needs in ctx.needs_input_grad)
+        needed = [
+            t for t, needs in zip((logits, classes), ctx.needs_input_grad, strict=False) if needs
+        ]
+        units = iter(
+            torch.autograd.grad(loss, needed, torch.ones_like(loss), create_graph=create_graph)
+        )
+    if loss.dim() > 0:
+        grad_output = grad_output.unsqueeze(1 if input.dim() > 1 else 0)
+    return tuple(
+        (next(units) * grad_output).to(argument.dtype) if needs else None
+        for argument, needs in zip(
+            (input, target, None, None, None), ctx.needs_input_grad, strict=True
+        )
+    )
 
 
 def _needs_stock(grad_output: Tensor) -> bool:
-    """Whether the gradient itself is to be differentiated, or comes as a batch of gradients."""
+    """Whether the gradient itself is to be differentiated, or comes as a batch of gradients.
+
+    An operator would drop a tangent and refuse a batch, and a transform may have begun only after
+    the forward.
+    """
     if torch.compiler.is_compiling():
         return False
-    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad_output)
+    return (
+        torch.is_grad_enabled()
+        or transform_is_active()
+        or torch._C._functorch.is_legacy_batchedtensor(grad_output)
+    )
 
 
 def _fused_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:

@@ -6,7 +6,6 @@ own; the tests below are therefore about what is valid, and cheap.
 """
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
@@ -21,7 +20,7 @@ _HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
 _LOGIT_DTYPES = frozenset({torch.float32, torch.float64}) | _HALF_DTYPES
 _INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.int16, torch.uint8})
 _MAX_DIMS = 25  # kMaxRowDims and the class dimension
-_INT64 = range(-(2**63), 2**63)
+_INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
 def cross_entropy(
@@ -199,10 +198,8 @@ def _stock_reason(input, target, weight, ignore_index, reduction, label_smoothin
         reason = _foreign(weight, "weight")
     if reason is not None:
         return reason
-    if torch._C._are_functorch_transforms_active():
-        return "a torch.func transform is active"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
+    if autograd.transform_is_active():
+        return "a torch.func transform or forward-mode differentiation is active"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is recording"
     if input.device.type not in _DEVICES:
@@ -236,7 +233,7 @@ def _is_invalid(input, target, weight, ignore_index, reduction, label_smoothing)
     dims = len(shape)
     if not 0 < dims <= _MAX_DIMS:
         return True
-    if type(ignore_index) is not int or ignore_index not in _INT64:
+    if type(ignore_index) is not int or not _INT64_MIN <= ignore_index <= _INT64_MAX:
         return True
     if type(label_smoothing) not in (float, int) or label_smoothing > 1.0:
         return True
