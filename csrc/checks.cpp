@@ -1,6 +1,7 @@
 // Shapes, types, devices and memory of the operators' arguments; see checks.h.
 #include "checks.h"
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -54,7 +55,7 @@ bool is_floating(DType dtype) { return dtype <= DType::kFloat16; }
 DType checked_dtype(const Tensor& tensor, bool floating, const char* name) {
   const std::optional<DType> dtype = dtype_of(tensor.scalar_type());
   FCE_CHECK(dtype && is_floating(*dtype) == floating,
-            std::string(name) + " must be of a " + (floating ? "floating" : "integer") +
+            std::string(name) + " must be of a " + (floating ? "floating" : "whole-number") +
                 " type that the kernels know, got scalar type " +
                 std::to_string(static_cast<int>(tensor.scalar_type())));
   return *dtype;
@@ -99,6 +100,21 @@ bool share_memory(const Tensor& a, const Tensor& b) {
   return a_begin < b_end && b_begin < a_end;
 }
 
+// The tensor's memory, all of which the kernels may touch. A storage can be smaller than its
+// tensors say (FSDP frees and restores storages under them), and then the pointer must not be
+// followed.
+void* checked_data(const Tensor& tensor, const char* name) {
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  const auto [begin, end] = memory_range(tensor);
+  const int64_t item = static_cast<int64_t>(tensor.element_size());
+  if (begin != end && (end - begin) + tensor.storage_offset() * item > bytes)
+    throw std::runtime_error("The " + std::string(name) +
+                             " tensor has a non-zero number of elements, but its data is not "
+                             "allocated yet; give it its storage back first.");
+  return tensor.data_ptr();
+}
+
 // Every operand with rows, whether in use or not.
 template <class P>
 auto operands(P& p) {
@@ -117,6 +133,12 @@ bool is_dense(const Tensor& tensor) {
   return true;
 }
 
+void check_apart(const Tensor& written, const Tensor& read) {
+  FCE_CHECK(!share_memory(written, read),
+            "inplace=True needs logits that share no memory with the target, the weight or the "
+            "incoming gradient, which would be overwritten too; clone() one of them");
+}
+
 void check_overwritable(const Tensor& input, const Tensor& target,
                         const std::optional<Tensor>& weight) {
   if (overlaps_itself(input))
@@ -130,8 +152,9 @@ void check_overwritable(const Tensor& input, const Tensor& target,
 }
 
 Elements elements_of(const Tensor& tensor) {
+  FCE_CHECK(!overlaps_itself(tensor), "the tensor must not have elements that share memory");
   Elements e;
-  e.data = tensor.data_ptr();
+  e.data = checked_data(tensor, "gradient");
   e.dtype = checked_dtype(tensor, true, "tensor");
   auto dims = by_stride(tensor);
   FCE_CHECK(dims.size() <= kMaxRowDims + 1, "the tensor has too many dimensions");
@@ -174,7 +197,7 @@ ProblemBuilder::ProblemBuilder(const Arguments& a)
     // An unbatched input also takes a target of shape [1].
     const bool one = class_dim_ == 0 && a.target.dim() == 1 && a.target.numel() == 1;
     if (one)
-      p.target = {a.target.data_ptr(), *dtype_of(a.target.scalar_type())};
+      p.target = {checked_data(a.target, "target"), *dtype_of(a.target.scalar_type())};
     else
       set_row_operand(p.target, a.target, "target");
   }
@@ -185,10 +208,11 @@ ProblemBuilder::ProblemBuilder(const Arguments& a)
               "weight must be 1-D with one value for each of the " + std::to_string(p.classes) +
                   " classes, got shape " + to_string(to_vector(a.weight->sizes())));
     checked_dtype(*a.weight, true, "weight");
+    checked_data(*a.weight, "weight");
     weight_ = *a.weight;
     if (weight_->scalar_type() != stats_dtype_) weight_ = torch::stable::to(*weight_, stats_dtype_);
     if (!weight_->is_contiguous()) weight_ = torch::stable::contiguous(*weight_);
-    p.weight = weight_->data_ptr();
+    p.weight = checked_data(*weight_, "weight");
   }
 
   FCE_CHECK(a.reduction >= 0 && a.reduction <= 2,
@@ -204,7 +228,7 @@ void ProblemBuilder::set_class_operand(Operand& operand, const Tensor& tensor, c
   FCE_CHECK(has_sizes(tensor, sizes_), std::string(name) + " must have the input's shape " +
                                            to_string(sizes_) + ", got " +
                                            to_string(to_vector(tensor.sizes())));
-  operand.data = tensor.data_ptr();
+  operand.data = checked_data(tensor, name);
   operand.class_stride = tensor.stride(class_dim_);
   int d = 0;
   for (int64_t i = 0; i < tensor.dim(); i++)
@@ -216,7 +240,7 @@ void ProblemBuilder::set_row_operand(Operand& operand, const Tensor& tensor, con
                                                to_string(row_sizes_) + ", got " +
                                                to_string(to_vector(tensor.sizes())));
   operand.dtype = *dtype_of(tensor.scalar_type());
-  operand.data = tensor.data_ptr();
+  operand.data = checked_data(tensor, name);
   for (int64_t d = 0; d < tensor.dim(); d++) operand.row_strides[d] = tensor.stride(d);
 }
 
@@ -232,6 +256,7 @@ void ProblemBuilder::set_logical(Operand& operand, void* data, ScalarType dtype)
 
 void ProblemBuilder::set_grad(const Tensor& grad) {
   set_class_operand(problem_.grad, grad, "grad");
+  FCE_CHECK(!overlaps_itself(grad), "grad must not have elements that share memory");
   FCE_CHECK(problem_.grad.dtype == problem_.input.dtype, "grad must have the input's type");
 }
 
@@ -244,14 +269,14 @@ void ProblemBuilder::set_loss(const Tensor& loss) {
   if (problem_.reduction == Reduction::kNone)
     set_row_operand(problem_.loss, loss, "loss");
   else
-    problem_.loss = {loss.data_ptr(), *dtype_of(loss.scalar_type())};
+    problem_.loss = {checked_data(loss, "loss"), *dtype_of(loss.scalar_type())};
 }
 
 void ProblemBuilder::set_stats(const Tensor& stats) {
   FCE_CHECK(stats.scalar_type() == stats_dtype_ && stats.is_contiguous() && stats.is_cpu() &&
                 has_sizes(stats, stats_sizes()),
             "stats must be what the forward operator returned for the same arguments");
-  auto* data = static_cast<std::byte*>(stats.data_ptr());
+  auto* data = static_cast<std::byte*>(checked_data(stats, "stats"));
   set_logical(problem_.row_max, data, stats_dtype_);
   const int64_t plane = problem_.rows * static_cast<int64_t>(stats.element_size());
   set_logical(problem_.row_sum, data + plane, stats_dtype_);
@@ -265,7 +290,8 @@ void ProblemBuilder::set_grad_output(const Tensor& grad_output) {
     set_row_operand(problem_.grad_output, grad_output, "grad_output");
   } else {
     FCE_CHECK(grad_output.numel() == 1, "grad_output must hold one value");
-    problem_.grad_output = {grad_output.data_ptr(), *dtype_of(grad_output.scalar_type())};
+    problem_.grad_output = {checked_data(grad_output, "grad_output"),
+                            *dtype_of(grad_output.scalar_type())};
   }
 }
 
@@ -285,10 +311,9 @@ Problem& ProblemBuilder::build() {
   int dims = 0;
   for (int d : order) {
     const int64_t size = row_sizes_[d];
-    const bool merges = dims > 0 && std::all_of(to.begin(), to.end(), [&](const Operand* t) {
-                          const size_t i = std::find(to.begin(), to.end(), t) - to.begin();
-                          return t->row_strides[dims - 1] == from[i]->row_strides[d] * size;
-                        });
+    bool merges = dims > 0;
+    for (size_t i = 0; i < to.size(); i++)
+      merges &= dims > 0 && to[i]->row_strides[dims - 1] == from[i]->row_strides[d] * size;
     if (!merges) dims++;
     p.row_sizes[dims - 1] = merges ? p.row_sizes[dims - 1] * size : size;
     for (size_t i = 0; i < to.size(); i++) to[i]->row_strides[dims - 1] = from[i]->row_strides[d];

@@ -48,6 +48,7 @@ class ProblemBuilder {
 
   // Sizes of the row dimensions, in the input's order.
   const std::vector<int64_t>& row_sizes() const { return row_sizes_; }
+  bool has_probabilities() const { return problem_.probabilities; }
   ScalarType stats_dtype() const { return stats_dtype_; }
   std::vector<int64_t> stats_sizes() const {
     return {stats_dtype_ == ScalarType::Double ? 2 : 3, problem_.rows};
@@ -76,6 +77,9 @@ bool is_dense(const Tensor& tensor);
 // it with the target or the weight.
 void check_overwritable(const Tensor& input, const Tensor& target,
                         const std::optional<Tensor>& weight);
+
+// Throws if the two tensors share memory.
+void check_apart(const Tensor& written, const Tensor& read);
 
 // The elements of a tensor of a floating type, with its dimensions merged as far as they go.
 Elements elements_of(const Tensor& tensor);

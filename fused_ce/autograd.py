@@ -84,6 +84,11 @@ def _needs_stock(grad_output: Tensor) -> bool:
     )
 
 
+def _graph_is_kept() -> bool:
+    """Whether this backward runs with ``retain_graph``, so that another may follow."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def _fused_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
     input, target, weight, stats = saved
     needs_input, needs_target, *_ = ctx.needs_input_grad
@@ -137,7 +142,7 @@ class GradInForward(Function):
         *saved, grad = ctx.saved_tensors
         if _needs_stock(grad_output):
             return _stock_gradients(ctx, grad_output, *saved[:3])
-        if torch._C._autograd._get_current_graph_task_keep_graph():
+        if torch.compiler.is_compiling() or _graph_is_kept():
             return _fused_gradients(ctx, grad_output, saved)
         input, target, weight, stats = saved
         ops.rescale_(grad, input, target, weight, *ctx.options, stats, grad_output)

@@ -107,6 +107,16 @@ def cross_entropy(
     return _RUN[mode](input, target, weight, options, loss_dtype)
 
 
+def _refuse_script():
+    raise RuntimeError(
+        "fused_ce.cross_entropy cannot be scripted; torch.jit.script takes "
+        "torch.nn.functional.cross_entropy, and torch.compile takes both."
+    )
+
+
+cross_entropy.__prepare_scriptable__ = _refuse_script
+
+
 def explain(
     input: Tensor,
     target: Tensor,
@@ -202,6 +212,8 @@ def _stock_reason(input, target, weight, ignore_index, reduction, label_smoothin
         return "a torch.func transform or forward-mode differentiation is active"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is recording"
+    if torch.compiler.is_exporting():
+        return "torch.export is recording"
     if input.device.type not in _DEVICES:
         return f"there are no kernels for {input.device.type}"
     if input.dtype not in _LOGIT_DTYPES:

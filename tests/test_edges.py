@@ -399,3 +399,49 @@ def test_numbers_of_other_libraries_are_refused(kind, mode):
     expected = differentiate(F.cross_entropy, input, target, **options)
     result = differentiate(fused_ce.cross_entropy, input, target, **options, **MODES[mode])
     torch.testing.assert_close(result, expected)
+
+
+# Far from zero, float64 has few digits left for the differences; C as a block and as several.
+@pytest.mark.parametrize("offset", [1e6, 1e9])
+@pytest.mark.parametrize("classes", [10, 1000, 4097])
+@pytest.mark.parametrize("kind", ["smoothing", "probabilities"])
+def test_float64_offset_takes_digits_from_the_loss(offset, classes, kind):
+    input = torch.randn(3, classes, dtype=torch.float64) + offset
+    near = input - input.max(1, keepdim=True).values  # exact
+    if kind == "smoothing":
+        target, options = torch.tensor([0, 5, 7]), {"label_smoothing": 0.3}
+    else:
+        target, options = torch.rand(3, classes, dtype=torch.float64), {}
+    expected = F.cross_entropy(near, target, **options)
+    loss = fused_ce.cross_entropy(input, target, **options)
+    torch.testing.assert_close(loss, expected, rtol=1e-14, atol=0)
+
+
+def test_input_of_the_most_dimensions_is_misread():
+    # 25 dimensions of which none merge, by way of a permutation; one more goes to stock.
+    shape = [2, 3] + [2 if d % 3 == 0 else 1 for d in range(23)]
+    order = [0, 1, *reversed(range(2, 25))]
+    input = torch.randn(shape).permute(order)
+    target = torch.randint(0, 3, input.shape[:1] + input.shape[2:])
+    assert fused_ce.explain(input, target).startswith("fused")
+    torch.testing.assert_close(
+        fused_ce.cross_entropy(input, target, reduction="none"),
+        F.cross_entropy(input.flatten(2), target.flatten(1), reduction="none").view(target.shape),
+    )
+    assert fused_ce.explain(input[..., None], target[..., None]).startswith("stock")
+    torch.testing.assert_close(
+        fused_ce.cross_entropy(input[..., None], target[..., None]),
+        F.cross_entropy(input.flatten(2), target.flatten(1)),
+    )
+
+
+# More than a hundred tiles, the last of a run a short one.
+@pytest.mark.parametrize("shape", [(90011, 10), (2, 21, 150, 457)], ids=str)
+@pytest.mark.parametrize("mode", ["default", "recompute", "in place"])
+def test_short_tile_at_the_end_of_a_run_loses_rows(shape, mode):
+    input = torch.randn(shape)
+    target = torch.randint(0, shape[1], shape[:1] + shape[2:])
+    ours_ = ours(input, target, mode=mode, reduction="sum")
+    exact = float64(input, target, reduction="sum")
+    torch.testing.assert_close(ours_.loss.double(), exact.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours_.grad_input.double(), exact.grad_input, rtol=1e-4, atol=1e-6)

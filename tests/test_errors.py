@@ -342,3 +342,18 @@ def test_legacy_arguments_mean_or_warn_something_else(options, mode):
     torch.testing.assert_close(*losses)
     assert len(messages[0]) == 1
     assert messages[1] == messages[0]
+
+
+@pytest.mark.parametrize("freed", ["input", "target", "weight"])
+@pytest.mark.parametrize("mode", MODES)
+def test_storage_that_was_freed_is_read(freed, mode):
+    # As sharded training does between uses: the sizes stay, the memory goes.
+    tensors = {
+        "input": torch.randn(400, 500),
+        "target": torch.zeros(400, dtype=torch.int64),
+        "weight": torch.ones(500),
+    }
+    tensors[freed].untyped_storage().resize_(0)
+    for function, options in ((F.cross_entropy, {}), (fused_ce.cross_entropy, MODES[mode])):
+        with pytest.raises(RuntimeError, match="its data is not allocated yet"):
+            function(**tensors, **options)

@@ -270,3 +270,22 @@ def test_training_in_place_parts_from_stock(reduction):
             optimizer.zero_grad()
         finals.append([p.detach() for p in model.parameters()])
     torch.testing.assert_close(*finals)
+
+
+def test_weight_in_the_logits_memory_is_overwritten():
+    input = torch.randn(4, 5)
+    before = input.clone()
+    leaf = input.requires_grad_()
+    with pytest.raises(RuntimeError, match="share no memory"):
+        fused_ce.cross_entropy(leaf, torch.tensor([0, 1, 2, 3]), leaf.detach()[0], inplace=True)
+    assert torch.equal(leaf.detach(), before)
+
+
+def test_incoming_gradient_in_the_logits_memory_is_overwritten():
+    # Many rows, so that some are computed after the first were overwritten.
+    leaf = torch.randn(2000, 5).half().requires_grad_()
+    before = leaf.detach().clone()
+    loss = fused_ce.cross_entropy(leaf, torch.randint(0, 5, (2000,)), reduction="sum", inplace=True)
+    with pytest.raises(RuntimeError, match="share no memory"):
+        loss.backward(leaf.detach()[0, 0])
+    assert torch.equal(leaf.detach(), before)

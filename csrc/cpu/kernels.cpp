@@ -22,12 +22,13 @@ bool prefers_lanes(const Problem& p) {
   if (p.classes <= kMaxLaneClasses) return true;
   if (p.input.class_stride == 1) return false;
   const int64_t lane_stride = p.input.row_strides[p.row_dims - 1];
-  return lane_stride == 1 || p.classes <= kMaxGatheredClasses;
+  if (lane_stride == 1) return true;
+  return p.input.class_stride > lane_stride && p.classes <= kMaxGatheredClasses;
 }
 
 int64_t lanes_per_tile(const Problem& p) {
   constexpr int64_t kTileElements = 32768;
-  constexpr int64_t kMinLanes = 32;
+  constexpr int64_t kMinLanes = 128;  // fewer would read too little of each class at a time
   const int64_t lanes = kTileElements / std::max<int64_t>(1, p.classes) / 16 * 16;
   return std::clamp(lanes, kMinLanes, kMaxLanes);
 }

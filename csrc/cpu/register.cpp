@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <limits>
 #include <numeric>
 #include <string>
@@ -70,9 +71,11 @@ void scan(Problem& p) {
       counted += scan.weights;
     }
   }
-  // A total weight of zero makes the mean nan, also where label smoothing leaves a loss to divide.
-  if (p.reduction == Reduction::kMean)
-    p.denominator = counted != 0.0 ? counted : std::numeric_limits<double>::quiet_NaN();
+  if (p.reduction == Reduction::kMean) {
+    // A total weight of zero makes the mean nan, also where smoothing leaves a loss to divide.
+    const bool undefined = counted == 0.0 && p.label_smoothing > 0.0;
+    p.denominator = undefined ? std::numeric_limits<double>::quiet_NaN() : counted;
+  }
   if (p.label_smoothing > 0.0 && !p.probabilities) p.weight_sum = sum_weights(p);
 }
 
@@ -188,6 +191,8 @@ void backward_cpu_(const Tensor& input, const Tensor& target, const std::optiona
                    const Tensor& stats, const Tensor& grad_output) {
   const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
   check_overwritable(input, target, weight);
+  check_apart(input, grad_output);
+  check_apart(input, stats);
   write_gradient(arguments, stats, grad_output, input);
 }
 
@@ -197,12 +202,12 @@ Tensor backward_target_cpu(const Tensor& input, const Tensor& target,
                            const Tensor& grad_output) {
   const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
   ProblemBuilder builder(arguments);
+  FCE_CHECK(builder.has_probabilities(), "only a target of probabilities has a gradient");
   Tensor target_grad = empty_gradient(target);
   builder.set_stats(stats);
   builder.set_grad_output(grad_output);
   builder.set_target_grad(target_grad);
   Problem& problem = builder.build();
-  FCE_CHECK(problem.probabilities, "only a target of probabilities has a gradient");
   scan(problem);
   const Tiling tiling = row_tiling(problem);
   for_tiles(tiling,

@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "../formula.h"
@@ -47,8 +46,8 @@ class RowKernel {
     const Row row = describe(task, sums, target_logit);
     const A log_total = math::log1p_nonnegative(row.total_less_one);
     const A loss = p_.probabilities
-                       ? row.probability.loss(log_total, sums.gaps())
-                       : row.index.loss(log_total, sums.gaps(), p_.weight_sum, row_smoothing_);
+                       ? row.probability.loss(log_total, sums.gaps)
+                       : row.index.loss(log_total, sums.gaps, p_.weight_sum, row_smoothing_);
     if (terms)
       scale_terms(task, row, sums.max, terms, grad, target);
     else if (p_.grad.data)
@@ -96,15 +95,23 @@ class RowKernel {
   // first.
   static constexpr int64_t kMaxScratch = 262144;
 
-  // Row sums in double. `gap_base` and `mass` make up sum_c a_c (M - x_c) = gap_base + mass M, so
-  // that a block may take its gaps from its own maximum before M is known.
+  // Row sums in double, relative to the maximum so far; a larger one moves them.
   struct Sums {
     A max = -math::kInf<A>;
-    double exps = 0.0;
-    double gap_base = 0.0;
-    double mass = 0.0;
+    double exps = 0.0;  // exp(x_c - max)
+    double gaps = 0.0;  // a_c (max - x_c)
+    double mass = 0.0;  // a_c
 
-    double gaps() const { return gap_base + mass * static_cast<double>(max); }
+    // Adds a block's gaps from its own maximum; to be called before add_exps moves the row's.
+    void add_gaps(A block_max, double block_gaps, double block_mass) {
+      if (max == -math::kInf<A>)
+        gaps += block_gaps;
+      else if (block_max <= max)
+        gaps += block_gaps + block_mass * (static_cast<double>(max) - block_max);
+      else
+        gaps += block_gaps + mass * (static_cast<double>(block_max) - max);
+      mass += block_mass;
+    }
 
     void add_exps(A block_max, double block_exps) {
       if (block_max == -math::kInf<A>) {
@@ -223,8 +230,7 @@ class RowKernel {
         gaps += a * (base - x[i]);
         mass += a;
       }
-      sums.gap_base += gaps - mass * base;
-      sums.mass += mass;
+      sums.add_gaps(base, gaps, mass);
     });
   }
 
@@ -297,7 +303,7 @@ class RowKernel {
   }
 
   void zero(int64_t grad) {
-    std::memset(buffer_, 0, sizeof buffer_);
+    std::fill(buffer_, buffer_ + std::min(kBlock, p_.classes), A(0));
     for (int64_t b = 0; b < p_.classes; b += kBlock)
       store_span(buffer_, std::min(kBlock, p_.classes - b), p_.grad,
                  grad + b * p_.grad.class_stride, p_.grad.class_stride);

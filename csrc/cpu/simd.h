@@ -21,7 +21,9 @@ enum class Level { kBaseline, kAvx2, kAvx512 };
 inline Level detect() {
   const char* cap = std::getenv("ATEN_CPU_CAPABILITY");
   if (cap && !std::strcmp(cap, "default")) return Level::kBaseline;
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  // Every CPU with AVX2 and FMA has the other extensions of FCE_AVX2 too.
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                 __builtin_cpu_supports("avx512cd");
