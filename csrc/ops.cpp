@@ -22,6 +22,14 @@ STABLE_TORCH_LIBRARY(fused_ce, m) {
   m.def("backward_(Tensor(a!) input, " FCE_PROBLEM ", Tensor stats, Tensor grad_output) -> ()");
   m.def("backward_target(Tensor input, " FCE_PROBLEM
         ", Tensor stats, Tensor grad_output) -> Tensor");
+  // The same for the graphs of torch.compile, with derivatives registered for them; eager calls do
+  // without, since a registered derivative costs several times what a small call does.
+  m.def("graph_forward(Tensor input, " FCE_PROBLEM
+        ", ScalarType loss_dtype) -> (Tensor loss, Tensor stats)");
+  m.def("graph_backward(Tensor input, " FCE_PROBLEM
+        ", Tensor stats, Tensor grad_output) -> Tensor");
+  m.def("graph_backward_target(Tensor input, " FCE_PROBLEM
+        ", Tensor stats, Tensor grad_output) -> Tensor");
   // `grad` is what forward_grad returned. Nothing is done when grad_output is 1.
   m.def("rescale_(Tensor(a!) grad, Tensor input, " FCE_PROBLEM
         ", Tensor stats, Tensor grad_output) -> ()");

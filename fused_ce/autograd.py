@@ -33,40 +33,47 @@ class Options(NamedTuple):
     label_smoothing: float
 
 
+def stock_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, loss_dtype: torch.dtype
+) -> Tensor:
+    """Stock's loss for one of its derivatives.
+
+    In the loss's dtype, which under autocast is wider than the logits', and in float32 for the
+    half types.
+    """
+    dtype = torch.promote_types(loss_dtype, torch.float32)
+    return F.cross_entropy(
+        input.to(dtype),
+        target.to(dtype) if target.is_floating_point() else target.long(),
+        None if weight is None else weight.to(dtype),
+        ignore_index=options.ignore_index,
+        reduction=_REDUCTIONS[options.reduction],
+        label_smoothing=options.label_smoothing,
+    )
+
+
 def _stock_gradients(ctx: Any, grad_output: Tensor, input: Tensor, target: Tensor, weight) -> tuple:
     """Differentiates stock's loss, under a graph if the caller wants one.
 
     The gradient is that for a ``grad_output`` of 1, times ``grad_output``: what may be a batch, or
-    carry a tangent, then only meets a product. The rest runs outside of any transform, in the
-    loss's dtype (under autocast it is wider than the logits') and in float32 for the half types.
+    carry a tangent, then only meets a product, and the rest runs outside of any transform. Up to
+    that product it is in float32 at least, or the product would come after a rounding.
     """
     dtype = torch.promote_types(ctx.loss_dtype, torch.float32)
     create_graph = torch.is_grad_enabled()
     with temporarily_clear_interpreter_stack(), torch.enable_grad():
-        logits = input.to(dtype)
-        classes = target.to(dtype) if target.is_floating_point() else target.long()
-        loss = F.cross_entropy(
-            logits,
-            classes,
-            None if weight is None else weight.to(dtype),
-            ignore_index=ctx.options.ignore_index,
-            reduction=_REDUCTIONS[ctx.options.reduction],
-            label_smoothing=ctx.options.label_smoothing,
-        )
-        needed = [
-            t for t, needs in zip((logits, classes), ctx.needs_input_grad, strict=False) if needs
-        ]
-        units = iter(
-            torch.autograd.grad(loss, needed, torch.ones_like(loss), create_graph=create_graph)
-        )
+        wide = [t.to(dtype) if t.is_floating_point() else t for t in (input, target)]
+        loss = stock_loss(*wide, weight, ctx.options, dtype)
+        needed = [t for t, needs in zip(wide, ctx.needs_input_grad, strict=False) if needs]
+        ones = torch.ones_like(loss)
+        units = iter(torch.autograd.grad(loss, needed, ones, create_graph=create_graph))
     if loss.dim() > 0:
         grad_output = grad_output.unsqueeze(1 if input.dim() > 1 else 0)
-    return tuple(
-        (next(units) * grad_output).to(argument.dtype) if needs else None
-        for argument, needs in zip(
-            (input, target, None, None, None), ctx.needs_input_grad, strict=True
-        )
+    input_grad, target_grad = (
+        (next(units) * grad_output).to(t.dtype) if needs else None
+        for t, needs in zip((input, target), ctx.needs_input_grad, strict=False)
     )
+    return input_grad, target_grad, None, None, None
 
 
 def _needs_stock(grad_output: Tensor) -> bool:

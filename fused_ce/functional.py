@@ -12,7 +12,7 @@ from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import autograd, ops
+from . import autograd, graph, ops
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DEVICES = frozenset({"cpu"})
@@ -300,7 +300,9 @@ def _mode(input, target, reduction: int, grad_in_forward: bool, inplace: bool) -
     """When the gradient is computed; a key of _RUN."""
     if not torch.is_grad_enabled() or not (input.requires_grad or target.requires_grad):
         return "no gradient"
-    if torch.compiler.is_compiling() or not input.requires_grad:
+    if torch.compiler.is_compiling():
+        return "recomputed in the graph's backward"
+    if not input.requires_grad:
         return "recomputed in backward"
     defers = reduction == 0 or target.requires_grad
     if inplace:
@@ -318,6 +320,7 @@ _RUN = {
     "no gradient": _run_without_grad,
     "gradient in forward": autograd.GradInForward.apply,
     "recomputed in backward": autograd.Recompute.apply,
+    "recomputed in the graph's backward": graph.graph_loss,
     "in place in forward": autograd.OverwriteInForward.apply,
     "in place in backward": autograd.OverwriteInBackward.apply,
 }

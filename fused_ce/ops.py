@@ -44,6 +44,9 @@ forward_grad_ = torch.ops.fused_ce.forward_grad_.default
 backward = torch.ops.fused_ce.backward.default
 backward_ = torch.ops.fused_ce.backward_.default
 backward_target = torch.ops.fused_ce.backward_target.default
+graph_forward = torch.ops.fused_ce.graph_forward.default
+graph_backward = torch.ops.fused_ce.graph_backward.default
+graph_backward_target = torch.ops.fused_ce.graph_backward_target.default
 rescale_ = torch.ops.fused_ce.rescale_.default
 scale_ = torch.ops.fused_ce.scale_.default
 check_overwritable = torch.ops.fused_ce.check_overwritable.default
@@ -93,6 +96,7 @@ def _(input, target, weight, reduction, ignore_index, label_smoothing, loss_dtyp
 
 
 @torch.library.register_fake("fused_ce::forward_stats")
+@torch.library.register_fake("fused_ce::graph_forward")
 def _(input, target, weight, reduction, ignore_index, label_smoothing, loss_dtype):
     return _fake_loss(input, reduction, loss_dtype), _fake_stats(input)
 
@@ -104,11 +108,13 @@ def _(input, target, weight, reduction, ignore_index, label_smoothing, loss_dtyp
 
 
 @torch.library.register_fake("fused_ce::backward")
+@torch.library.register_fake("fused_ce::graph_backward")
 def _(input, target, weight, reduction, ignore_index, label_smoothing, stats, grad_output):
     return _fake_gradient(input)
 
 
 @torch.library.register_fake("fused_ce::backward_target")
+@torch.library.register_fake("fused_ce::graph_backward_target")
 def _(input, target, weight, reduction, ignore_index, label_smoothing, stats, grad_output):
     return _fake_gradient(target)
 

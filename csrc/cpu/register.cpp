@@ -248,6 +248,9 @@ STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) {
   m.impl("backward", TORCH_BOX(&backward_cpu));
   m.impl("backward_", TORCH_BOX(&backward_cpu_));
   m.impl("backward_target", TORCH_BOX(&backward_target_cpu));
+  m.impl("graph_forward", TORCH_BOX(&forward_stats_cpu));
+  m.impl("graph_backward", TORCH_BOX(&backward_cpu));
+  m.impl("graph_backward_target", TORCH_BOX(&backward_target_cpu));
   m.impl("rescale_", TORCH_BOX(&rescale_cpu_));
   m.impl("scale_", TORCH_BOX(&scale_cpu_));
 }
