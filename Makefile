@@ -3,6 +3,7 @@
 #   make test        lint, and all but the slow tests
 #   make test-all    the slow tests too
 #   make demo        train two small models with stock's loss and with this one
+#   make bench       measure it beside stock PyTorch and a copy of the logits (bench/README.md)
 #   make test-torch TORCH=torch==2.10.0
 #                    the tests with the wheel, built with the pinned torch, under another torch in an
 #                    environment of its own (gigabytes where torch comes with CUDA)
@@ -29,7 +30,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait for one another should not spin: the tests share the cores with other programs.
 test test-all test-torch: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: build test test-all test-torch demo lint format wheel clean
+.PHONY: build test test-all test-torch demo bench lint format wheel clean
 
 build: $(LIBRARY)
 
@@ -65,6 +66,9 @@ test-torch:
 
 demo: build
 	$(BIN)/python -m bench.demo $(ARGS)
+
+bench: build
+	$(BIN)/python -m bench $(ARGS)
 
 lint: build
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ width of a README. Speeds are ratios, hence the logarithmic axis: twice as fast 
 are the same distance from stock. What was not measured has no mark.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -34,7 +34,10 @@ LABELS = {
     "inplace": "fused_ce, in place",
     "copy": "copying the logits",
 }
+BAND = "#f5f7f9"
 DPI = 120
+# A copy of less than this takes the time of a call, and is no measure of anything else.
+SMALLEST_COPY = 1e6
 
 
 def mark(axes: Axes, name: str, points: Sequence[tuple[float, int]]) -> None:
@@ -48,23 +51,25 @@ def mark(axes: Axes, name: str, points: Sequence[tuple[float, int]]) -> None:
 def case_axis(axes: Axes, records: Sequence[Record]) -> None:
     style(axes)
     axes.set_yticks(range(len(records)), [record.case.name for record in records])
-    axes.set_ylim(len(records) - 0.4, -0.6)
+    axes.set_ylim(len(records) - 0.5, -0.5)
     axes.spines["left"].set_visible(False)
-    for row in range(len(records)):
-        axes.axhline(row, color=FAINT, linewidth=0.7, zorder=0)
+    axes.grid(axis="x", color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for row in range(0, len(records), 2):
+        axes.axhspan(row - 0.5, row + 0.5, color=BAND, linewidth=0, zorder=0)
 
 
-def legend(figure: Figure, axes: Sequence[Axes]) -> None:
+def legend(figure: Figure, axes: Sequence[Axes], order: Iterable[str]) -> None:
     found = {}
     for panel in axes:
         handles, labels = panel.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
-    ordered = [label for label in LABELS.values() if label in found]
+    ordered = [label for label in order if label in found]
     figure.legend(
         [found[label] for label in ordered],
         ordered,
         loc="outside lower center",
-        ncols=len(ordered),
+        ncols=min(3, len(ordered)),
         frameon=False,
         fontsize=9,
         labelcolor=INK,
@@ -73,8 +78,8 @@ def legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 def new_figure(title: str, note: str, width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
-    figure.text(0.01, 1 - 0.5 / height, note, fontsize=8.5, color=INK, va="center")
+    figure.suptitle(f"{title}\n\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+    figure.text(0.01, 1 - 0.45 / height, note, fontsize=8.5, color=INK, va="center")
     return figure
 
 
@@ -84,7 +89,12 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def draw_speed(records: Sequence[Record], note: str, path: Path) -> None:
-    figure = new_figure("Speed, times stock PyTorch's", note, 9.5, 1.9 + 0.27 * len(records))
+    figure = new_figure(
+        "Times as fast as stock PyTorch: to the right is faster",
+        note,
+        9.5,
+        2.1 + 0.27 * len(records),
+    )
     panels = figure.subplots(1, 2, sharey=True)
     for axes, which in zip(panels, (FORWARD, BOTH), strict=True):
         case_axis(axes, records)
@@ -94,10 +104,16 @@ def draw_speed(records: Sequence[Record], note: str, path: Path) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.axvline(1, color=MARKS["stock"][0], linewidth=2, zorder=1, label=LABELS["stock"])
         for name in MARKS:
-            ratios = [record.ratio(name, which) for record in records]
-            points = [(ratio, row) for row, ratio in enumerate(ratios) if ratio is not None]
-            mark(axes, name, points if name != "stock" else [])
-    legend(figure, panels)
+            if name == "stock":
+                continue
+            points = []
+            for row, record in enumerate(records):
+                ratio = record.ratio(name, which)
+                tiny = name == "copy" and record.case.logits_bytes < SMALLEST_COPY
+                if ratio is not None and not tiny:
+                    points.append((ratio, row))
+            mark(axes, name, points)
+    legend(figure, panels, LABELS.values())
     save(figure, path)
 
 
@@ -105,11 +121,14 @@ def draw_memory(records: Sequence[Record], note: str, path: Path) -> None:
     """Forward+backward, in logits. Small logits are left out: what the system's account of memory
     cannot resolve would be a large part of them."""
     records = [record for record in records if record.case.logits_bytes >= 16 * RESOLUTION]
+    if not records:
+        path.unlink(missing_ok=True)  # an earlier run's picture would pass for this one's
+        return
     figure = new_figure(
         "Peak memory beyond the logits, forward+backward, in multiples of the logits",
         note,
         9.5,
-        1.9 + 0.4 * len(records),
+        2.1 + 0.35 * len(records),
     )
     axes = figure.subplots()
     case_axis(axes, records)
@@ -119,11 +138,11 @@ def draw_memory(records: Sequence[Record], note: str, path: Path) -> None:
         for row, record in enumerate(records):
             result = record.find(name, BOTH)
             if result is not None and result.peak is not None:
-                # Beside each other, since several need exactly one gradient.
+                # One below the other, since several need exactly one gradient.
                 offset = 0.6 * (place / (len(names) - 1) - 0.5)
                 points.append((result.peak / record.case.logits_bytes, row + offset))
+        for across, down in points:
+            axes.hlines(down, 0, across, color=MARKS[name][0], linewidth=1.5)
         mark(axes, name, points)
-    axes.set_xlim(left=-0.1)
-    axes.grid(axis="x", color=FAINT, linewidth=0.7)
-    legend(figure, [axes])
+    legend(figure, [axes], LABELS.values())
     save(figure, path)

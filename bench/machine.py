@@ -1,5 +1,10 @@
-"""What a figure has to be read with: the machine, the versions and the settings of this run."""
+"""What a figure has to be read with: the machine, its state, and the versions of everything.
 
+All of it goes into the JSON, the part that moves figures most also onto the terminal and the
+charts. What a system does not tell is None.
+"""
+
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -48,8 +53,10 @@ def describe(device: Device) -> dict[str, Any]:
         "device": device.name,
         "model": device.model(),
         "architecture": platform.machine(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": platform.system(),
         "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "load_average": round(os.getloadavg()[0], 2),
         "huge_pages": huge_pages(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -60,8 +67,21 @@ def describe(device: Device) -> dict[str, Any]:
 
 
 def headline(facts: dict[str, Any]) -> str:
-    instructions = facts["fused_ce"]["instruction_set"] or facts["torch_instruction_set"].lower()
-    return (
-        f"{facts['model']}, {facts['threads']} threads, {instructions}, torch {facts['torch']}, "
-        f"huge pages {facts['huge_pages']}"
-    )
+    parts = [
+        facts["model"] or facts["architecture"],
+        f"{facts['threads']} threads",
+        facts["fused_ce"]["instruction_set"] or facts["torch_instruction_set"].lower(),
+        f"torch {facts['torch']}",
+    ]
+    if facts["huge_pages"]:
+        parts.append(f"huge pages {facts['huge_pages']}")
+    return ", ".join(parts)
+
+
+def busy(facts: dict[str, Any]) -> str:
+    """A warning, or nothing. Threads that wait for one another suffer most from other work: where
+    it holds a core, a call of microseconds takes milliseconds."""
+    load = facts["load_average"]
+    if load <= 0.5:
+        return ""
+    return f"load average {load}: other work on this machine will disturb the figures"

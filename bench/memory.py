@@ -18,7 +18,7 @@ from bench.problem import BOTH, Problem
 from bench.providers import make_call, passes_of
 
 # Imported once by the process that is forked; torch.compile's own parts take seconds.
-PRELOAD = ["bench.memory", "fused_ce", "torch._dynamo", "torch._inductor.compile_fx"]
+PRELOAD = ["bench.memory", "torch._dynamo", "torch._inductor.compile_fx"]
 
 M_MMAP_THRESHOLD = -3  # <malloc.h>
 LARGE = 64 * 1024

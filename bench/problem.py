@@ -8,6 +8,7 @@ in place needs it, and so every provider finds the caches in the same state.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import DTYPES, Case
@@ -56,6 +57,19 @@ class Problem:
             for logits in chosen:
                 logits.copy_(self.original)
         return chosen
+
+    def reference(self) -> tuple[Tensor, Tensor]:
+        """Stock's loss and gradient, in float32 at least: its half types sum in half precision, and
+        lose a loss over many rows."""
+
+        def widen(value: Any) -> Any:
+            wide = torch.is_tensor(value) and value.is_floating_point()
+            return value.to(torch.promote_types(value.dtype, torch.float32)) if wide else value
+
+        logits = widen(self.original).detach().requires_grad_()
+        options = {name: widen(value) for name, value in self.options.items()}
+        loss = F.cross_entropy(logits, widen(self.target), **options)
+        return loss.detach(), torch.autograd.grad(loss, logits, widen(self.grad_output))[0]
 
     def traffic(self, which: str) -> int:
         """The fewest bytes the pass can move: what it is given read once, the gradient (or the

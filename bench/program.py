@@ -1,11 +1,15 @@
-"""The benchmark as a program: options in; tables, JSON and charts out."""
+"""The benchmark as a program: options in; tables, JSON and charts out.
+
+A table is printed as soon as its case is done, and the files are written at the end. On a terminal
+a bar shows what is being measured and how long it will take; in a log there are the tables alone.
+"""
 
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from bench import charts, scaling
 from bench.cases import CASES, DTYPES, Case, NoSuchCase, select
 from bench.devices import DEVICES
-from bench.machine import describe, headline
+from bench.machine import busy, describe, headline
 from bench.measure import Effort, Notice, measure, measure_peaks, notices
 from bench.providers import PROVIDERS
 from bench.record import Record, write_json
@@ -44,7 +48,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Cas
         "--out", type=Path, default=Path("build/bench"), help="folder; default: %(default)s"
     )
     parser.add_argument(
-        "--seconds", type=float, default=5.0, help="of timing for a case; default: %(default)s"
+        "--seconds", type=float, default=8.0, help="of timing for a case; default: %(default)s"
     )
     parser.add_argument("--threads", type=int, help="default: as many as torch chooses")
     parser.add_argument("--quick", action="store_true", help="two rounds: to see that all runs")
@@ -59,6 +63,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Cas
     options.providers = [name for name in PROVIDERS if name in (options.providers or default)]
     if not DEVICES[options.device].is_here():
         parser.error(f"there is no {options.device} device here")
+    if options.threads is not None and options.threads < 1:
+        parser.error("--threads must be at least 1")
     if options.scaling and options.cases:
         parser.error("--scaling has sizes of its own; leave --cases out")
     try:
@@ -87,7 +93,8 @@ def run_cases(
 ) -> list[Record]:
     device, names = DEVICES[options.device], options.providers
     records = []
-    with progress(console, sum(notices(case, names) for case in cases)) as notice:
+    total = sum(notices(case, names) + len(names) for case in cases)
+    with progress(console, total) as notice:
         for case in cases:
             record = measure(case, names, device, effort, notice)
             measure_peaks(record, names, device, notice)
@@ -110,18 +117,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = describe(device)
     note = headline(facts)
     console.print(note, highlight=False, soft_wrap=True)
+    if busy(facts):
+        console.print(f"[yellow]{busy(facts)}[/]", highlight=False, soft_wrap=True)
 
     start = perf_counter()
     if options.scaling:
-        name = "scaling"
-        sizes = scaling.cases(options.dtype or "fp32", options.quick)
-        with progress(console, scaling.steps(sizes, options.providers)) as notice:
-            data = scaling.run(sizes, options.providers, device, effort, notice)
-        console.print(scaling.table(data))
-        scaling.draw(data, note, out / "scaling.png")
+        kind = "scaling"
+        sizes = scaling.sizes(options.dtype or "fp32", options.quick)
+        total = scaling.notices_of(sizes, options.providers, device)
+        with progress(console, total) as notice:
+            records = scaling.run(sizes, options.providers, device, effort, notice)
+        console.print(*scaling.tables(records))
+        scaling.draw(records, note, out / "scaling.png")
     else:
-        name = "bench"
-        data = run_cases(console, options, cases, effort)
-        console.print(summary(data, options.providers))
-        charts.draw_speed(data, note, out / "speed.png")
-        charts.draw_memory(data, note, out / "memory.png")
+        kind = "bench"
+        records = run_cases(console, options, cases, effort)
+        console.print(summary(records, options.providers))
+        charts.draw_speed(records, note, out / "speed.png")
+        charts.draw_memory(records, note, out / "memory.png")
+    seconds = perf_counter() - start
+    data = {
+        "kind": kind,
+        "machine": facts,
+        "effort": asdict(effort),
+        "providers": options.providers,
+        "seconds": round(seconds, 1),
+        "cases": [record.as_data() for record in records],
+    }
+    write_json(out / f"{kind}.json", data)
+    console.print(f"{seconds:.0f} s; JSON and charts are in {out}", highlight=False)
+    return 0

@@ -66,9 +66,7 @@ def make_call(name: str, which: str, problem: Problem) -> Call:
     if provider.function is None:
         # Touched before, so that the copy pays for its traffic and not for its pages.
         return torch.zeros_like(problem.original).copy_
-    loss = partial(
-        provider.function(), target=problem.target, **problem.options, **provider.mode
-    )
+    loss = partial(provider.function(), target=problem.target, **problem.options, **provider.mode)
     if which == FORWARD:
         return loss
     grad_output = problem.grad_output

@@ -47,6 +47,7 @@ class Record:
     """One case."""
 
     case: Case
+    threads: int
     results: list[Result]
 
     def find(self, provider: str, which: str) -> Result | None:
@@ -73,6 +74,7 @@ class Record:
         return {
             "name": self.case.name,
             **asdict(self.case),
+            "threads": self.threads,
             "logits_bytes": self.case.logits_bytes,
             "results": [self._result_data(result) for result in self.results],
         }
@@ -99,5 +101,5 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(data, indent=1)
     # A list of numbers on one line: a sample a line would make a file nobody scrolls through.
-    text = re.sub(r"\[[\d\s.,e+-]+\]", lambda found: " ".join(found[0].split()), text)
+    text = re.sub(r"\[([\d\s.,e+-]+)\]", lambda list: f"[{' '.join(list[1].split())}]", text)
     path.write_text(text + "\n")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from bench.display import memory_text, time_text
+from bench.display import memory_text
 from bench.problem import BOTH, COPY, FORWARD
 from bench.providers import PROVIDERS
 from bench.record import Record, Result
@@ -24,11 +24,17 @@ def ratio_text(ratio: float | None) -> str:
 def milliseconds_text(value: float | None) -> str:
     if value is None:
         return DASH
-    return f"{value:.4f}" if value < 0.1 else time_text(value)
+    decimals = 4 if value < 0.1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{decimals}f}"
 
 
 def bandwidth_text(value: float | None) -> str:
-    return DASH if value is None else f"{value:.3g}"
+    return DASH if value is None else f"{value:.2f}" if value >= 0.01 else "< 0.01"
+
+
+def pass_text(which: str) -> str:
+    """Narrow enough to head a column."""
+    return "" if which == COPY else which.replace("forward+", "+")
 
 
 def peak_text(result: Result) -> str:
@@ -81,7 +87,7 @@ def summary(records: Sequence[Record], names: Sequence[str]) -> Table:
     table.title = "times as fast as stock, by medians"
     table.add_column("case", no_wrap=True)
     for name, which in columns:
-        table.add_column(f"{which.replace('forward+', '+')}\n{name}", justify="right", no_wrap=True)
+        table.add_column(f"{pass_text(which)}\n{name}", justify="right", no_wrap=True)
     for record in records:
         table.add_row(
             record.case.name,

@@ -374,6 +374,10 @@ LATE = {
     "vmap": lambda back, v: vmap(back)(torch.stack([v, 2 * v, -v])),
     "jacfwd": lambda back, v: jacfwd(back)(v),
     "vmap of jvp": lambda back, v: vmap(lambda t: jvp(back, (v,), (t,)))(torch.stack([v, 2 * v])),
+    "grad": lambda back, v: grad(lambda v: back(v, create_graph=True).square().sum())(v).detach(),
+    "vjp": lambda back, v: [
+        t.detach() for t in vjp(lambda v: back(v, create_graph=True).sin().sum(), v)[1](v.sum())
+    ],
 }
 
 
@@ -393,8 +397,10 @@ def test_transform_of_a_backward_alone_is_silently_wrong(transform, kind, reduct
         leaf = same_layout(input).requires_grad_()
         loss = function(leaf, target, reduction=reduction, **extra)
 
-        def back(incoming):
-            return torch.autograd.grad(loss, leaf, incoming, retain_graph=True)[0]
+        def back(incoming, create_graph=False):
+            return torch.autograd.grad(
+                loss, leaf, incoming, retain_graph=True, create_graph=create_graph
+            )[0]
 
         with warnings.catch_warnings():
             # torch says so when an operator of ours is run once for each element of a batch.
@@ -413,8 +419,10 @@ def test_transform_of_a_backward_in_place_is_silently_wrong(transform):
         leaf = same_layout(input).requires_grad_()
         loss = function(leaf, target, **extra)
 
-        def back(incoming):
-            return torch.autograd.grad(loss, leaf, incoming, retain_graph=True)[0]
+        def back(incoming, create_graph=False):
+            return torch.autograd.grad(
+                loss, leaf, incoming, retain_graph=True, create_graph=create_graph
+            )[0]
 
         return LATE[transform](back, torch.full_like(loss, 0.5).detach())
 
@@ -424,6 +432,37 @@ def test_transform_of_a_backward_in_place_is_silently_wrong(transform):
     except RuntimeError:
         return
     torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
+@pytest.mark.parametrize("form", ["create_graph", "is_grads_batched", "vmap", "dual level"])
+@every_kind
+@every_reduction
+def test_nonfinite_incoming_gradient_reaches_an_ignored_row(kind, reduction, form, value):
+    # Where it goes when stock's formula is at work: nowhere but where it goes in stock.
+    input, target, extra = problem(kind)
+
+    def body(function):
+        leaf = same_layout(input).requires_grad_()
+        loss = function(leaf, target, reduction=reduction, **extra)
+        incoming = torch.full_like(loss.detach(), value)
+
+        def back(incoming, **options):
+            return torch.autograd.grad(loss, leaf, incoming, retain_graph=True, **options)[0]
+
+        if form == "vmap":
+            return vmap(back)(torch.stack([incoming, incoming]))
+        if form == "is_grads_batched":
+            return back(torch.stack([incoming, incoming]), is_grads_batched=True)
+        if form == "dual level":
+            return tuple(_dual(back, incoming))
+        return back(incoming, create_graph=True).detach()
+
+    results, expected = ([t] if isinstance(t, torch.Tensor) else t for t in both(body))
+    for mine, theirs in zip(results, expected, strict=True):
+        # Whether a counted row's is nan or infinite is a matter of which term comes first.
+        assert torch.equal(mine.isfinite(), theirs.isfinite())
+        torch.testing.assert_close(mine[mine.isfinite()], theirs[mine.isfinite()])
 
 
 @every_kind

@@ -1,0 +1,191 @@
+"""The benchmark as its user meets it: a process, its output, its JSON and its charts.
+
+Figures are not judged here. What must not be lost is that every one was measured: a provider that
+raises, answers wrongly or hands the call to stock has to show a dash and a reason.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench import cases, charts, program, scaling  # noqa: E402
+from bench.problem import BOTH, COPY, FORWARD, Problem  # noqa: E402
+from bench.record import Record, Result  # noqa: E402
+
+UNCOMPILED = ("stock", "fused", "recompute", "inplace", "copy")
+
+# Every way to have no figure, beside a provider that has one.
+FAULTY = """
+import sys
+import fused_ce
+from bench import program, providers
+
+right = fused_ce.cross_entropy
+
+def wrong_in_place(*arguments, inplace=False, **options):
+    return right(*arguments, **options) * (1.001 if inplace else 1)
+
+def raises():
+    raise NotImplementedError("no such thing")
+
+fused_ce.cross_entropy = wrong_in_place
+fused_ce.explain = lambda *arguments, **options: (
+    "stock: for a change" if options.get("grad_in_forward") is False else "fused: as it should be"
+)
+providers.PROVIDERS["compile"] = providers.Provider(raises)
+sys.exit(program.main(sys.argv[1:]))
+"""
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def is_png(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_two_cases_leave_figures_charts_and_json(tmp_path):
+    printed = run(
+        *("-m", "bench", "--quick", "--cases", "8x10", "65536x10", "--out", str(tmp_path)),
+        *("--providers", *UNCOMPILED),
+    )
+    assert "8x10" in printed and "recompute" in printed and "\x1b" not in printed
+    assert is_png(tmp_path / "speed.png")
+    # Logits this small are below what the account of memory resolves.
+    assert not (tmp_path / "memory.png").exists()
+
+    data = json.loads((tmp_path / "bench.json").read_text())
+    machine = data["machine"]
+    assert {"model", "torch", "threads", "huge_pages", "commit"} < machine.keys()
+    assert machine["fused_ce"]["instruction_set"]
+    assert [case["name"] for case in data["cases"]] == ["65536x10", "8x10"]
+    for case in data["cases"]:
+        measured = {(result["provider"], result["pass"]) for result in case["results"]}
+        assert measured == {
+            *((name, FORWARD) for name in ("stock", "fused")),
+            *((name, BOTH) for name in ("stock", "fused", "recompute", "inplace")),
+            ("copy", COPY),
+        }
+        for result in case["results"]:
+            assert len(result["samples_ms"]) == 2
+            assert 0 < result["min_ms"] <= result["median_ms"]
+            assert result["gb_per_s"] == pytest.approx(
+                result["traffic_bytes"] / result["median_ms"] / 1e6
+            )
+            assert result["peak_extra_bytes"] is None or result["peak_extra_bytes"] >= 0
+            ours = result["provider"] in ("fused", "recompute", "inplace")
+            assert result["path"].startswith("fused: ") == ours
+
+
+def test_what_cannot_be_measured_has_a_reason_and_no_figure(tmp_path):
+    printed = run("-c", FAULTY, "--quick", "--cases", "8x10", "--out", str(tmp_path))
+    (case,) = json.loads((tmp_path / "bench.json").read_text())["cases"]
+    found = {(result["provider"], result["pass"]): result for result in case["results"]}
+    reasons = {
+        ("compile", FORWARD): "no such thing",
+        ("compile", BOTH): "no such thing",
+        ("recompute", BOTH): "stock: for a change",
+        ("inplace", BOTH): "the loss is",
+    }
+    for key, reason in reasons.items():
+        assert reason in found[key]["reason"] and reason in printed
+        assert found[key]["samples_ms"] == []
+        for figure in ("median_ms", "min_ms", "gb_per_s", "ratio_to_stock", "peak_extra_bytes"):
+            assert found[key][figure] is None
+    for name, which in found.keys() - reasons.keys():
+        assert found[name, which]["median_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cases", "8x10", "7x7"], "no case matches '7x7'"),
+        (["--providers", "liger"], "invalid choice: 'liger'"),
+        (["--threads", "0"], "at least 1"),
+    ],
+)
+def test_what_is_not_there_is_named(options, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        program.parse(options)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_names_are_unique_and_select():
+    names = [case.name for case in cases.CASES]
+    assert len(set(names)) == len(names)
+    assert [case.name for case in cases.select(["8192x1000", "*-fp16"], None)] == [
+        "8192x1000",
+        "1024x32000-fp16",
+    ]
+    # The bfloat16 case of this shape and the float32 one made bfloat16 are one case.
+    assert [case.name for case in cases.select(["512x50257*"], "bf16")] == ["512x50257-bf16"]
+
+
+def test_ratios_are_of_medians_and_missing_ones_stay_missing():
+    case = cases.Case((8, 10))
+    results = [
+        Result("stock", BOTH, traffic=1000, samples=[4.0, 6.0, 90.0]),
+        Result("fused", BOTH, traffic=1000, samples=[2.0, 1.0, 3.0]),
+        Result("inplace", BOTH, traffic=1000, reason="broken"),
+        Result("copy", COPY, traffic=1000, samples=[1.0]),
+    ]
+    record = Record(case, 1, results)
+    assert record.ratio("fused", BOTH) == 3 and record.ratio("copy", BOTH) == 6
+    assert record.share_of_copy(results[1]) == 0.5
+    for missing in (record.ratio("inplace", BOTH), record.ratio("fused", FORWARD)):
+        assert missing is None
+    assert record.share_of_copy(results[2]) is None
+
+
+def test_charts_skip_what_was_not_measured(tmp_path):
+    case = cases.Case((4096, 1000))
+    results = [
+        Result("stock", BOTH, samples=[3.0], peak=3 * case.logits_bytes),
+        Result("fused", BOTH, samples=[1.0], peak=None),
+        Result("inplace", BOTH, reason="broken"),
+    ]
+    for records in ([Record(case, 1, results)], [Record(case, 1, results[2:])]):
+        for draw in (charts.draw_speed, charts.draw_memory):
+            draw(records, "a machine", tmp_path / "chart.png")
+            assert is_png(tmp_path / "chart.png")
+            (tmp_path / "chart.png").unlink()
+
+
+def test_scaling_leaves_a_chart(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "QUICK_DOUBLINGS", 1)
+    assert program.main(["--scaling", "--quick", "--out", str(tmp_path)]) == 0
+    assert is_png(tmp_path / "scaling.png")
+    measured = json.loads((tmp_path / "scaling.json").read_text())["cases"]
+    sizes = {case["logits_bytes"] for case in measured}
+    assert sizes == {1024000, 2048000}
+    assert {case["threads"] for case in measured} == {1, torch.get_num_threads()}
+
+
+def test_traffic_counts_each_tensor_once():
+    logits, target = 8 * 10 * 4, 8 * 8
+    problem = Problem(cases.Case((8, 10)), "cpu")
+    assert problem.traffic(FORWARD) == logits + target
+    assert problem.traffic(BOTH) == 2 * logits + target
+    assert problem.traffic(COPY) == 2 * logits
+    weighted = Problem(cases.Case((8, 10), weighted=True), "cpu")
+    assert weighted.traffic(FORWARD) == logits + target + 10 * 4
+    probabilities = Problem(cases.Case((8, 10), probabilities=True), "cpu")
+    assert probabilities.traffic(BOTH) == 3 * logits
