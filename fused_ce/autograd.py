@@ -203,13 +203,17 @@ class OverwriteInBackward(_Overwriting):
         ops.check_overwritable(input, target, weight)
         loss, stats = ops.forward_stats(input, target, weight, *options, loss_dtype)
         ctx.save_for_backward(input, target, weight, stats)
+        ctx.storage = input.untyped_storage()._cdata
         ctx.options = options
         ctx.consumed = False
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
-        input, target, weight, stats = _Overwriting.begin_backward(ctx, grad_output)
+        saved = input, target, weight, stats = _Overwriting.begin_backward(ctx, grad_output)
+        if input.untyped_storage()._cdata != ctx.storage:
+            # A hook on saved tensors gave a copy back, which others may have been given too.
+            return _fused_gradients(ctx, grad_output, saved)
         arguments = (target, weight, *ctx.options, stats, grad_output)
         target_grad = None
         if ctx.needs_input_grad[1]:

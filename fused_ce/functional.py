@@ -233,7 +233,8 @@ def _foreign(tensor: object, name: str) -> str | None:
     if tensor.is_nested:
         return f"the {name} {verb} nested"
     if tensor.layout is not torch.strided:
-        return f"the {name} {verb} sparse"
+        kind = "sparse" if "sparse" in str(tensor.layout) else f"of the layout {tensor.layout}"
+        return f"the {name} {verb} {kind}"
     if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
         return f"the {name} {verb} a {type(tensor).__name__}"
     return None

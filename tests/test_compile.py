@@ -14,6 +14,7 @@ import warnings
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from cases import (
     GEOMETRIES,
@@ -374,6 +375,23 @@ def test_double_backward_through_a_graph_is_silently_wrong(backend, reduction):
         torch.testing.assert_close(*outcomes)
     else:
         assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
+def test_tangent_is_dropped_by_the_backward_of_a_graph(kind, backend):
+    # Forward mode that begins after the forward: the operators of the graph meet a dual tensor.
+    values, target = problem(kind)
+    outcomes = []
+    for function in (fused_ce.cross_entropy, F.cross_entropy):
+        torch._dynamo.reset()
+        leaf = values.clone().requires_grad_()
+        loss = compiled(lambda x, y, function=function: function(x, y), backend)(leaf, target)
+        with fwAD.dual_level():
+            incoming = fwAD.make_dual(torch.tensor(1.0), torch.tensor(0.5))
+            (gradient,) = torch.autograd.grad(loss, leaf, incoming)
+            outcomes.append(tuple(fwAD.unpack_dual(gradient)))
+    torch.testing.assert_close(*outcomes)
 
 
 @pytest.mark.skipif(
