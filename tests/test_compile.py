@@ -377,6 +377,7 @@ def test_double_backward_through_a_graph_is_silently_wrong(backend, reduction):
         assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.xfail(strict=True, reason="README, outside the contract: no operator sees a tangent")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
 def test_tangent_is_dropped_by_the_backward_of_a_graph(kind, backend):
