@@ -31,7 +31,7 @@ class LaneKernel {
         weight_(static_cast<const A*>(p.weight)),
         input_direct_(is_direct<A>(p.input, lane_stride(p.input))),
         grad_direct_(is_direct<A>(p.grad, lane_stride(p.grad))),
-        needs_tile_(!input_direct_ || (p.grad.data && !grad_direct_)),
+        needs_tile_(!input_direct_ || (p.grad.data && !(grad_direct_ && in_place()))),
         tile_(needs_tile_ && p.classes * tiling.tile_rows <= kMaxTile ? p.classes * tiling.tile_rows
                                                                       : 0) {}
 
@@ -113,10 +113,13 @@ class LaneKernel {
     return static_cast<A*>(p_.grad.data) + grad_ + c * p_.grad.class_stride;
   }
 
-  // Where the terms of class c are kept.
+  bool in_place() const { return p_.grad.data == p_.input.data; }
+
+  // Where the terms of class c are kept. The gradient's memory serves where it is in the cache
+  // anyway; fresh memory is better written once, a long run at a time, than strip by strip.
   A* kept_lanes(int64_t c) {
-    if (grad_direct_) return grad_lanes(c);
-    return tile_.empty() ? nullptr : tile_.data() + c * n_;
+    if (!tile_.empty()) return tile_.data() + c * n_;
+    return grad_direct_ ? grad_lanes(c) : nullptr;
   }
 
   // The logits of class c in `count` lanes from `first` on. Once the tile holds them they are not
