@@ -131,12 +131,16 @@ NOT_COMPILED = ("functionalize", "third derivative", "reverse over forward")
 COMPILED = [name for name in TRANSFORMS if name not in NOT_COMPILED]
 
 
-@pytest.mark.parametrize("transform", COMPILED)
-@every_kind
-def test_compiled_transform_gives_something_else(transform, kind):
+# Each reduction and kind of target with some of the transforms: compiling takes long.
+@pytest.mark.parametrize(
+    "transform, kind, reduction",
+    [
+        (transform, list(KINDS)[i % 2], REDUCTIONS[i % 3])
+        for i, transform in enumerate((*COMPILED, "vmap of grad", "hessian", "grad"))
+    ],
+)
+def test_compiled_transform_gives_something_else(transform, kind, reduction):
     input, target, extra = problem(kind)
-    # Each reduction with some of the transforms: compiling takes long.
-    reduction = REDUCTIONS[(COMPILED.index(transform) + len(kind)) % 3]
 
     def loss_of(function):
         return lambda x: function(x, target, reduction=reduction, **extra)
@@ -162,26 +166,28 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("in_dims", BATCHES.values(), ids=BATCHES.keys())
-@pytest.mark.parametrize("kind", ["index", "int32", "probability"])
-# Stock cannot smooth for a batch of index targets, unless it is compiled.
-@pytest.mark.parametrize(
-    "form, smoothing",
-    [("vmap", 0.0), ("vmap", 0.1), ("vmap of grad", 0.1), ("chunks", 0.0), ("compiled", 0.0)],
-)
-def test_batch_over_an_argument_gives_something_else(form, smoothing, kind, in_dims):
-    narrow = kind == "int32"
-    values = [problem("index" if narrow else kind)[:2] for _ in range(3)]
+def batched_arguments(kind, in_dims):
+    values = [problem("index" if kind == "int32" else kind)[:2] for _ in range(3)]
     weights = [torch.rand(SHAPE[1], dtype=torch.float64) for _ in values]
     columns = zip(*((x, y, w) for (x, y), w in zip(values, weights, strict=True)), strict=True)
-    arguments = [
+    return [
         column[0] if axis is None else torch.stack(column, axis)
         for column, axis in zip(columns, in_dims, strict=True)
     ]
 
+
+@pytest.mark.parametrize("in_dims", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("kind", ["index", "int32", "probability"])
+# Stock cannot smooth for a batch of index targets.
+@pytest.mark.parametrize(
+    "form, smoothing", [("vmap", 0.0), ("vmap", 0.1), ("vmap of grad", 0.1), ("chunks", 0.0)]
+)
+def test_batch_over_an_argument_gives_something_else(form, smoothing, kind, in_dims):
+    arguments = batched_arguments(kind, in_dims)
+
     def body(function):
         args = list(arguments)
-        if narrow and function is not F.cross_entropy:
+        if kind == "int32" and function is not F.cross_entropy:
             args[1] = args[1].int()
 
         def loss(x, y, w):
@@ -189,13 +195,7 @@ def test_batch_over_an_argument_gives_something_else(form, smoothing, kind, in_d
 
         if form == "vmap of grad":
             return vmap(grad(loss), in_dims)(*args)
-        if form == "chunks":
-            return vmap(loss, in_dims, chunk_size=2)(*args)
-        batched = vmap(loss, in_dims)
-        if form == "compiled" and function is not F.cross_entropy:
-            torch._dynamo.reset()
-            batched = torch.compile(batched, backend="aot_eager", fullgraph=True)
-        return batched(*args)
+        return vmap(loss, in_dims, chunk_size=2 if form == "chunks" else None)(*args)
 
     try:
         expected = body(F.cross_entropy)
@@ -204,6 +204,20 @@ def test_batch_over_an_argument_gives_something_else(form, smoothing, kind, in_d
             body(fused_ce.cross_entropy)
     else:
         torch.testing.assert_close(body(fused_ce.cross_entropy), expected)
+
+
+@pytest.mark.parametrize(
+    "kind, batch", [("index", "logits and target"), ("int32", "target"), ("probability", "all")]
+)
+def test_compiled_batch_gives_something_else(kind, batch):
+    in_dims = BATCHES[batch]
+    x, y, w = batched_arguments(kind, in_dims)
+    expected = vmap(F.cross_entropy, in_dims)(x, y, w)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        vmap(fused_ce.cross_entropy, in_dims), backend="aot_eager", fullgraph=True
+    )
+    torch.testing.assert_close(compiled(x, y.int() if kind == "int32" else y, w), expected)
 
 
 def test_batch_of_unbatched_rows_gives_something_else():
@@ -436,8 +450,9 @@ def test_transform_of_a_backward_in_place_is_silently_wrong(transform):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
 @pytest.mark.parametrize("form", ["create_graph", "is_grads_batched", "vmap", "dual level"])
-@every_kind
-@every_reduction
+@pytest.mark.parametrize(
+    "kind, reduction", [("index", "mean"), ("index", "none"), ("probability", "sum")]
+)
 def test_nonfinite_incoming_gradient_reaches_an_ignored_row(kind, reduction, form, value):
     # Where it goes when stock's formula is at work: nowhere but where it goes in stock.
     input, target, extra = problem(kind)
@@ -543,8 +558,9 @@ def test_functional_derivative_gives_something_else(name, kind, options):
     torch.testing.assert_close(*both(body, options))
 
 
-@every_kind
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    "kind, reduction", [("index", "mean"), ("index", "none"), ("probability", "none")]
+)
 @every(REPEATABLE)
 def test_derivatives_are_not_slopes_in_every_mode_of_autograd(kind, reduction, options):
     # Forward mode, batched gradients and forward over reverse, all against finite differences.
