@@ -73,6 +73,11 @@ def _stock_gradients(ctx: Any, grad_output: Tensor, input: Tensor, target: Tenso
         (next(units) * grad_output).to(t.dtype) if needs else None
         for t, needs in zip((input, target), ctx.needs_input_grad, strict=False)
     )
+    if not target.is_floating_point():
+        # Zero times nan is not zero, and an ignored row has no gradient at all.
+        ignored = target == ctx.options.ignore_index
+        ignored = ignored.unsqueeze(1) if input.dim() > 1 else ignored.reshape(1)
+        input_grad = input_grad.masked_fill(ignored, 0)
     return input_grad, target_grad, None, None, None
 
 
