@@ -115,7 +115,7 @@ def _fused_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
 
 
 class Recompute(Function):
-    """Keeps two numbers a row; the gradient is computed from the logits in the backward."""
+    """Keeps a few numbers a row; the gradient is computed from the logits in the backward."""
 
     @staticmethod
     def forward(ctx, input, target, weight, options, loss_dtype):

@@ -11,7 +11,7 @@
 namespace fused_ce {
 
 struct RowTask {
-  bool counted;   // an ignored row is not read, and its loss and gradient are zero
+  bool counted;   // nothing of an ignored row is used: its loss and gradient are zero
   int64_t index;  // the target class, or -1 where the target is probabilities
   double weight;  // of the target class
   double scale;   // what the row's gradient is multiplied with: grad_output / denominator
