@@ -119,7 +119,7 @@ void* checked_data(const Tensor& tensor, const char* name) {
 template <class P>
 auto operands(P& p) {
   return std::array{&p.input,       &p.target,  &p.grad,    &p.target_grad, &p.loss,
-                    &p.grad_output, &p.row_max, &p.row_sum, &p.row_tail};
+                    &p.grad_output, &p.row_max, &p.row_rest};
 }
 
 }  // namespace
@@ -279,8 +279,7 @@ void ProblemBuilder::set_stats(const Tensor& stats) {
   auto* data = static_cast<std::byte*>(checked_data(stats, "stats"));
   set_logical(problem_.row_max, data, stats_dtype_);
   const int64_t plane = problem_.rows * static_cast<int64_t>(stats.element_size());
-  set_logical(problem_.row_sum, data + plane, stats_dtype_);
-  if (stats.size(0) == 3) set_logical(problem_.row_tail, data + 2 * plane, stats_dtype_);
+  set_logical(problem_.row_rest, data + plane, stats_dtype_);
 }
 
 void ProblemBuilder::set_grad_output(const Tensor& grad_output) {

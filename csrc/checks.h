@@ -43,16 +43,14 @@ class ProblemBuilder {
   void set_grad(const Tensor& grad);                // [N, C, ...]
   void set_target_grad(const Tensor& target_grad);  // [N, C, ...]
   void set_loss(const Tensor& loss);                // [N, ...] or []
-  void set_stats(const Tensor& stats);              // [3, rows], or [2, rows] in float64
+  void set_stats(const Tensor& stats);              // [2, rows]
   void set_grad_output(const Tensor& grad_output);  // [N, ...] or []
 
   // Sizes of the row dimensions, in the input's order.
   const std::vector<int64_t>& row_sizes() const { return row_sizes_; }
   bool has_probabilities() const { return problem_.probabilities; }
   ScalarType stats_dtype() const { return stats_dtype_; }
-  std::vector<int64_t> stats_sizes() const {
-    return {stats_dtype_ == ScalarType::Double ? 2 : 3, problem_.rows};
-  }
+  std::vector<int64_t> stats_sizes() const { return {2, problem_.rows}; }
 
   // Merges and orders the row dimensions. The builder must outlive the problem.
   Problem& build();

@@ -32,26 +32,27 @@ FCE_HOST_DEVICE A probability_coefficient(A probability, A weight, Smoothing<A> 
   return weight * (s.hard * probability + s.smooth);
 }
 
-// A row whose target is a class index. `others` sums exp(x_c - M) over every class but the target:
-// a confident row has p_t near 1, and only this sum still knows by how much it falls short.
+// A row whose target is a class index. `rest` sums exp(x_c - M) over all classes but one of the
+// largest, which contributes exactly 1: next to that 1, what a confident row has besides would be
+// lost, and lse - M = log1p(rest) with it.
 template <class A>
 struct IndexRow {
-  A others;
+  A rest;
   A target_gap;  // M - x_t
   A target_exp;  // exp(x_t - M)
   A target_weight;
   A inverse_total;
 
-  FCE_HOST_DEVICE IndexRow(A others, A target_gap, A target_exp, A target_weight)
-      : others(others),
+  FCE_HOST_DEVICE IndexRow(A rest, A target_gap, A target_exp, A target_weight)
+      : rest(rest),
         target_gap(target_gap),
         target_exp(target_exp),
         target_weight(target_weight),
-        inverse_total(A(1) / (others + target_exp)) {}
+        inverse_total(A(1) / (A(1) + rest)) {}
 
-  // lse - M is log1p of this. The maximum itself contributes exactly 1 to the total.
-  FCE_HOST_DEVICE A total_less_one() const {
-    return target_gap == A(0) ? others : (others - A(1)) + target_exp;
+  // The sum of exp(x_c - M) over every class but the target.
+  FCE_HOST_DEVICE A others() const {
+    return target_gap == A(0) ? rest : A(1) + (rest - target_exp);
   }
 
   // `gaps` is sum_c w_c (M - x_c), read only when there is smoothing.
@@ -66,7 +67,7 @@ struct IndexRow {
   }
 
   FCE_HOST_DEVICE A target_grad(A weight_sum, Smoothing<A> s) const {
-    A hard_part = s.hard * target_weight * (others * inverse_total);
+    A hard_part = s.hard * target_weight * (others() * inverse_total);
     return s.smooth * (weight_sum * (target_exp * inverse_total) - target_weight) - hard_part;
   }
 };
@@ -74,15 +75,13 @@ struct IndexRow {
 // A row whose target is a probability for every class.
 template <class A>
 struct ProbabilityRow {
-  A total;  // sum_c exp(x_c - M)
-  A mass;   // sum_c a_c
-
-  FCE_HOST_DEVICE A total_less_one() const { return total - A(1); }
+  A rest;  // as for IndexRow
+  A mass;  // sum_c a_c
 
   // `gaps` is sum_c a_c (M - x_c).
   FCE_HOST_DEVICE A loss(A log_total, A gaps) const { return gaps + mass * log_total; }
 
-  FCE_HOST_DEVICE A exp_factor() const { return mass / total; }
+  FCE_HOST_DEVICE A exp_factor() const { return mass / (A(1) + rest); }
 };
 
 // d loss / d q_c, from the gap M - x_c of that class.

@@ -2,8 +2,8 @@
 //
 // `input` is (C), (N, C) or (N, C, d1, ..., dK); `target` holds class indices over the row
 // dimensions, or probabilities of the input's shape; `reduction` counts as in torch.nn._reduction.
-// `stats` is each row's maximum, its sum of exp(x - maximum) without the target class, and what
-// rounding took from that sum: [3, rows] in float32, or [2, rows] in float64 for float64 logits.
+// `stats` is each row's maximum and its sum of exp(x - maximum) over all classes but one of the
+// largest: [2, rows] in float32, or in float64 for float64 logits.
 // A name that ends in an underscore writes the gradient over its (a!) argument.
 #include <torch/csrc/stable/library.h>
 

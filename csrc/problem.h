@@ -47,8 +47,7 @@ struct Problem {
   Operand loss;         // [rows] for Reduction::kNone, else a scalar
   Operand grad_output;  // like the loss, strides 0 for a scalar; no data means 1
   Operand row_max;      // [rows] the maximum logit of the row, in the accumulation type
-  Operand row_sum;   // [rows] sum of exp(x - row_max), without the target class if it is an index
-  Operand row_tail;  // [rows] what rounding took from row_sum; no data where the input is float64
+  Operand row_rest;     // [rows] sum of exp(x - row_max) over all classes but one of the largest
 
   const void* weight = nullptr;  // [classes] in the accumulation type, contiguous
   bool probabilities = false;

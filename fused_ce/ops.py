@@ -66,9 +66,8 @@ def _fake_stats(input: Tensor) -> Tensor:
     rows = 1
     for size in _row_shape(input):
         rows *= size
-    wide = input.dtype == torch.float64
-    dtype = torch.float64 if wide else torch.float32
-    return input.new_empty((2 if wide else 3, rows), dtype=dtype)
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return input.new_empty((2, rows), dtype=dtype)
 
 
 def _is_dense(tensor: Tensor) -> bool:

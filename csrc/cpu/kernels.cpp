@@ -30,7 +30,7 @@ int64_t lanes_per_tile(const Problem& p) {
   constexpr int64_t kTileElements = 32768;
   constexpr int64_t kMinLanes = 128;  // fewer would read too little of each class at a time
   const int64_t lanes = kTileElements / std::max<int64_t>(1, p.classes) / 16 * 16;
-  return std::clamp(lanes, kMinLanes, kMaxLanes);
+  return std::clamp(lanes, kMinLanes, kMaxBatch);
 }
 
 // Calls f with a value of the type that the problem's arithmetic is done in.
@@ -50,13 +50,8 @@ void run_forward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t 
     for (int64_t t = begin; t < end; t++) tile_losses[t] = kernel.forward(Tile(p, tiling, t));
     return;
   }
-  RowKernel<A> kernel(p);
-  for (int64_t t = begin; t < end; t++) {
-    const Tile tile(p, tiling, t);
-    double total = 0.0;
-    for (int64_t i = 0; i < tile.rows; i++) total += kernel.forward(tile, i);
-    tile_losses[t] = total;
-  }
+  RowKernel<A> kernel(p, tiling);
+  for (int64_t t = begin; t < end; t++) tile_losses[t] = kernel.forward(Tile(p, tiling, t));
 }
 
 template <class A>
@@ -66,20 +61,14 @@ void run_backward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t
     for (int64_t t = begin; t < end; t++) kernel.backward(Tile(p, tiling, t));
     return;
   }
-  RowKernel<A> kernel(p);
-  for (int64_t t = begin; t < end; t++) {
-    const Tile tile(p, tiling, t);
-    for (int64_t i = 0; i < tile.rows; i++) kernel.backward(tile, i);
-  }
+  RowKernel<A> kernel(p, tiling);
+  for (int64_t t = begin; t < end; t++) kernel.backward(Tile(p, tiling, t));
 }
 
 template <class A>
 void run_backward_target(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {
-  RowKernel<A> kernel(p);
-  for (int64_t t = begin; t < end; t++) {
-    const Tile tile(p, tiling, t);
-    for (int64_t i = 0; i < tile.rows; i++) kernel.backward_target(tile, i);
-  }
+  RowKernel<A> kernel(p, tiling);
+  for (int64_t t = begin; t < end; t++) kernel.backward_target(Tile(p, tiling, t));
 }
 
 }  // namespace
@@ -90,11 +79,10 @@ Tiling scan_tiling(const Problem& p) {
 }
 
 Tiling row_tiling(const Problem& p) {
-  constexpr int64_t kTileElements = 8192;
-  // Each tile has a partial sum; more of them would only take memory.
-  constexpr int64_t kMaxTiles = 4096;
-  const int64_t few = std::max(kTileElements / std::max<int64_t>(1, p.classes), p.rows / kMaxTiles);
-  const int64_t rows = prefers_lanes(p) ? lanes_per_tile(p) : few;
+  constexpr int64_t kTileElements = 4096;
+  const int64_t rows = prefers_lanes(p)
+                           ? lanes_per_tile(p)
+                           : std::min(kMaxBatch, kTileElements / std::max<int64_t>(1, p.classes));
   return make_tiling(p, rows, p.classes);
 }
 

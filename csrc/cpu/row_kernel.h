@@ -1,274 +1,336 @@
-// One long row at a time, in blocks that stay in the first-level cache.
+// Rows whose classes lie next to each other, in blocks that stay in the first-level cache.
 //
 // Each block is read once: its maximum m_b, then e = exp(x - m_b), which is kept where the gradient
-// will be (or in a scratch row, for types that would round it) and summed. When the row is through,
-// a second walk multiplies each block by factor * exp(m_b - M): one exp per element in all.
+// will be (or in scratch memory, for types that would round it) and summed. When the row is
+// through, a second walk multiplies each block by factor * exp(m_b - M): one exp per element in
+// all. A block and what it comes down to depend on the problem alone, so that the blocks of one
+// long row may be shared out between threads without a bit of the result changing.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "../formula.h"
+#include "coefficients.h"
 #include "math.h"
-#include "row_task.h"
+#include "row_batch.h"
+#include "scratch.h"
 #include "span.h"
 
 namespace fused_ce::cpu {
 
+constexpr int64_t kRowBlock = 2048;
+// Sums are taken in the logits' accumulation type over at most this many elements, then in double.
+constexpr int64_t kChunk = 256;
+
+inline int64_t blocks_of(const Problem& p) { return (p.classes + kRowBlock - 1) / kRowBlock; }
+
+template <class A>
+struct Extent {
+  A min, max;
+};
+
+// What a block of a row comes down to, relative to its own maximum.
+template <class A>
+struct BlockSums {
+  Extent<A> extents[kRowBlock / kChunk];
+  A max = -math::kInf<A>;
+  double rest = 0.0;  // exp(x_c - max) over all classes but one of the largest
+  double gaps = 0.0;  // a_c (max - x_c)
+  double mass = 0.0;  // a_c
+  double lead = 1.0;  // exp(max - M), once the row's maximum M is known
+};
+
 template <class A>
 class RowKernel {
  public:
-  explicit RowKernel(const Problem& p)
+  RowKernel(const Problem& p, const Tiling& tiling)
       : p_(p),
+        batch_(p),
         smoothing_(p.label_smoothing, p.classes),
-        row_smoothing_(p.label_smoothing, p.classes),
+        input_direct_(is_direct<A>(p.input, p.input.class_stride)),
         terms_in_grad_(is_direct<A>(p.grad, p.grad.class_stride)),
-        terms_(p.grad.data && !terms_in_grad_ && p.classes <= kMaxScratch ? p.classes : 0),
-        maxima_((p.classes + kBlock - 1) / kBlock) {}
+        ahead_(std::max(kRowBlock, tiling.tile_rows * p.input.row_strides[p.row_dims - 1])),
+        terms_(needs_scratch(p) && !terms_in_grad_ ? p.classes * tiling.tile_rows : 0),
+        keeps_terms_(terms_in_grad_ || (p.grad.data && !terms_.empty())),
+        blocks_(blocks_of(p) * tiling.tile_rows) {}
 
-  // Returns the row's loss; fills in its statistics and, where there is memory for it, its
-  // gradient.
-  double forward(const Tile& tile, int64_t i) {
-    const RowTask task = TaskReader<A>(p_, tile).read(i);
-    const int64_t grad = at(tile, i, p_.grad);
-    if (!task.counted) {
-      if (p_.grad.data) zero(grad);
-      return write_row(tile, i, Sums{A(0)}, 0.0);
-    }
-    const int64_t input = at(tile, i, p_.input), target = at(tile, i, p_.target);
-    A* terms = terms_in_grad_   ? static_cast<A*>(p_.grad.data) + grad
-               : terms_.empty() ? nullptr
-                                : terms_.data();
-    const A target_logit = read_target_logit(task, input);
-    const Sums sums = reduce(task, input, target, terms);
-
-    const Row row = describe(task, sums, target_logit);
-    const A log_total = math::log1p_nonnegative(row.total_less_one);
-    const A loss = p_.probabilities
-                       ? row.probability.loss(log_total, sums.gaps)
-                       : row.index.loss(log_total, sums.gaps, p_.weight_sum, row_smoothing_);
-    if (terms)
-      scale_terms(task, row, sums.max, terms, grad, target);
-    else if (p_.grad.data)
-      write_gradient(task, row, sums.max, input, grad, target);
-    return write_row(tile, i, sums, loss);
+  // Returns the sum of the tile's losses; writes the statistics and the gradient where there is
+  // memory for them.
+  double forward(const Tile& tile) {
+    begin(tile);
+    if (blocks_of(p_) == 1)
+      reduce_short_rows();
+    else
+      for (int64_t r = 0; r < tile.rows; r++) reduce(r, row_blocks(r), 0, p_.classes);
+    const double loss = finish(tile, blocks_.data());
+    if (p_.grad.data)
+      for (int64_t r = 0; r < tile.rows; r++) write_gradient(r, row_blocks(r), 0, p_.classes);
+    return loss;
   }
 
-  void backward(const Tile& tile, int64_t i) {
-    const RowTask task = TaskReader<A>(p_, tile).read(i);
-    const int64_t grad = at(tile, i, p_.grad);
-    if (!task.counted) return zero(grad);
-    const int64_t input = at(tile, i, p_.input), target = at(tile, i, p_.target);
-    Sums sums;
-    sums.max = load_value<A>(p_.row_max, at(tile, i, p_.row_max));
-    sums.exps = load_row_sum<A>(p_, at(tile, i, p_.row_sum));
-    if (p_.probabilities) sums.mass = sum_probabilities(target);
-    const Row row = describe(task, sums, read_target_logit(task, input));
-    write_gradient(task, row, sums.max, input, grad, target);
+  void backward(const Tile& tile) {
+    begin(tile);
+    batch_.read_statistics(tile);
+    if (p_.probabilities)
+      for (int64_t r = 0; r < tile.rows; r++) batch_.mass[r] = sum_probabilities(r);
+    batch_.find_gradients();
+    for (int64_t r = 0; r < tile.rows; r++) rewrite_gradient(r, 0, p_.classes);
   }
 
-  void backward_target(const Tile& tile, int64_t i) {
-    const RowTask task = TaskReader<A>(p_, tile).read(i);
-    const int64_t input = at(tile, i, p_.input), target_grad = at(tile, i, p_.target_grad);
-    const A max = load_value<A>(p_.row_max, at(tile, i, p_.row_max));
-    const double total = load_row_sum<A>(p_, at(tile, i, p_.row_sum));
-    const ProbabilityRow<double> row{total, 0.0};
-    const A log_total = static_cast<A>(math::log1p_nonnegative(row.total_less_one()));
-    const A scale = static_cast<A>(task.scale);
-    const A* weight = static_cast<const A*>(p_.weight);
-    for (int64_t b = 0; b < p_.classes; b += kBlock) {
-      const int64_t n = std::min(kBlock, p_.classes - b);
-      const A* x = read_block(p_.input, input, b, n, buffer_);
-#pragma omp simd
-      for (int64_t c = 0; c < n; c++)
-        probabilities_[c] = scale * probability_grad(max - x[c], log_total,
-                                                     weight ? weight[b + c] : A(1), smoothing_);
-      store_span(probabilities_, n, p_.target_grad, target_grad + b * p_.target_grad.class_stride,
-                 p_.target_grad.class_stride);
+  void backward_target(const Tile& tile) {
+    begin(tile);
+    batch_.read_statistics(tile);
+    for (int64_t r = 0; r < tile.rows; r++) write_target_gradient(r, tile.run(p_.target_grad));
+  }
+
+  // The parts of forward, for the classes [first, last) of row r, both multiples of kRowBlock or
+  // the end. `blocks` holds the whole row's blocks.
+  void begin(const Tile& tile) {
+    input_ = tile.run(p_.input);
+    target_ = tile.run(p_.target);
+    grad_ = tile.run(p_.grad);
+    batch_.begin(tile);
+    batch_.read_target_logits(tile);
+  }
+
+  void reduce(int64_t r, BlockSums<A>* blocks, int64_t first, int64_t last) {
+    if (!is_counted(r)) return;
+    for (int64_t b = first; b < last; b += kRowBlock) {
+      BlockSums<A>& sums = blocks[b / kRowBlock];
+      const int64_t n = std::min(kRowBlock, last - b);
+      const A* x = measure_block(r, b, n, sums);
+      sum_block(r, b, n, x, sums);
     }
+  }
+
+  double finish(const Tile& tile, BlockSums<A>* blocks) {
+    for (int64_t r = 0; r < tile.rows; r++) combine(r, blocks + r * blocks_of(p_));
+    const double loss = batch_.write_losses(tile);
+    if (p_.grad.data) batch_.find_gradients();
+    return loss;
+  }
+
+  void write_gradient(int64_t r, const BlockSums<A>* blocks, int64_t first, int64_t last) {
+    if (keeps_terms_)
+      scale_terms(r, blocks, first, last);
+    else
+      rewrite_gradient(r, first, last);
   }
 
  private:
-  static constexpr int64_t kBlock = 2048;
   // Beyond this a scratch row outgrows the cache, and a second exp is cheaper than keeping the
   // first.
   static constexpr int64_t kMaxScratch = 262144;
 
-  // Row sums in double, relative to the maximum so far; a larger one moves them.
-  struct Sums {
-    A max = -math::kInf<A>;
-    double exps = 0.0;  // exp(x_c - max)
-    double gaps = 0.0;  // a_c (max - x_c)
-    double mass = 0.0;  // a_c
+  static bool needs_scratch(const Problem& p) {
+    return p.classes <= (p.grad.data ? kMaxScratch : kRowBlock);
+  }
 
-    // Adds a block's gaps from its own maximum; to be called before add_exps moves the row's.
-    void add_gaps(A block_max, double block_gaps, double block_mass) {
-      if (max == -math::kInf<A>)
-        gaps += block_gaps;
-      else if (block_max <= max)
-        gaps += block_gaps + block_mass * (static_cast<double>(max) - block_max);
+  bool is_counted(int64_t r) const { return p_.probabilities || batch_.target_class[r] >= 0; }
+
+  BlockSums<A>* row_blocks(int64_t r) { return blocks_.data() + r * blocks_of(p_); }
+
+  int64_t at(const Run& run, const Operand& operand, int64_t r, int64_t c) const {
+    return run.at(r) + c * operand.class_stride;
+  }
+
+  const A* read_logits(int64_t r, int64_t b, int64_t n, A* buffer) const {
+    return read_span<A>(p_.input, at(input_, p_.input, r, b), p_.input.class_stride, n, buffer);
+  }
+
+  const A* read_probabilities(int64_t r, int64_t b, int64_t n) {
+    if (!p_.probabilities) return nullptr;
+    return read_span<A>(p_.target, at(target_, p_.target, r, b), p_.target.class_stride, n,
+                        probabilities_);
+  }
+
+  // Where the terms of a block are kept, or the buffer where they are not.
+  A* term_block(int64_t r, int64_t b) {
+    if (terms_in_grad_) return static_cast<A*>(p_.grad.data) + grad_.at(r) + b;
+    return terms_.empty() ? buffer_ : terms_.data() + r * p_.classes + b;
+  }
+
+  // Calls use(i, n) for the chunks of a block; n is a constant for all but the last.
+  template <class Use>
+  static void for_chunks(int64_t n, const Use& use) {
+    int64_t i = 0;
+    for (; i + kChunk <= n; i += kChunk) use(i, std::integral_constant<int64_t, kChunk>{});
+    if (i < n) use(i, n - i);
+  }
+
+  // Finding a maximum ends in a chain of comparisons that the exps of the row must wait for. For
+  // short rows the waiting would show, unless all maxima come before all exps.
+  void reduce_short_rows() {
+    const A* x[kMaxBatch];
+    for (int64_t r = 0; r < batch_.size; r++)
+      if (is_counted(r)) x[r] = measure_block(r, 0, p_.classes, *row_blocks(r));
+    for (int64_t r = 0; r < batch_.size; r++)
+      if (is_counted(r)) sum_block(r, 0, p_.classes, x[r], *row_blocks(r));
+  }
+
+  // Returns where the logits of the block are to be had as A, and finds its maximum.
+  const A* measure_block(int64_t r, int64_t b, int64_t n, BlockSums<A>& sums) {
+    const A* x = read_logits(r, b, n, term_block(r, b));
+    sums = {};
+    for_chunks(n, [&](int64_t i, auto count) {
+      const Extent<A> extent = extent_of(x + i, count);
+      sums.extents[i / kChunk] = extent;
+      sums.max = std::max(sums.max, extent.max);
+    });
+    return x;
+  }
+
+  void sum_block(int64_t r, int64_t b, int64_t n, const A* x, BlockSums<A>& sums) {
+    A* terms = term_block(r, b);
+    const bool all_masked = sums.max == -math::kInf<A>;
+    const A base = all_masked ? A(0) : sums.max;  // exp(-inf - 0) is 0, not NaN
+    if (batch_.spreads()) add_gaps(sums, x, base, b, n, read_probabilities(r, b, n));
+    double ones = 0.0;
+    for_chunks(n, [&](int64_t i, auto count) {
+      const Extent<A> extent = sums.extents[i / kChunk];
+      if (input_direct_) prefetch(x + i + ahead_, count);
+      const bool is_normal = base - extent.min < math::kNormalExp<A>;
+      Terms chunk;
+      if (extent.max == base)
+        chunk = is_normal ? keep_terms<true, true>(x + i, count, base, terms + i)
+                          : keep_terms<true, false>(x + i, count, base, terms + i);
       else
-        gaps += block_gaps + mass * (static_cast<double>(block_max) - max);
-      mass += block_mass;
-    }
+        chunk = is_normal ? keep_terms<false, true>(x + i, count, base, terms + i)
+                          : keep_terms<false, false>(x + i, count, base, terms + i);
+      sums.rest += chunk.sum;
+      ones += chunk.ones;
+    });
+    if (!all_masked) sums.rest += ones - 1.0;
+  }
 
-    void add_exps(A block_max, double block_exps) {
-      if (block_max == -math::kInf<A>) {
-        exps += block_exps;  // 0, or NaN if the block holds one
-      } else if (block_max <= max) {
-        exps += block_exps * math::exp_nonpositive(static_cast<double>(block_max) - max);
+  template <class Count>
+  static Extent<A> extent_of(const A* x, Count n) {
+    A min = math::kInf<A>, max = -math::kInf<A>;
+#pragma omp simd reduction(min : min) reduction(max : max)
+    for (int64_t i = 0; i < n; i++) {
+      min = x[i] < min ? x[i] : min;
+      max = x[i] > max ? x[i] : max;
+    }
+    return {min, max};
+  }
+
+  // Where the base itself is among the x, those are counted apart: next to their 1 the sum would
+  // lose the small terms of a confident row.
+  struct Terms {
+    A sum, ones;
+  };
+
+  // exp(x - base) of a chunk, kept and summed.
+  template <bool kHasBase, bool kIsNormal, class Count>
+  static Terms keep_terms(const A* x, Count n, A base, A* terms) {
+    A sum = A(0), ones = A(0);
+#pragma omp simd reduction(+ : sum, ones)
+    for (int64_t i = 0; i < n; i++) {
+      const A lead = x[i] - base;
+      const A e = kIsNormal ? math::exp_normal(lead) : math::exp_nonpositive(lead);
+      terms[i] = e;
+      if (kHasBase) {
+        sum += lead == A(0) ? A(0) : e;
+        ones += lead == A(0) ? A(1) : A(0);
       } else {
-        exps = exps * math::exp_nonpositive(static_cast<double>(max) - block_max) + block_exps;
-        max = block_max;
+        sum += e;
       }
     }
-  };
-
-  // In double: these few numbers go into every element of the row.
-  struct Row {
-    IndexRow<double> index{0.0, 0.0, 1.0, 0.0};
-    ProbabilityRow<double> probability{1.0, 0.0};
-    double total_less_one = 0.0;
-    double exp_factor = 0.0;
-  };
-
-  static int64_t at(const Tile& tile, int64_t i, const Operand& operand) {
-    return tile.run(operand).at(i);
+    return {sum, ones};
   }
 
-  double write_row(const Tile& tile, int64_t i, const Sums& sums, double loss) const {
-    if (p_.reduction == Reduction::kNone) store_value(loss, p_.loss, at(tile, i, p_.loss));
-    if (p_.row_max.data) {
-      store_value(sums.max, p_.row_max, at(tile, i, p_.row_max));
-      store_row_sum<A>(sums.exps, p_, at(tile, i, p_.row_sum));
-    }
-    return loss;
-  }
-
-  A read_target_logit(const RowTask& task, int64_t input) const {
-    return task.index < 0 ? A(0)
-                          : load_value<A>(p_.input, input + task.index * p_.input.class_stride);
-  }
-
-  const A* read_block(const Operand& from, int64_t offset, int64_t b, int64_t n, A* buffer) const {
-    return read_span<A>(from, offset + b * from.class_stride, from.class_stride, n, buffer);
-  }
-
-  const A* read_probabilities(int64_t target, int64_t b, int64_t n) {
-    return p_.probabilities ? read_block(p_.target, target, b, n, probabilities_) : nullptr;
-  }
-
-  Row describe(const RowTask& task, const Sums& sums, A target_logit) const {
-    Row row;
-    if (p_.probabilities) {
-      row.probability = {sums.exps, sums.mass};
-      row.total_less_one = row.probability.total_less_one();
-      row.exp_factor = row.probability.exp_factor();
-    } else {
-      const double gap = static_cast<double>(sums.max) - target_logit;
-      row.index = {sums.exps, gap, math::exp_nonpositive(-gap), task.weight};
-      row.total_less_one = row.index.total_less_one();
-      row.exp_factor = row.index.exp_factor(p_.weight_sum, row_smoothing_);
-    }
-    return row;
-  }
-
-  Sums reduce(const RowTask& task, int64_t input, int64_t target, A* terms) {
-    Sums sums;
-    const bool has_gaps = has_coefficients();
-    for (int64_t b = 0; b < p_.classes; b += kBlock) {
-      const int64_t n = std::min(kBlock, p_.classes - b);
-      A* kept = terms ? terms + b : nullptr;
-      const A* x = read_block(p_.input, input, b, n, kept ? kept : buffer_);
-      const A max = block_max(x, n);
-      const A base = max == -math::kInf<A> ? A(0) : max;  // exp(-inf - 0) is 0, not NaN
-      maxima_[b / kBlock] = base;
-      if (has_gaps) add_gaps(sums, x, base, b, n, read_probabilities(target, b, n));
-      const int64_t skipped = task.index - b;
-      const bool skips = skipped >= 0 && skipped < n;
-      const double exps = kept ? (skips ? exp_block<true, true>(x, n, base, kept, skipped)
-                                        : exp_block<true, false>(x, n, base, kept, 0))
-                               : (skips ? exp_block<false, true>(x, n, base, kept, skipped)
-                                        : exp_block<false, false>(x, n, base, kept, 0));
-      sums.add_exps(max, exps);
-    }
-    if (sums.max == -math::kInf<A>) sums.exps = std::numeric_limits<double>::quiet_NaN();
-    return sums;
-  }
-
-  static A block_max(const A* x, int64_t n) {
-    A max = -math::kInf<A>;
-#pragma omp simd reduction(max : max)
-    for (int64_t i = 0; i < n; i++) max = x[i] > max ? x[i] : max;
-    return max;
-  }
-
-  // Sum of exp(x - base) but for the skipped class, each term kept where asked. The sum is in
-  // double: next to the 1 of the maximum, float would lose the many small terms of a confident row.
-  template <bool kKeep, bool kSkip>
-  static double exp_block(const A* x, int64_t n, A base, A* kept, int64_t skipped) {
-    const int32_t skip = static_cast<int32_t>(skipped);
-    const int32_t count = static_cast<int32_t>(n);
-    double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-    for (int32_t i = 0; i < count; i++) {
-      A e = math::exp_nonpositive(x[i] - base);
-      if (kSkip) e = i == skip ? A(0) : e;
-      if (kKeep) kept[i] = e;
-      sum += e;
-    }
-    return sum;
-  }
-
-  void add_gaps(Sums& sums, const A* x, A base, int64_t b, int64_t n, const A* probabilities) {
-    with_coefficients(p_, b, probabilities, smoothing_, [&](auto coefficient) {
-      double gaps = 0.0, mass = 0.0;
-#pragma omp simd reduction(+ : gaps, mass)
-      for (int64_t i = 0; i < n; i++) {
-        const A a = coefficient(i);
-        gaps += a * (base - x[i]);
-        mass += a;
-      }
-      sums.add_gaps(base, gaps, mass);
+  void add_gaps(BlockSums<A>& sums, const A* x, A base, int64_t b, int64_t n, const A* q) {
+    with_coefficients(p_, b, q, smoothing_, [&](auto coefficient) {
+      for_chunks(n, [&](int64_t first, auto count) {
+        const Gaps chunk =
+            gaps_of(x + first, count, base, [&](int64_t i) { return coefficient(first + i); });
+        sums.gaps += chunk.gaps;
+        sums.mass += chunk.mass;
+      });
     });
   }
 
-  double sum_probabilities(int64_t target) {
+  struct Gaps {
+    double gaps, mass;
+  };
+
+  template <class Count, class Coefficient>
+  static Gaps gaps_of(const A* x, Count n, A base, const Coefficient& coefficient) {
+    double gaps = 0.0, mass = 0.0;
+#pragma omp simd reduction(+ : gaps, mass)
+    for (int64_t i = 0; i < n; i++) {
+      const A a = coefficient(i);
+      gaps += a * (base - x[i]);
+      mass += a;
+    }
+    return {gaps, mass};
+  }
+
+  // From the blocks of a row to the row.
+  void combine(int64_t r, BlockSums<A>* blocks) {
+    const int64_t count = blocks_of(p_);
+    int64_t largest = 0;
+    for (int64_t b = 1; b < count; b++)
+      if (blocks[b].max > blocks[largest].max) largest = b;
+    const A max = blocks[largest].max;
+    double rest = blocks[largest].rest, gaps = blocks[largest].gaps, mass = blocks[largest].mass;
+    for (int64_t b = 0; b < count; b++) {
+      if (b == largest) continue;
+      const bool all_masked = blocks[b].max == -math::kInf<A>;
+      const double distance = all_masked ? 0.0 : static_cast<double>(max) - blocks[b].max;
+      blocks[b].lead = all_masked ? 0.0 : math::exp_nonpositive(-distance);
+      rest += all_masked ? blocks[b].rest : (blocks[b].rest + 1.0) * blocks[b].lead;
+      gaps += blocks[b].gaps + blocks[b].mass * distance;
+      mass += blocks[b].mass;
+    }
+    batch_.max[r] = max;
+    batch_.rest[r] = rest;
+    batch_.gaps[r] = gaps;
+    batch_.mass[r] = mass;
+  }
+
+  double sum_probabilities(int64_t r) {
     double total = 0.0;
-    for (int64_t b = 0; b < p_.classes; b += kBlock) {
-      const int64_t n = std::min(kBlock, p_.classes - b);
-      with_coefficients(p_, b, read_probabilities(target, b, n), smoothing_, [&](auto coefficient) {
-        double mass = 0.0;
-#pragma omp simd reduction(+ : mass)
-        for (int64_t i = 0; i < n; i++) mass += coefficient(i);
-        total += mass;
+    for (int64_t b = 0; b < p_.classes; b += kRowBlock) {
+      const int64_t n = std::min(kRowBlock, p_.classes - b);
+      with_coefficients(p_, b, read_probabilities(r, b, n), smoothing_, [&](auto coefficient) {
+        for_chunks(n, [&](int64_t first, auto count) {
+          total += mass_of(count, [&](int64_t i) { return coefficient(first + i); });
+        });
       });
     }
     return total;
   }
 
-  // Whether a class other than the target has a coefficient a_c.
-  bool has_coefficients() const { return p_.probabilities || smoothing_.smooth != A(0); }
+  template <class Count, class Coefficient>
+  static double mass_of(Count n, const Coefficient& coefficient) {
+    double mass = 0.0;
+#pragma omp simd reduction(+ : mass)
+    for (int64_t i = 0; i < n; i++) mass += coefficient(i);
+    return mass;
+  }
 
-  // Writes scale (A p_c - a_c) block by block; term(b, n, factor) gives the function i -> factor
-  // exp(x_i - M) for the block at b. The scale is folded into the factor where there are no a_c;
-  // where there are, the difference comes first, so that equal terms cancel.
+  // Writes scale (exp_factor exp(x_c - M) - a_c) block by block; term(b, n) gives the function
+  // i -> exp_factor exp(x_i - M) of the block at b.
   template <class Term>
-  void write_blocks(const RowTask& task, const Row& row, int64_t grad, int64_t target,
-                    const Term& term) {
-    const A scale = static_cast<A>(task.scale);
+  void write_blocks(int64_t r, int64_t first, int64_t last, const Term& term) {
+    if (!is_counted(r)) return write_zeros(r, first, last);
+    const A scale = static_cast<A>(batch_.scale[r]);
     const A part = p_.probabilities ? A(1) : smoothing_.smooth;
-    const double factor = has_coefficients() ? row.exp_factor : task.scale * row.exp_factor;
-    for (int64_t b = 0; b < p_.classes; b += kBlock) {
-      const int64_t n = std::min(kBlock, p_.classes - b);
-      const auto weighted_exp = term(b, n, factor);
-      A* out = terms_in_grad_ ? static_cast<A*>(p_.grad.data) + grad + b : buffer_;
-      if (!has_coefficients()) {
+    for (int64_t b = first; b < last; b += kRowBlock) {
+      const int64_t n = std::min(kRowBlock, last - b);
+      const auto weighted_exp = term(b, n);
+      A* out = terms_in_grad_ ? term_block(r, b) : buffer_;
+      if (!batch_.spreads()) {
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) out[i] = weighted_exp(i);
       } else {
-        const A* q = read_probabilities(target, b, n);
+        // The difference comes before the scale, so that equal terms cancel.
+        const A* q = read_probabilities(r, b, n);
         with_coefficients(p_, b, q, smoothing_, [&](auto coefficient) {
 #pragma omp simd
           for (int64_t i = 0; i < n; i++)
@@ -276,47 +338,63 @@ class RowKernel {
         });
       }
       if (!terms_in_grad_)
-        store_span(out, n, p_.grad, grad + b * p_.grad.class_stride, p_.grad.class_stride);
+        store_span(out, n, p_.grad, at(grad_, p_.grad, r, b), p_.grad.class_stride);
     }
-    if (task.index >= 0)
-      store_value(task.scale * row.index.target_grad(p_.weight_sum, row_smoothing_), p_.grad,
-                  grad + task.index * p_.grad.class_stride);
+    const int64_t target = p_.probabilities ? -1 : batch_.target_class[r];
+    if (target >= first && target < last)
+      store_value(batch_.target_grad[r], p_.grad, at(grad_, p_.grad, r, target));
   }
 
-  void scale_terms(const RowTask& task, const Row& row, A max, const A* terms, int64_t grad,
-                   int64_t target) {
-    write_blocks(task, row, grad, target, [&](int64_t b, int64_t, double factor) {
-      const double lead = static_cast<double>(maxima_[b / kBlock]) - max;
-      const A block_factor = static_cast<A>(factor * math::exp_nonpositive(lead));
-      const A* e = terms + b;
-      return [=](int64_t i) { return block_factor * e[i]; };
+  void scale_terms(int64_t r, const BlockSums<A>* blocks, int64_t first, int64_t last) {
+    write_blocks(r, first, last, [&](int64_t b, int64_t) {
+      const A factor = static_cast<A>(batch_.exp_factor[r] * blocks[b / kRowBlock].lead);
+      const A* e = term_block(r, b);
+      return [=](int64_t i) { return factor * e[i]; };
     });
   }
 
-  void write_gradient(const RowTask& task, const Row& row, A max, int64_t input, int64_t grad,
-                      int64_t target) {
-    write_blocks(task, row, grad, target, [&](int64_t b, int64_t n, double row_factor) {
-      const A factor = static_cast<A>(row_factor);
-      const A* x = read_block(p_.input, input, b, n, buffer_);
+  void rewrite_gradient(int64_t r, int64_t first, int64_t last) {
+    const A factor = static_cast<A>(batch_.exp_factor[r]), max = batch_.max[r];
+    write_blocks(r, first, last, [&](int64_t b, int64_t n) {
+      const A* x = read_logits(r, b, n, buffer_);
       return [=](int64_t i) { return factor * math::exp_nonpositive(x[i] - max); };
     });
   }
 
-  void zero(int64_t grad) {
-    std::fill(buffer_, buffer_ + std::min(kBlock, p_.classes), A(0));
-    for (int64_t b = 0; b < p_.classes; b += kBlock)
-      store_span(buffer_, std::min(kBlock, p_.classes - b), p_.grad,
-                 grad + b * p_.grad.class_stride, p_.grad.class_stride);
+  void write_zeros(int64_t r, int64_t first, int64_t last) {
+    std::fill(buffer_, buffer_ + std::min(kRowBlock, last - first), A(0));
+    for (int64_t b = first; b < last; b += kRowBlock)
+      store_span(buffer_, std::min(kRowBlock, last - b), p_.grad, at(grad_, p_.grad, r, b),
+                 p_.grad.class_stride);
+  }
+
+  void write_target_gradient(int64_t r, const Run& target_grad) {
+    const A log_total = static_cast<A>(math::log1p_nonnegative(batch_.rest[r]));
+    const A scale = static_cast<A>(batch_.scale[r]), max = batch_.max[r];
+    const A* weight = static_cast<const A*>(p_.weight);
+    for (int64_t b = 0; b < p_.classes; b += kRowBlock) {
+      const int64_t n = std::min(kRowBlock, p_.classes - b);
+      const A* x = read_logits(r, b, n, buffer_);
+#pragma omp simd
+      for (int64_t i = 0; i < n; i++)
+        probabilities_[i] = scale * probability_grad(max - x[i], log_total,
+                                                     weight ? weight[b + i] : A(1), smoothing_);
+      store_span(probabilities_, n, p_.target_grad, at(target_grad, p_.target_grad, r, b),
+                 p_.target_grad.class_stride);
+    }
   }
 
   const Problem& p_;
+  RowBatch<A> batch_;
   const Smoothing<A> smoothing_;
-  const Smoothing<double> row_smoothing_;
-  const bool terms_in_grad_;
-  std::vector<A> terms_;
-  std::vector<A> maxima_;
-  A buffer_[kBlock];
-  A probabilities_[kBlock];
+  const bool input_direct_, terms_in_grad_;
+  const int64_t ahead_;  // from logits in work to those that will be read next
+  Scratch<A> terms_;
+  const bool keeps_terms_;
+  std::vector<BlockSums<A>> blocks_;
+  Run input_{}, target_{}, grad_{};
+  alignas(kLine) A buffer_[kRowBlock];
+  alignas(kLine) A probabilities_[kRowBlock];
 };
 
 }  // namespace fused_ce::cpu

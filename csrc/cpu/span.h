@@ -155,6 +155,15 @@ inline bool is_direct(const Operand& operand, int64_t stride) {
   return operand.data && operand.dtype == kAccumulation && stride == 1;
 }
 
+// Asks for the cache lines of n elements, which may lie past the end of what is owned.
+template <class T>
+inline void prefetch(const T* from, int64_t n) {
+  const auto first = reinterpret_cast<uintptr_t>(from);
+  constexpr uintptr_t kStep = 64;
+  for (uintptr_t line = first; line < first + n * sizeof(T); line += kStep)
+    __builtin_prefetch(reinterpret_cast<const void*>(line));
+}
+
 // The run itself where it is direct, else `buffer` filled from it.
 template <class A>
 inline const A* read_span(const Operand& from, int64_t offset, int64_t stride, int64_t n,

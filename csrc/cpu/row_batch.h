@@ -1,0 +1,212 @@
+// The rows of one tile, each as the few numbers that it comes down to, and the mathematics on them.
+//
+// A row costs two divisions and a logarithm whatever its length, which for few classes would be
+// most of its time; here it is done for many rows at once. The kernels fill in what takes a walk
+// over the logits and read back what the gradient needs. All of it is in double: these few numbers
+// go into every element of the row.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "../formula.h"
+#include "math.h"
+#include "scratch.h"
+#include "span.h"
+#include "targets.h"
+#include "tiles.h"
+
+namespace fused_ce::cpu {
+
+constexpr int64_t kMaxBatch = 512;
+
+template <class A>
+class RowBatch {
+ public:
+  explicit RowBatch(const Problem& p)
+      : p_(p),
+        smoothing_(p.label_smoothing, p.classes),
+        spreads_(p.probabilities || smoothing_.smooth != 0.0) {}
+
+  // Whether a class other than the target has a coefficient a_c.
+  bool spreads() const { return spreads_; }
+
+  // The targets of a tile's rows, their weights, and what their gradients are scaled by.
+  void begin(const Tile& tile) {
+    size = tile.rows;
+    has_ignored = false;
+    if (!p_.probabilities) {
+      read_targets(tile.run(p_.target));
+      for (int64_t r = 0; r < size; r++) has_ignored |= target_class[r] < 0;
+      read_target_weights();
+    }
+    read_scales(tile);
+  }
+
+  // To be called before a kernel overwrites the logits.
+  void read_target_logits(const Tile& tile) {
+    if (p_.probabilities) return;
+    const Run input = tile.run(p_.input);
+    with_floating_pointer(p_.input, input.first, [&](auto* logits) {
+      for (int64_t r = 0; r < size; r++)
+        target_logit_[r] =
+            target_class[r] < 0
+                ? A(0)
+                : static_cast<A>(
+                      to_float(logits[r * input.stride + target_class[r] * p_.input.class_stride]));
+    });
+  }
+
+  void read_statistics(const Tile& tile) {
+    const Run maxima = tile.run(p_.row_max), rests = tile.run(p_.row_rest);
+    load_span(p_.row_max, maxima.first, maxima.stride, size, max);
+    load_span(p_.row_rest, rests.first, rests.stride, size, rest);
+  }
+
+  // Writes the losses and the statistics; returns the sum of the losses.
+  double write_losses(const Tile& tile) {
+    if (p_.probabilities)
+      find_probability_losses();
+    else
+      find_index_losses();
+    if (p_.reduction == Reduction::kNone) {
+      const Run losses = tile.run(p_.loss);
+      store_span(loss_, size, p_.loss, losses.first, losses.stride);
+    }
+    if (p_.row_max.data) {
+      const Run maxima = tile.run(p_.row_max), rests = tile.run(p_.row_rest);
+      store_span(max, size, p_.row_max, maxima.first, maxima.stride);
+      store_span(rest, size, p_.row_rest, rests.first, rests.stride);
+    }
+    double total = 0.0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t r = 0; r < size; r++) total += loss_[r];
+    return total;
+  }
+
+  // Finds exp_factor and target_grad.
+  void find_gradients() {
+    if (p_.probabilities) {
+#pragma omp simd
+      for (int64_t r = 0; r < size; r++) exp_factor[r] = probability_factor(r);
+    } else {
+      const double weight_sum = p_.weight_sum;
+      const Smoothing<double> smoothing = smoothing_;
+#pragma omp simd
+      for (int64_t r = 0; r < size; r++) {
+        exp_factor[r] = index_factor(r, weight_sum, smoothing);
+        target_grad[r] = scaled_target_grad(r, weight_sum, smoothing);
+      }
+    }
+  }
+
+  int64_t size = 0;
+  bool has_ignored = false;
+  // Arrays begin on a cache line: of any other the compiler would handle the first few elements one
+  // by one.
+  alignas(kLine) int64_t target_class[kMaxBatch];  // -1 where the row is not counted
+
+  // From the kernel, or with read_statistics: the largest logit M, and the sum of exp(x - M) over
+  // all classes but one of the largest.
+  alignas(kLine) A max[kMaxBatch];
+  alignas(kLine) double rest[kMaxBatch];
+  // From the kernel where rows spread: sum_c a_c (M - x_c), and for probabilities sum_c a_c.
+  alignas(kLine) double gaps[kMaxBatch], mass[kMaxBatch];
+
+  // The gradient is scale (exp_factor exp(x_c - M) - a_c) with target_grad at the target class; the
+  // scale is already in the factor of rows that do not spread.
+  alignas(kLine) double scale[kMaxBatch], exp_factor[kMaxBatch], target_grad[kMaxBatch];
+
+ private:
+  void read_targets(const Run run) {
+    with_index_pointer(p_.target, run.first, [&](const auto* targets) {
+      const int64_t ignored = p_.ignore_index, classes = p_.classes, stride = run.stride;
+#pragma omp simd
+      for (int64_t r = 0; r < size; r++) {
+        const int64_t index = targets[r * stride];
+        const bool counted = index != ignored && index >= 0 && index < classes;
+        target_class[r] = counted ? index : -1;
+      }
+    });
+  }
+
+  void read_target_weights() {
+    const A* weight = static_cast<const A*>(p_.weight);
+    for (int64_t r = 0; r < size; r++)
+      target_weight_[r] = weight && target_class[r] >= 0 ? weight[target_class[r]] : A(1);
+  }
+
+  void read_scales(const Tile& tile) {
+    const Run run = tile.run(p_.grad_output);
+    const bool varies = p_.grad_output.data && run.stride != 0;
+    if (varies)
+      load_span(p_.grad_output, run.first, run.stride, size, scale);
+    else
+      std::fill(scale, scale + size,
+                p_.grad_output.data ? load_value<double>(p_.grad_output, run.first) : 1.0);
+    const double denominator = p_.denominator;
+#pragma omp simd
+    for (int64_t r = 0; r < size; r++) scale[r] /= denominator;
+  }
+
+  // A row whose largest logit is infinite has no softmax.
+  double defined_rest(int64_t r) const {
+    const double defined = rest[r];
+    const A zero_or_nan = max[r] - max[r];
+    return zero_or_nan == A(0) ? defined : std::numeric_limits<double>::quiet_NaN();
+  }
+
+  IndexRow<double> index_row(int64_t r) const {
+    const A lead = target_logit_[r] - max[r];
+    const double gap = static_cast<double>(max[r]) - target_logit_[r];
+    return {defined_rest(r), gap, math::exp_nonpositive(lead), target_weight_[r]};
+  }
+
+  ProbabilityRow<double> probability_row(int64_t r) const { return {defined_rest(r), mass[r]}; }
+
+  // One function for each result of a row: the variables of a function that is inlined into a loop
+  // stay in registers, those of the loop itself become arrays that GCC then cannot vectorise.
+  double index_loss(int64_t r, double weight_sum, Smoothing<double> smoothing) const {
+    const IndexRow<double> row = index_row(r);
+    const double loss = row.loss(math::log1p_nonnegative(row.rest), gaps[r], weight_sum, smoothing);
+    return target_class[r] < 0 ? 0.0 : loss;
+  }
+
+  double index_factor(int64_t r, double weight_sum, Smoothing<double> smoothing) const {
+    const double factor = index_row(r).exp_factor(weight_sum, smoothing);
+    return smoothing.smooth == 0.0 ? scale[r] * factor : factor;
+  }
+
+  double scaled_target_grad(int64_t r, double weight_sum, Smoothing<double> smoothing) const {
+    return scale[r] * index_row(r).target_grad(weight_sum, smoothing);
+  }
+
+  double probability_loss(int64_t r) const {
+    const ProbabilityRow<double> row = probability_row(r);
+    return row.loss(math::log1p_nonnegative(row.rest), gaps[r]);
+  }
+
+  double probability_factor(int64_t r) const { return probability_row(r).exp_factor(); }
+
+  void find_index_losses() {
+    const double weight_sum = p_.weight_sum;
+    const Smoothing<double> smoothing = smoothing_;
+#pragma omp simd
+    for (int64_t r = 0; r < size; r++) loss_[r] = index_loss(r, weight_sum, smoothing);
+  }
+
+  void find_probability_losses() {
+#pragma omp simd
+    for (int64_t r = 0; r < size; r++) loss_[r] = probability_loss(r);
+  }
+
+  const Problem& p_;
+  const Smoothing<double> smoothing_;
+  const bool spreads_;
+  alignas(kLine) A target_logit_[kMaxBatch], target_weight_[kMaxBatch];
+  alignas(kLine) double loss_[kMaxBatch];
+};
+
+}  // namespace fused_ce::cpu
