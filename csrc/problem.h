@@ -21,6 +21,11 @@ enum class DType : uint8_t {
   kUInt8
 };
 
+constexpr int64_t size_of(DType dtype) {
+  constexpr int64_t kSizes[] = {8, 4, 2, 2, 8, 4, 2, 1};
+  return kSizes[static_cast<int>(dtype)];
+}
+
 // The values are those of torch.nn._reduction.
 enum class Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 

@@ -16,6 +16,7 @@
 #include "row_batch.h"
 #include "scratch.h"
 #include "span.h"
+#include "transpose.h"
 
 namespace fused_ce::cpu {
 
@@ -30,8 +31,11 @@ class LaneKernel {
         input_direct_(is_direct<A>(p.input, lane_stride(p.input))),
         grad_direct_(is_direct<A>(p.grad, lane_stride(p.grad))),
         needs_tile_(!input_direct_ || (p.grad.data && !(grad_direct_ && in_place()))),
-        tile_(needs_tile_ && p.classes * tiling.tile_rows <= kMaxTile ? p.classes * tiling.tile_rows
-                                                                      : 0) {}
+        stride_(tiling.tile_rows + kPad),
+        tile_(needs_tile_ && p.classes * stride_ <= kMaxTile ? p.classes * stride_ : 0),
+        transposes_input_(!input_direct_ && p.input.class_stride == 1 && !tile_.empty()),
+        transposes_grad_(!grad_direct_ && p.grad.class_stride == 1 && !tile_.empty()),
+        rows_(transposes_input_ || transposes_grad_ ? p.classes * tiling.tile_rows : 0) {}
 
   // As RowKernel::forward.
   double forward(const Tile& tile) {
@@ -59,6 +63,9 @@ class LaneKernel {
  private:
   // Small enough that a tile and what it is made from stay in the second-level cache.
   static constexpr int64_t kMaxTile = 65536;
+  // Lanes between the classes of a tile: at a distance of a power of two their cache lines would
+  // compete for the same few places.
+  static constexpr int64_t kPad = 16;
   // Classes that a loop over the lanes takes at a time.
   static constexpr int kGroup = 4;
 
@@ -72,6 +79,7 @@ class LaneKernel {
     target_ = tile.run(p_.target).first;
     grad_ = tile.run(p_.grad).first;
     loaded_ = false;
+    if (transposes_input_) load_rows();
     batch_.begin(tile);
   }
 
@@ -84,7 +92,7 @@ class LaneKernel {
   // Where the terms of class c are kept. The gradient's memory serves where it is in the cache
   // anyway; fresh memory is better written once, a long run at a time, than a few classes by a few.
   A* kept_lanes(int64_t c) {
-    if (!tile_.empty()) return tile_.data() + c * n_;
+    if (!tile_.empty()) return tile_.data() + c * stride_;
     return grad_direct_ ? grad_lanes(c) : nullptr;
   }
 
@@ -99,11 +107,46 @@ class LaneKernel {
     const int64_t offset = input_ + c * p_.input.class_stride;
     if (input_direct_)
       return {static_cast<const A*>(p_.input.data) + offset, p_.input.class_stride};
-    A* lanes = tile_.empty() ? buffer_ : tile_.data() + c * n_;
+    A* lanes = tile_.empty() ? buffer_ : tile_.data() + c * stride_;
     for (int64_t j = 0; j < count && !loaded_; j++)
       load_span(p_.input, offset + j * p_.input.class_stride, lane_stride(p_.input), n_,
-                lanes + j * n_);
-    return {lanes, n_};
+                lanes + j * stride_);
+    return {lanes, stride_};
+  }
+
+  // Rows of adjacent classes are read and written as they lie, and turned over in the cache.
+  void load_rows() {
+    const int64_t row_stride = lane_stride(p_.input), classes = p_.classes;
+    if (is_direct<A>(p_.input, 1)) {
+      transpose(static_cast<const A*>(p_.input.data) + input_, row_stride, n_, classes,
+                tile_.data(), stride_);
+    } else {
+      for_row_runs(row_stride, [&](int64_t row, int64_t count) {
+        load_span(p_.input, input_ + row * row_stride, 1, count, rows_.data() + row * classes);
+      });
+      transpose(rows_.data(), classes, n_, classes, tile_.data(), stride_);
+    }
+    loaded_ = true;
+  }
+
+  void store_rows() {
+    const int64_t row_stride = lane_stride(p_.grad), classes = p_.classes;
+    if (is_direct<A>(p_.grad, 1)) {
+      transpose(tile_.data(), stride_, classes, n_, static_cast<A*>(p_.grad.data) + grad_,
+                row_stride);
+    } else {
+      transpose(tile_.data(), stride_, classes, n_, rows_.data(), classes);
+      for_row_runs(row_stride, [&](int64_t row, int64_t count) {
+        store_span(rows_.data() + row * classes, count, p_.grad, grad_ + row * row_stride, 1);
+      });
+    }
+  }
+
+  // Calls use(row, count) for each run of `count` adjacent elements: all rows, or row by row.
+  template <class Use>
+  void for_row_runs(int64_t row_stride, const Use& use) const {
+    if (row_stride == p_.classes) return use(0, n_ * p_.classes);
+    for (int64_t row = 0; row < n_; row++) use(row, p_.classes);
   }
 
   // Calls use(c, count) with count an integral_constant: a few classes at a time spare most of the
@@ -187,24 +230,36 @@ class LaneKernel {
     }
     for_classes([&](int64_t c, auto count) {
       const Classes x = logits(c, count);
-      if (input_direct_)  // the next tile's
-        for (int j = 0; j < count; j++) prefetch(x.data + j * x.stride + n_, n_);
-      const bool keeps = keeps_terms();
-      A* terms = keeps ? kept_lanes(c) : terms_;
-      const int64_t stride = keeps ? kept_lanes(1) - kept_lanes(0) : kMaxBatch;
+      prefetch_next(c, count);
+      A* terms = keeps_terms() ? kept_lanes(c) : terms_;
       if (is_normal_)
-        keep_terms<true>(x, base_, terms, stride, ones_, batch_.rest, n_, count);
+        keep_terms<true>(x, terms, count);
       else
-        keep_terms<false>(x, base_, terms, stride, ones_, batch_.rest, n_, count);
+        keep_terms<false>(x, terms, count);
     });
     for (int64_t l = 0; l < n_; l++) batch_.rest[l] += ones_[l];
   }
 
-  // exp(x - base), kept and summed. The largest ones are counted apart, for the reason that
-  // RowKernel::keep_terms gives.
+  // Asks for as much of the next tile as is being computed of this one.
+  void prefetch_next(int64_t c, int64_t count) const {
+    if (lane_stride(p_.input) == 1)
+      for (int64_t j = c; j < c + count; j++)
+        prefetch(p_.input, input_ + n_ + j * p_.input.class_stride, n_);
+    else if (lane_stride(p_.input) == p_.classes)
+      prefetch(p_.input, input_ + n_ * p_.classes + c * n_, count * n_);
+  }
+
+  // exp(x - base) of some classes, kept and summed. The largest ones are counted apart, for the
+  // reason that RowKernel::Terms gives.
   template <bool kIsNormal, class Count>
-  static void keep_terms(Classes x, const A* base, A* terms, int64_t stride, A* ones, double* rest,
-                         int64_t n, Count) {
+  void keep_terms(Classes x, A* terms, Count) {
+    const int64_t n = n_;
+    const int64_t stride = !keeps_terms()  ? kMaxBatch
+                           : tile_.empty() ? p_.grad.class_stride
+                                           : stride_;
+    const A* base = base_;
+    A* ones = ones_;
+    double* rest = batch_.rest;
 #pragma omp simd
     for (int64_t l = 0; l < n; l++) {
       A sum = A(0), lane_ones = A(0);
@@ -257,7 +312,9 @@ class LaneKernel {
     }
     for (int64_t c = 0; c < p_.classes; c++) {
       const A* from = has_terms ? kept_lanes(c) : logits(c, 1).data;
-      A* out = grad_direct_ ? grad_lanes(c) : buffer_;
+      A* out = grad_direct_       ? grad_lanes(c)
+               : transposes_grad_ ? tile_.data() + c * stride_
+                                  : buffer_;
       if (has_terms)
         write_class(c, out, [=](int64_t l) { return from[l]; });
       else
@@ -266,9 +323,10 @@ class LaneKernel {
 #pragma omp simd
         for (int64_t l = 0; l < n_; l++) out[l] = batch_.target_class[l] < 0 ? A(0) : out[l];
       }
-      if (!grad_direct_)
+      if (!grad_direct_ && !transposes_grad_)
         store_span(out, n_, p_.grad, grad_ + c * p_.grad.class_stride, lane_stride(p_.grad));
     }
+    if (transposes_grad_) store_rows();
     if (!p_.probabilities) write_target_gradients();
   }
 
@@ -303,15 +361,19 @@ class LaneKernel {
   const Smoothing<A> smoothing_;
   const A* const weight_;
   const bool input_direct_, grad_direct_, needs_tile_;
-  Scratch<A> tile_;
+  const int64_t stride_;  // of a class in the tile
+  const Scratch<A> tile_;
+  const bool transposes_input_, transposes_grad_;
+  const Scratch<A> rows_;
 
   int64_t n_ = 0, input_ = 0, target_ = 0, grad_ = 0;
   bool loaded_ = false;
   bool is_normal_ = false;  // no exp of the tile comes near to being subnormal
 
-  alignas(kLine) A min_[kMaxBatch], base_[kMaxBatch], ones_[kMaxBatch], factor_[kMaxBatch], scale_[kMaxBatch];
+  alignas(kLine) A min_[kMaxBatch], base_[kMaxBatch], ones_[kMaxBatch], factor_[kMaxBatch],
+      scale_[kMaxBatch];
   alignas(kLine) A probability_buffer_[kMaxBatch];
-  alignas(kLine) A buffer_[kGroup * kMaxBatch], terms_[kGroup * kMaxBatch];
+  alignas(kLine) A buffer_[kGroup * (kMaxBatch + kPad)], terms_[kGroup * kMaxBatch];
 };
 
 }  // namespace fused_ce::cpu

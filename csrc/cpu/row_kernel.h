@@ -51,11 +51,11 @@ class RowKernel {
       : p_(p),
         batch_(p),
         smoothing_(p.label_smoothing, p.classes),
-        input_direct_(is_direct<A>(p.input, p.input.class_stride)),
+        adjacent_(p.input.class_stride == 1),
         terms_in_grad_(is_direct<A>(p.grad, p.grad.class_stride)),
-        ahead_(std::max(kRowBlock, tiling.tile_rows * p.input.row_strides[p.row_dims - 1])),
-        terms_(needs_scratch(p) && !terms_in_grad_ ? p.classes * tiling.tile_rows : 0),
-        keeps_terms_(terms_in_grad_ || (p.grad.data && !terms_.empty())),
+        keeps_terms_(terms_in_grad_ || (p.grad.data && p.classes <= kMaxScratch)),
+        group_(std::max<int64_t>(1, kGroupElements / std::max<int64_t>(1, p.classes))),
+        terms_(keeps_terms_ && !terms_in_grad_ ? p.classes * tiling.tile_rows : 0),
         blocks_(blocks_of(p) * tiling.tile_rows) {}
 
   // Returns the sum of the tile's losses; writes the statistics and the gradient where there is
@@ -122,13 +122,11 @@ class RowKernel {
   }
 
  private:
+  // Of short rows, as many are in work at a time as have this many elements together.
+  static constexpr int64_t kGroupElements = 1024;
   // Beyond this a scratch row outgrows the cache, and a second exp is cheaper than keeping the
   // first.
   static constexpr int64_t kMaxScratch = 262144;
-
-  static bool needs_scratch(const Problem& p) {
-    return p.classes <= (p.grad.data ? kMaxScratch : kRowBlock);
-  }
 
   bool is_counted(int64_t r) const { return p_.probabilities || batch_.target_class[r] >= 0; }
 
@@ -151,7 +149,7 @@ class RowKernel {
   // Where the terms of a block are kept, or the buffer where they are not.
   A* term_block(int64_t r, int64_t b) {
     if (terms_in_grad_) return static_cast<A*>(p_.grad.data) + grad_.at(r) + b;
-    return terms_.empty() ? buffer_ : terms_.data() + r * p_.classes + b;
+    return keeps_terms_ ? terms_.data() + r * p_.classes + b : buffer_ + r % group_ * p_.classes;
   }
 
   // Calls use(i, n) for the chunks of a block; n is a constant for all but the last.
@@ -163,13 +161,16 @@ class RowKernel {
   }
 
   // Finding a maximum ends in a chain of comparisons that the exps of the row must wait for. For
-  // short rows the waiting would show, unless all maxima come before all exps.
+  // short rows the waiting would show, unless the maxima of a few rows come before their exps.
   void reduce_short_rows() {
-    const A* x[kMaxBatch];
-    for (int64_t r = 0; r < batch_.size; r++)
-      if (is_counted(r)) x[r] = measure_block(r, 0, p_.classes, *row_blocks(r));
-    for (int64_t r = 0; r < batch_.size; r++)
-      if (is_counted(r)) sum_block(r, 0, p_.classes, x[r], *row_blocks(r));
+    const A* x[kGroupElements];
+    for (int64_t first = 0; first < batch_.size; first += group_) {
+      const int64_t last = std::min(first + group_, batch_.size);
+      for (int64_t r = first; r < last; r++)
+        if (is_counted(r)) x[r - first] = measure_block(r, 0, p_.classes, *row_blocks(r));
+      for (int64_t r = first; r < last; r++)
+        if (is_counted(r)) sum_block(r, 0, p_.classes, x[r - first], *row_blocks(r));
+    }
   }
 
   // Returns where the logits of the block are to be had as A, and finds its maximum.
@@ -192,7 +193,7 @@ class RowKernel {
     double ones = 0.0;
     for_chunks(n, [&](int64_t i, auto count) {
       const Extent<A> extent = sums.extents[i / kChunk];
-      if (input_direct_) prefetch(x + i + ahead_, count);
+      if (adjacent_) prefetch(p_.input, at(input_, p_.input, r, b) + i + kRowBlock, count);
       const bool is_normal = base - extent.min < math::kNormalExp<A>;
       Terms chunk;
       if (extent.max == base)
@@ -387,10 +388,9 @@ class RowKernel {
   const Problem& p_;
   RowBatch<A> batch_;
   const Smoothing<A> smoothing_;
-  const bool input_direct_, terms_in_grad_;
-  const int64_t ahead_;  // from logits in work to those that will be read next
-  Scratch<A> terms_;
-  const bool keeps_terms_;
+  const bool adjacent_, terms_in_grad_, keeps_terms_;
+  const int64_t group_;
+  const Scratch<A> terms_;
   std::vector<BlockSums<A>> blocks_;
   Run input_{}, target_{}, grad_{};
   alignas(kLine) A buffer_[kRowBlock];
