@@ -6,6 +6,7 @@
 
 #include "lane_kernel.h"
 #include "row_kernel.h"
+#include "shared_rows.h"
 #include "simd.h"
 
 namespace fused_ce::cpu {
@@ -17,10 +18,13 @@ constexpr int64_t kMaxLaneClasses = 64;
 // Up to here gathering a scattered row into a tile of its neighbours is.
 constexpr int64_t kMaxGatheredClasses = 1024;
 
+// With fewer rows side by side, each is better taken on its own however far apart its classes lie.
+constexpr int64_t kMinLaneRows = 4;
+
 bool prefers_lanes(const Problem& p) {
   if (p.classes > std::numeric_limits<int32_t>::max()) return false;
   if (p.classes <= kMaxLaneClasses) return true;
-  if (p.input.class_stride == 1) return false;
+  if (p.input.class_stride == 1 || inner_rows(p) < kMinLaneRows) return false;
   const int64_t lane_stride = p.input.row_strides[p.row_dims - 1];
   if (lane_stride == 1) return true;
   return p.input.class_stride > lane_stride && p.classes <= kMaxGatheredClasses;
@@ -86,28 +90,56 @@ Tiling row_tiling(const Problem& p) {
   return make_tiling(p, rows, p.classes);
 }
 
+namespace {
+
+// How many rows count; a row that counts but is out of range is looked for only if there is one.
+template <class Index>
+TargetScan scan_run(const Problem& p, const Index* targets, int64_t stride, int64_t n) {
+  const int64_t ignored = p.ignore_index, classes = p.classes;
+  int64_t counted = 0, bad = 0;
+#pragma omp simd reduction(+ : counted, bad)
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t index = targets[i * stride];
+    counted += index != ignored ? 1 : 0;
+    bad += index != ignored && (index < 0 || index >= classes) ? 1 : 0;
+  }
+  if (bad == 0) return {static_cast<double>(counted), 0, false};
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t index = targets[i * stride];
+    if (index != ignored && !in_range(p, index)) return {0.0, index, true};
+  }
+  return {};
+}
+
+// The weight of the counted rows, all of them in range.
+template <class A, class Index>
+double add_weights(const Problem& p, const Index* targets, int64_t stride, int64_t n) {
+  const A* weight = static_cast<const A*>(p.weight);
+  double total = 0.0;
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t index = targets[i * stride];
+    if (is_counted(p, index)) total += weight[index];
+  }
+  return total;
+}
+
+}  // namespace
+
 void scan_targets(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end,
                   TargetScan* scans) {
-  for (int64_t t = begin; t < end; t++) {
-    const Tile tile(p, tiling, t);
-    const Run targets = tile.run(p.target);
-    TargetScan scan;
-    for (int64_t i = 0; i < tile.rows; i++) {
-      const int64_t index = load_index(p.target, targets.at(i));
-      if (index == p.ignore_index) continue;
-      if (!in_range(p, index)) {
-        scan = {0.0, index, true};
-        break;
-      }
-      if (!p.weight)
-        scan.weights += 1.0;
-      else if (p.accumulates_in_double())
-        scan.weights += static_cast<const double*>(p.weight)[index];
-      else
-        scan.weights += static_cast<const float*>(p.weight)[index];
+  simd::run([&] {
+    for (int64_t t = begin; t < end; t++) {
+      const Tile tile(p, tiling, t);
+      const Run run = tile.run(p.target);
+      with_index_pointer(p.target, run.first, [&](const auto* targets) {
+        scans[t] = scan_run(p, targets, run.stride, tile.rows);
+        if (!p.weight || scans[t].has_bad_index) return;
+        with_accumulation_type(p, [&](auto zero) {
+          scans[t].weights = add_weights<decltype(zero)>(p, targets, run.stride, tile.rows);
+        });
+      });
     }
-    scans[t] = scan;
-  }
+  });
 }
 
 double sum_weights(const Problem& p) {
@@ -133,6 +165,21 @@ void backward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end
     using A = decltype(zero);
     simd::run([&] { run_backward<A>(p, tiling, begin, end); });
   });
+}
+
+// Shorter rows are not worth it, and may keep their terms in memory that belongs to one thread.
+bool has_long_rows(const Problem& p) { return p.classes > kMaxScratch && !prefers_lanes(p); }
+
+void forward_shared(const Problem& p, const Tiling& tiling, const ParallelFor& parallel_for,
+                    double* tile_losses) {
+  with_accumulation_type(p, [&](auto zero) {
+    SharedRows<decltype(zero)>(p, tiling, parallel_for).forward(tile_losses);
+  });
+}
+
+void backward_shared(const Problem& p, const Tiling& tiling, const ParallelFor& parallel_for) {
+  with_accumulation_type(
+      p, [&](auto zero) { SharedRows<decltype(zero)>(p, tiling, parallel_for).backward(); });
 }
 
 void backward_target(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "../problem.h"
 #include "targets.h"
@@ -29,6 +30,15 @@ void forward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end,
 
 // The gradient with respect to the logits, from the logits and the row statistics.
 void backward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end);
+
+// The same two for rows that are each worth sharing between threads: parallel_for calls its
+// function for parts of [0, count) that together make up all of it.
+using ParallelFor =
+    std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>&)>;
+bool has_long_rows(const Problem& p);
+void forward_shared(const Problem& p, const Tiling& tiling, const ParallelFor& parallel_for,
+                    double* tile_losses);
+void backward_shared(const Problem& p, const Tiling& tiling, const ParallelFor& parallel_for);
 
 // The gradient with respect to probability targets.
 void backward_target(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end);

@@ -55,6 +55,14 @@ void for_tiles(const Tiling& tiling, const Kernel& kernel) {
   torch::stable::parallel_for(0, tiling.count, tiling.grain, kernel);
 }
 
+bool shares_rows(const Problem& p) {
+  return has_long_rows(p) && p.rows < torch::stable::get_num_threads();
+}
+
+void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& work) {
+  torch::stable::parallel_for(0, count, 1, work);
+}
+
 // Raises for a target out of range, and finds what the sum of the losses is divided by.
 void scan(Problem& p) {
   double counted = static_cast<double>(p.rows);
@@ -82,9 +90,12 @@ void scan(Problem& p) {
 void run_forward(Problem& p) {
   const Tiling tiling = row_tiling(p);
   std::vector<double> tile_losses(tiling.count);
-  for_tiles(tiling, [&](int64_t begin, int64_t end) {
-    forward(p, tiling, begin, end, tile_losses.data());
-  });
+  if (shares_rows(p))
+    forward_shared(p, tiling, parallel_for, tile_losses.data());
+  else
+    for_tiles(tiling, [&](int64_t begin, int64_t end) {
+      forward(p, tiling, begin, end, tile_losses.data());
+    });
   if (p.reduction == Reduction::kNone) return;
   const double sum = std::accumulate(tile_losses.begin(), tile_losses.end(), 0.0);
   store_value(sum / p.denominator, p.loss, 0);
@@ -92,7 +103,10 @@ void run_forward(Problem& p) {
 
 void run_backward(Problem& p) {
   const Tiling tiling = row_tiling(p);
-  for_tiles(tiling, [&](int64_t begin, int64_t end) { backward(p, tiling, begin, end); });
+  if (shares_rows(p))
+    backward_shared(p, tiling, parallel_for);
+  else
+    for_tiles(tiling, [&](int64_t begin, int64_t end) { backward(p, tiling, begin, end); });
 }
 
 // One call of any forward operator: which of the outputs are wanted, and where they are.

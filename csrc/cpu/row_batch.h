@@ -45,6 +45,19 @@ class RowBatch {
     read_scales(tile);
   }
 
+  // Takes over what another batch of the same problem knows.
+  void copy(const RowBatch& from) {
+    size = from.size;
+    has_ignored = from.has_ignored;
+    const auto copy_rows = [&](const auto& source, auto& rows) { std::copy_n(source, size, rows); };
+    copy_rows(from.target_class, target_class);
+    copy_rows(from.max, max);
+    copy_rows(from.rest, rest);
+    copy_rows(from.scale, scale);
+    copy_rows(from.exp_factor, exp_factor);
+    copy_rows(from.target_grad, target_grad);
+  }
+
   // To be called before a kernel overwrites the logits.
   void read_target_logits(const Tile& tile) {
     if (p_.probabilities) return;

@@ -26,6 +26,9 @@ constexpr int64_t kRowBlock = 2048;
 // Sums are taken in the logits' accumulation type over at most this many elements, then in double.
 constexpr int64_t kChunk = 256;
 
+// Beyond this a scratch row outgrows the cache, and a second exp is cheaper than keeping the first.
+constexpr int64_t kMaxScratch = 262144;
+
 inline int64_t blocks_of(const Problem& p) { return (p.classes + kRowBlock - 1) / kRowBlock; }
 
 template <class A>
@@ -73,11 +76,7 @@ class RowKernel {
   }
 
   void backward(const Tile& tile) {
-    begin(tile);
-    batch_.read_statistics(tile);
-    if (p_.probabilities)
-      for (int64_t r = 0; r < tile.rows; r++) batch_.mass[r] = sum_probabilities(r);
-    batch_.find_gradients();
+    begin_backward(tile);
     for (int64_t r = 0; r < tile.rows; r++) rewrite_gradient(r, 0, p_.classes);
   }
 
@@ -87,14 +86,30 @@ class RowKernel {
     for (int64_t r = 0; r < tile.rows; r++) write_target_gradient(r, tile.run(p_.target_grad));
   }
 
-  // The parts of forward, for the classes [first, last) of row r, both multiples of kRowBlock or
-  // the end. `blocks` holds the whole row's blocks.
+  // What forward and backward consist of, for the classes [first, last) of row r, both multiples of
+  // kRowBlock or the end. `blocks` holds the whole row's blocks.
   void begin(const Tile& tile) {
     input_ = tile.run(p_.input);
     target_ = tile.run(p_.target);
     grad_ = tile.run(p_.grad);
     batch_.begin(tile);
     batch_.read_target_logits(tile);
+  }
+
+  void begin_backward(const Tile& tile) {
+    begin(tile);
+    batch_.read_statistics(tile);
+    if (p_.probabilities)
+      for (int64_t r = 0; r < tile.rows; r++) batch_.mass[r] = sum_probabilities(r);
+    batch_.find_gradients();
+  }
+
+  // To work on the tile that another kernel has begun.
+  void join(const RowKernel& leader) {
+    input_ = leader.input_;
+    target_ = leader.target_;
+    grad_ = leader.grad_;
+    batch_.copy(leader.batch_);
   }
 
   void reduce(int64_t r, BlockSums<A>* blocks, int64_t first, int64_t last) {
@@ -121,12 +136,17 @@ class RowKernel {
       rewrite_gradient(r, first, last);
   }
 
+  void rewrite_gradient(int64_t r, int64_t first, int64_t last) {
+    const A factor = static_cast<A>(batch_.exp_factor[r]), max = batch_.max[r];
+    write_blocks(r, first, last, [&](int64_t b, int64_t n) {
+      const A* x = read_logits(r, b, n, buffer_);
+      return [=](int64_t i) { return factor * math::exp_nonpositive(x[i] - max); };
+    });
+  }
+
  private:
   // Of short rows, as many are in work at a time as have this many elements together.
   static constexpr int64_t kGroupElements = 1024;
-  // Beyond this a scratch row outgrows the cache, and a second exp is cheaper than keeping the
-  // first.
-  static constexpr int64_t kMaxScratch = 262144;
 
   bool is_counted(int64_t r) const { return p_.probabilities || batch_.target_class[r] >= 0; }
 
@@ -351,14 +371,6 @@ class RowKernel {
       const A factor = static_cast<A>(batch_.exp_factor[r] * blocks[b / kRowBlock].lead);
       const A* e = term_block(r, b);
       return [=](int64_t i) { return factor * e[i]; };
-    });
-  }
-
-  void rewrite_gradient(int64_t r, int64_t first, int64_t last) {
-    const A factor = static_cast<A>(batch_.exp_factor[r]), max = batch_.max[r];
-    write_blocks(r, first, last, [&](int64_t b, int64_t n) {
-      const A* x = read_logits(r, b, n, buffer_);
-      return [=](int64_t i) { return factor * math::exp_nonpositive(x[i] - max); };
     });
   }
 

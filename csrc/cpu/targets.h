@@ -28,12 +28,6 @@ inline void with_index_pointer(const Operand& target, int64_t offset, const F& f
   }
 }
 
-inline int64_t load_index(const Operand& target, int64_t offset) {
-  int64_t index = -1;
-  with_index_pointer(target, offset, [&](const auto* p) { index = *p; });
-  return index;
-}
-
 inline bool in_range(const Problem& p, int64_t index) {
   return static_cast<uint64_t>(index) < static_cast<uint64_t>(p.classes);
 }
