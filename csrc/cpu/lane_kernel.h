@@ -41,7 +41,7 @@ class LaneKernel {
   double forward(const Tile& tile) {
     begin(tile);
     find_max();
-    batch_.read_target_logits(tile);
+    batch_.read_target_logits(tile, 0, n_);
     sum_terms();
     const double total = batch_.write_losses(tile);
     if (p_.grad.data) {
@@ -54,7 +54,7 @@ class LaneKernel {
   void backward(const Tile& tile) {
     begin(tile);
     batch_.read_statistics(tile);
-    batch_.read_target_logits(tile);
+    batch_.read_target_logits(tile, 0, n_);
     if (p_.probabilities) sum_mass();
     batch_.find_gradients();
     write_gradient(false);

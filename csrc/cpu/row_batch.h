@@ -58,12 +58,13 @@ class RowBatch {
     copy_rows(from.target_grad, target_grad);
   }
 
-  // To be called before a kernel overwrites the logits.
-  void read_target_logits(const Tile& tile) {
+  // Of the rows [first, last); to be called before a kernel overwrites their logits, and best when
+  // they are in the cache.
+  void read_target_logits(const Tile& tile, int64_t first, int64_t last) {
     if (p_.probabilities) return;
     const Run input = tile.run(p_.input);
     with_floating_pointer(p_.input, input.first, [&](auto* logits) {
-      for (int64_t r = 0; r < size; r++)
+      for (int64_t r = first; r < last; r++)
         target_logit_[r] =
             target_class[r] < 0
                 ? A(0)

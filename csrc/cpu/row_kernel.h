@@ -65,10 +65,12 @@ class RowKernel {
   // memory for them.
   double forward(const Tile& tile) {
     begin(tile);
-    if (blocks_of(p_) == 1)
-      reduce_short_rows();
-    else
+    if (blocks_of(p_) == 1) {
+      reduce_short_rows(tile);
+    } else {
+      batch_.read_target_logits(tile, 0, tile.rows);
       for (int64_t r = 0; r < tile.rows; r++) reduce(r, row_blocks(r), 0, p_.classes);
+    }
     const double loss = finish(tile, blocks_.data());
     if (p_.grad.data)
       for (int64_t r = 0; r < tile.rows; r++) write_gradient(r, row_blocks(r), 0, p_.classes);
@@ -93,11 +95,16 @@ class RowKernel {
     target_ = tile.run(p_.target);
     grad_ = tile.run(p_.grad);
     batch_.begin(tile);
-    batch_.read_target_logits(tile);
+  }
+
+  void begin_forward(const Tile& tile) {
+    begin(tile);
+    batch_.read_target_logits(tile, 0, tile.rows);
   }
 
   void begin_backward(const Tile& tile) {
     begin(tile);
+    batch_.read_target_logits(tile, 0, tile.rows);
     batch_.read_statistics(tile);
     if (p_.probabilities)
       for (int64_t r = 0; r < tile.rows; r++) batch_.mass[r] = sum_probabilities(r);
@@ -182,12 +189,13 @@ class RowKernel {
 
   // Finding a maximum ends in a chain of comparisons that the exps of the row must wait for. For
   // short rows the waiting would show, unless the maxima of a few rows come before their exps.
-  void reduce_short_rows() {
+  void reduce_short_rows(const Tile& tile) {
     const A* x[kGroupElements];
     for (int64_t first = 0; first < batch_.size; first += group_) {
       const int64_t last = std::min(first + group_, batch_.size);
       for (int64_t r = first; r < last; r++)
         if (is_counted(r)) x[r - first] = measure_block(r, 0, p_.classes, *row_blocks(r));
+      batch_.read_target_logits(tile, first, last);
       for (int64_t r = first; r < last; r++)
         if (is_counted(r)) sum_block(r, 0, p_.classes, x[r - first], *row_blocks(r));
     }

@@ -27,7 +27,7 @@ class SharedRows {
   }
 
   void forward(double* tile_losses) {
-    for_rows([&](RowKernel<A>& leader, const Tile& tile, int64_t) { leader.begin(tile); });
+    for_rows([&](RowKernel<A>& leader, const Tile& tile, int64_t) { leader.begin_forward(tile); });
     for_pieces([&](RowKernel<A>& kernel, int64_t t, int64_t first, int64_t last) {
       kernel.reduce(0, blocks(t), first, last);
     });
