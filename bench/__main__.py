@@ -2,9 +2,10 @@
 
 import sys
 
-# Imported only when run: the processes that measure memory load this file too, and have no use for
-# the tables and charts.
-if __name__ == "__main__":
-    from bench.program import main
+from bench.program import main
 
-    sys.exit(main())
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)  # what a shell expects of a program that Ctrl-C has ended

@@ -1,8 +1,9 @@
 """Draws what was measured: how many times stock's speed, and how many logits of memory.
 
 One line for each case and one mark for each provider, so that twenty cases stay readable at the
-width of a README. Speeds are ratios, hence the logarithmic axis: twice as fast and half as fast
-are the same distance from stock. What was not measured has no mark.
+width of a README, for which size and letters are chosen. Speeds are ratios, hence the logarithmic
+axis: twice as fast and half as fast are the same distance from stock. What was not measured has no
+mark.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,22 +36,23 @@ LABELS = {
     "copy": "copying the logits",
 }
 BAND = "#f5f7f9"
-DPI = 120
+WIDTH, DPI = 8.4, 200
 # A copy of less than this takes the time of a call, and is no measure of anything else.
 SMALLEST_COPY = 1e6
 
 
-def mark(axes: Axes, name: str, points: Sequence[tuple[float, int]]) -> None:
+def mark(axes: Axes, name: str, points: Sequence[tuple[float, float]], scale: float = 1.0) -> None:
     if not points:
         return
     color, marker, size = MARKS[name]
     across, down = zip(*points, strict=True)
-    axes.scatter(across, down, s=size, c=color, marker=marker, label=LABELS[name], zorder=3)
+    axes.scatter(across, down, s=scale * size, c=color, marker=marker, label=LABELS[name], zorder=3)
 
 
 def case_axis(axes: Axes, records: Sequence[Record]) -> None:
     style(axes)
     axes.set_yticks(range(len(records)), [record.case.name for record in records])
+    axes.tick_params(labelsize=10)
     axes.set_ylim(len(records) - 0.5, -0.5)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x", color=FAINT, linewidth=0.7)
@@ -59,7 +61,7 @@ def case_axis(axes: Axes, records: Sequence[Record]) -> None:
         axes.axhspan(row - 0.5, row + 0.5, color=BAND, linewidth=0, zorder=0)
 
 
-def legend(figure: Figure, axes: Sequence[Axes], order: Iterable[str]) -> None:
+def legend(figure: Figure, axes: Sequence[Axes], order: Iterable[str], columns: int = 3) -> None:
     found = {}
     for panel in axes:
         handles, labels = panel.get_legend_handles_labels()
@@ -69,17 +71,17 @@ def legend(figure: Figure, axes: Sequence[Axes], order: Iterable[str]) -> None:
         [found[label] for label in ordered],
         ordered,
         loc="outside lower center",
-        ncols=min(3, len(ordered)),
+        ncols=min(columns, len(ordered)),
         frameon=False,
-        fontsize=9,
+        fontsize=10,
         labelcolor=INK,
     )
 
 
-def new_figure(title: str, note: str, width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def new_figure(title: str, note: str, height: float) -> Figure:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.suptitle(f"{title}\n\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
-    figure.text(0.01, 1 - 0.45 / height, note, fontsize=8.5, color=INK, va="center")
+    figure.text(0.01, 1 - 0.45 / height, note, fontsize=9.5, color=INK, va="center")
     return figure
 
 
@@ -90,15 +92,12 @@ def save(figure: Figure, path: Path) -> None:
 
 def draw_speed(records: Sequence[Record], note: str, path: Path) -> None:
     figure = new_figure(
-        "Times as fast as stock PyTorch: to the right is faster",
-        note,
-        9.5,
-        2.1 + 0.27 * len(records),
+        "Times as fast as stock PyTorch: to the right is faster", note, 2.1 + 0.29 * len(records)
     )
     panels = figure.subplots(1, 2, sharey=True)
     for axes, which in zip(panels, (FORWARD, BOTH), strict=True):
         case_axis(axes, records)
-        axes.set_title(which, fontsize=10, color=INK)
+        axes.set_title(which, fontsize=11, color=INK)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -125,10 +124,9 @@ def draw_memory(records: Sequence[Record], note: str, path: Path) -> None:
         path.unlink(missing_ok=True)  # an earlier run's picture would pass for this one's
         return
     figure = new_figure(
-        "Peak memory beyond the logits, forward+backward, in multiples of the logits",
+        "Peak memory of forward+backward beyond the logits, in logits",
         note,
-        9.5,
-        2.1 + 0.35 * len(records),
+        2.1 + 0.45 * len(records),
     )
     axes = figure.subplots()
     case_axis(axes, records)
@@ -139,10 +137,10 @@ def draw_memory(records: Sequence[Record], note: str, path: Path) -> None:
             result = record.find(name, BOTH)
             if result is not None and result.peak is not None:
                 # One below the other, since several need exactly one gradient.
-                offset = 0.6 * (place / (len(names) - 1) - 0.5)
+                offset = 0.7 * (place / (len(names) - 1) - 0.5)
                 points.append((result.peak / record.case.logits_bytes, row + offset))
         for across, down in points:
             axes.hlines(down, 0, across, color=MARKS[name][0], linewidth=1.5)
-        mark(axes, name, points)
+        mark(axes, name, points, scale=0.45)
     legend(figure, [axes], LABELS.values())
     save(figure, path)

@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Run as a file, Python looks for modules beside it; `bench` and `fused_ce` are one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import peak_memory
+from bench import fresh_process, peak_memory
 from bench.curves import draw
 from bench.digits import digits
 from bench.display import Outcome, Progression, memory_text, summary, verdict
@@ -81,6 +81,8 @@ def succeeded(outcome: Outcome) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    # Every process reads this file, and would import all of that anew.
+    fresh_process.preload("bench.curves", "bench.digits", "bench.language_model")
     console = Console()
     names = list(TASKS) if options.task == "all" else [options.task]
     outcomes = [run(console, name, options) for name in names]

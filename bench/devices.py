@@ -1,11 +1,11 @@
 """What differs from one kind of device to the next: the clock, and the account of memory.
 
-On the CPU a call has ended when it returns, and the most memory it took is the high-water mark of
-a fresh process, see `memory.py`. On CUDA, events mark the time on the device, and the allocator
-keeps a high-water mark of its own.
+On the CPU a call has ended when it returns, and the system keeps a high-water mark of the memory of
+the process. On CUDA, events mark the time on the device, and the allocator keeps a high-water mark
+of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Protocol
@@ -13,10 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bench import memory
-from bench.cases import Case
-from bench.problem import BOTH, Problem
-from bench.providers import Call, make_call, passes_of
+from bench import peak_memory
+from bench.providers import Call
 
 
 class Device(Protocol):
@@ -29,8 +27,11 @@ class Device(Protocol):
     def milliseconds(self, call: Call, inputs: Sequence[Tensor]) -> float:
         """For one call on each of the inputs."""
 
-    def peaks(self, case: Case, provider: str) -> dict[str, int | None]:
-        """For each pass the bytes it takes beyond what it is given; None if nobody keeps count."""
+    def keep_nothing_freed(self) -> None:
+        """For the rest of this process, so that memory used again counts again in `rise`."""
+
+    def rise(self, call: Callable[[], object]) -> int | None:
+        """The most bytes in use during the call, beyond those before; None if nobody counts."""
 
 
 class Cpu:
@@ -57,8 +58,11 @@ class Cpu:
         del answer
         return elapsed * 1e3
 
-    def peaks(self, case: Case, provider: str) -> dict[str, int | None]:
-        return memory.peaks(case, provider)
+    def keep_nothing_freed(self) -> None:
+        peak_memory.keep_nothing_freed()
+
+    def rise(self, call: Callable[[], object]) -> int | None:
+        return peak_memory.rise(call)
 
 
 class Cuda:
@@ -80,19 +84,14 @@ class Cuda:
         del answer
         return start.elapsed_time(end)
 
-    def peaks(self, case: Case, provider: str) -> dict[str, int | None]:
-        problem = Problem(case, self.name)
-        found = {}
-        for which in passes_of(provider, case):
-            call = make_call(provider, which, problem)
-            (logits,) = problem.inputs(1)
-            with torch.set_grad_enabled(which == BOTH):
-                call(logits)
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                call(logits)
-            found[which] = torch.cuda.max_memory_allocated() - before
-        return found
+    def keep_nothing_freed(self) -> None:
+        """The allocator counts what is in use, not what it keeps."""
+
+    def rise(self, call: Callable[[], object]) -> int | None:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
 
 
 DEVICES: dict[str, Device] = {device.name: device for device in (Cpu(), Cuda())}

@@ -1,4 +1,4 @@
-"""Times all providers on one case, in rounds.
+"""Times all providers on one case, in rounds, in a process of the case's own.
 
 A round takes one sample of every provider and pass, in an order shuffled anew, so that whatever
 else the machine does falls on all alike and nobody always follows the same neighbour. Before the
@@ -14,8 +14,10 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from bench import fresh_process
 from bench.cases import DTYPES, Case
 from bench.devices import Device
+from bench.fresh_process import Notice, first_line
 from bench.problem import BOTH, Problem
 from bench.providers import PROVIDERS, fused, make_call, passes_of, path
 from bench.record import Record, Result
@@ -26,8 +28,6 @@ SMALL, BURST = 64 * 1024, 32
 
 # Only faults that no rounding explains; the parity suite is what judges the last digits.
 TOLERANCES = {"fp64": 1e-8, "fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
-
-Notice = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,6 @@ class Subject:
             self.result.samples.clear()
 
 
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
 def ulp_of_zero(dtype: str) -> float:
     """A gradient's mean over a million rows lies where float16 has only a few values left."""
     limits = torch.finfo(DTYPES[dtype])
@@ -98,11 +93,9 @@ def notices(case: Case, names: Sequence[str]) -> int:
     return sum(len(passes_of(name, case)) for name in names) + 1
 
 
-def measure(
+def measure_here(
     case: Case, names: Sequence[str], device: Device, effort: Effort, notice: Notice
 ) -> Record:
-    # Else the compiled code of every case so far counts against dynamo's limit for one function.
-    torch.compiler.reset()
     problem = Problem(case, device.name)
     reference = problem.reference()
     subjects = [
@@ -124,20 +117,15 @@ def measure(
     return Record(case, torch.get_num_threads(), [subject.result for subject in subjects])
 
 
-def measure_peaks(record: Record, names: Sequence[str], device: Device, notice: Notice) -> None:
-    """Fills in the memory of every result that has a time."""
-    for name in names:
-        notice(f"{record.case.name}: memory of {name}")
-        timed = [result for result in record.results if result.provider == name and result.samples]
-        if not timed:
-            continue
-        try:
-            peaks = device.peaks(record.case, name)
-        except Exception as error:
-            for result in timed:
-                result.reason = f"memory: {first_line(error)}"
-            continue
-        for result in timed:
-            result.peak = peaks[result.which]
-            if result.peak is None:
-                result.reason = "memory: the system keeps no high-water mark that can be read"
+def measure(
+    case: Case, names: Sequence[str], device: Device, effort: Effort, notice: Notice
+) -> Record:
+    try:
+        return fresh_process.call(measure_here, case, names, device, effort, notice=notice)
+    except fresh_process.Failed as failure:
+        nothing = [
+            Result(name, which, reason=str(failure))
+            for name in names
+            for which in passes_of(name, case)
+        ]
+        return Record(case, torch.get_num_threads(), nothing)

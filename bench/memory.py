@@ -1,53 +1,50 @@
-"""Peak memory on the CPU: the rise of a fresh process's high-water mark during one call.
+"""Fills in the memory: the most that a call takes beyond what it is given.
 
-Fresh, because what a process has freed before hides what it takes next. Starting Python and torch
-anew for every figure would take minutes, so one process that has imported them and done nothing
-else is forked for each (multiprocessing's forkserver). The same call goes before the one that is
-measured: it compiles, loads code and starts threads.
+A fresh process for each provider, since what one has freed would hide what the next one takes. The
+same call goes before the one that is measured: it compiles, loads code and starts threads.
 """
 
-import ctypes
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 
+from bench import fresh_process
 from bench.cases import Case
-from bench.peak_memory import rise
+from bench.devices import Device
+from bench.fresh_process import Notice
 from bench.problem import BOTH, Problem
 from bench.providers import make_call, passes_of
-
-# Imported once by the process that is forked; torch.compile's own parts take seconds.
-PRELOAD = ["bench.memory", "torch._dynamo", "torch._inductor.compile_fx"]
-
-M_MMAP_THRESHOLD = -3  # <malloc.h>
-LARGE = 64 * 1024
+from bench.record import Record
 
 
-def give_back_what_is_freed() -> None:
-    """Has glibc return every block of some size to the system when it is freed. Otherwise the first
-    call's blocks are still resident in the second, which then seems to need less."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGE)
-
-
-def peaks_here(case: Case, provider: str, threads: int) -> dict[str, int | None]:
-    torch.set_num_threads(threads)
-    give_back_what_is_freed()
-    problem = Problem(case, "cpu")
+def peaks_here(case: Case, name: str, device: Device) -> dict[str, int | None]:
+    device.keep_nothing_freed()
+    problem = Problem(case, device.name)
     found = {}
-    for which in passes_of(provider, case):
-        call = make_call(provider, which, problem)
+    for which in passes_of(name, case):
+        call = make_call(name, which, problem)
         (logits,) = problem.inputs(1)
         with torch.set_grad_enabled(which == BOTH):
             call(logits)
-            found[which] = rise(lambda call=call, logits=logits: call(logits))
+            found[which] = device.rise(partial(call, logits))
     return found
 
 
-def peaks(case: Case, provider: str) -> dict[str, int | None]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    with ProcessPoolExecutor(1, mp_context=context) as processes:
-        return processes.submit(peaks_here, case, provider, torch.get_num_threads()).result()
+def measure_peaks(record: Record, names: Sequence[str], device: Device, notice: Notice) -> None:
+    """For every result that has a time."""
+    for name in names:
+        notice(f"{record.case.name}: memory of {name}")
+        timed = [result for result in record.results if result.provider == name and result.samples]
+        if not timed:
+            continue
+        try:
+            peaks = fresh_process.call(peaks_here, record.case, name, device)
+        except fresh_process.Failed as failure:
+            for result in timed:
+                result.reason = f"memory: {failure}"
+            continue
+        for result in timed:
+            result.peak = peaks[result.which]
+            if result.peak is None:
+                result.reason = "memory: the system keeps no high-water mark that can be read"

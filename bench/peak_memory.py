@@ -1,24 +1,24 @@
-"""The most memory one loss, forward and backward, takes beyond its logits.
+"""The system's account of this process's memory, and what the demo asks of it.
 
-Run in a process of its own, because the operating system's high-water mark only ever rises and a
-training would have raised it already. A small call first, so that library code, thread stacks and
-autograd's own tables are in place before the mark is read. Where no mark can be read the answer
-is None: a figure that was not measured is not shown.
+A call is charged with the rise of the high-water mark while it runs. Where no mark can be read the
+answer is None: a figure that was not measured is not shown.
 """
 
-import argparse
-import subprocess
-import sys
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from bench import fresh_process
 from bench.training import make_loss, timed_loss
 
 # The kernel counts resident pages in batches per processor; less than this is not a measurement.
 RESOLUTION = 512 * 1024
 WARM_UP_ROWS = 64
+
+M_MMAP_THRESHOLD = -3  # <malloc.h>
+LARGE = 64 * 1024
 
 
 def read_status(key: str) -> int | None:
@@ -41,6 +41,14 @@ def lower_mark() -> None:
         pass
 
 
+def keep_nothing_freed() -> None:
+    """Has glibc return every block of some size to the system when it is freed. Otherwise the first
+    call's blocks are still resident in the second, which then seems to need less."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE)
+
+
 def rise(call: Callable[[], object]) -> int | None:
     """Bytes by which the call raises the high-water mark."""
     lower_mark()
@@ -53,6 +61,8 @@ def rise(call: Callable[[], object]) -> int | None:
 
 
 def measure_here(name: str, rows: int, classes: int) -> int | None:
+    # A small call first, so that library code, thread stacks and autograd's own tables are in place
+    # before the mark is read.
     loss = make_loss(name)
     few = min(rows, WARM_UP_ROWS)
     timed_loss(loss, torch.randn(few, classes), torch.randint(classes, (few,)))
@@ -61,17 +71,5 @@ def measure_here(name: str, rows: int, classes: int) -> int | None:
 
 
 def measure(name: str, rows: int, classes: int) -> int | None:
-    """Bytes, measured in a fresh process."""
-    command = [sys.executable, "-m", "bench.peak_memory", name, str(rows), str(classes)]
-    root = Path(__file__).resolve().parent.parent
-    answer = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=True)
-    return None if answer.stdout.strip() == "None" else int(answer.stdout)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("name")
-    parser.add_argument("rows", type=int)
-    parser.add_argument("classes", type=int)
-    arguments = parser.parse_args()
-    print(measure_here(arguments.name, arguments.rows, arguments.classes))
+    """Bytes that one loss, forward and backward, takes beyond its logits, in a fresh process."""
+    return fresh_process.call(measure_here, name, rows, classes)

@@ -15,17 +15,20 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import charts, scaling
+from bench import charts, fresh_process, scaling
 from bench.cases import CASES, DTYPES, Case, NoSuchCase, select
 from bench.devices import DEVICES
+from bench.fresh_process import Notice
 from bench.machine import busy, describe, headline
-from bench.measure import Effort, Notice, measure, measure_peaks, notices
+from bench.measure import Effort, measure, notices
+from bench.memory import measure_peaks
 from bench.providers import PROVIDERS
 from bench.record import Record, write_json
 from bench.tables import details, reasons, summary
 
 QUICK = Effort(seconds=0, least=2, most=2)
 WIDTH = 100  # where the output is no terminal
+COMPILER = ("torch._dynamo", "torch._inductor.compile_fx")  # seconds, if every process imports them
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Case]]:
@@ -109,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, cases = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if "compile" in options.providers:
+        fresh_process.preload(*COMPILER)
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)

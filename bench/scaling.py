@@ -19,7 +19,8 @@ from bench.cases import DTYPES, Case
 from bench.charts import LABELS, MARKS, legend, new_figure, save
 from bench.curves import FAINT, INK, style
 from bench.devices import Device
-from bench.measure import Effort, Notice, measure, notices
+from bench.fresh_process import Notice
+from bench.measure import Effort, measure, notices
 from bench.problem import COPY, FORWARD
 from bench.record import Record
 from bench.tables import milliseconds_text, pass_text, ratio_text
@@ -51,6 +52,7 @@ def run(
     counts, records = thread_counts(device), []
     for case in cases:
         for threads in counts:
+            # What `measure` starts takes over the number.
             torch.set_num_threads(threads)
             records.append(measure(case, names, device, effort, notice))
     return records
@@ -149,7 +151,7 @@ def plot(axes: Axes, line: Line, values: dict[int, float]) -> None:
 def draw(records: Sequence[Record], note: str, path: Path) -> None:
     found = lines(records)
     scales = any(line.gains for line in found)
-    figure = new_figure(f"Time against size, rows of {CLASSES} classes", note, 9.5, 4.6)
+    figure = new_figure(f"Time against size, rows of {CLASSES} classes", note, 5.2)
     left, *right = figure.subplots(1, 2 if scales else 1, squeeze=False)[0]
     threads = max(record.threads for record in records)
     size_axis(left, f"milliseconds, {threads} threads")
@@ -163,5 +165,5 @@ def draw(records: Sequence[Record], note: str, path: Path) -> None:
         for line in found:
             plot(axes, line, line.gains)
         axes.set_ylim(bottom=0)
-    legend(figure, [left], [line.label for line in found])
+    legend(figure, [left], [line.label for line in found], columns=2)
     save(figure, path)

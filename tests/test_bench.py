@@ -5,25 +5,25 @@ raises, answers wrongly or hands the call to stock has to show a dash and a reas
 """
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+import os
+import signal
 
 import pytest
 import torch
+from programs import ROOT, is_png, run
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from bench import cases, charts, program, scaling  # noqa: E402
-from bench.problem import BOTH, COPY, FORWARD, Problem  # noqa: E402
-from bench.record import Record, Result  # noqa: E402
+from bench import cases, charts, fresh_process, measure, program, scaling
+from bench.devices import DEVICES
+from bench.problem import BOTH, COPY, FORWARD, Problem
+from bench.record import Record, Result
 
 UNCOMPILED = ("stock", "fused", "recompute", "inplace", "copy")
 
-# Every way to have no figure, beside a provider that has one.
-FAULTY = """
+# Every way to have no figure, beside a provider that has one. A file, because the processes that
+# measure read the program's file again, and so have the same faults.
+FAULTY = f"""
 import sys
+sys.path.insert(0, {str(ROOT)!r})
 import fused_ce
 from bench import program, providers
 
@@ -40,25 +40,9 @@ fused_ce.explain = lambda *arguments, **options: (
     "stock: for a change" if options.get("grad_in_forward") is False else "fused: as it should be"
 )
 providers.PROVIDERS["compile"] = providers.Provider(raises)
-sys.exit(program.main(sys.argv[1:]))
+if __name__ == "__main__":
+    sys.exit(program.main(sys.argv[1:]))
 """
-
-
-def run(*command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
-def is_png(path: Path) -> bool:
-    return path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def test_two_cases_leave_figures_charts_and_json(tmp_path):
@@ -95,7 +79,9 @@ def test_two_cases_leave_figures_charts_and_json(tmp_path):
 
 
 def test_what_cannot_be_measured_has_a_reason_and_no_figure(tmp_path):
-    printed = run("-c", FAULTY, "--quick", "--cases", "8x10", "--out", str(tmp_path))
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    options = ("--quick", "--cases", "8x10", "--out", str(tmp_path))
+    printed = run(str(tmp_path / "faulty.py"), *options)
     (case,) = json.loads((tmp_path / "bench.json").read_text())["cases"]
     found = {(result["provider"], result["pass"]): result for result in case["results"]}
     reasons = {
@@ -111,6 +97,31 @@ def test_what_cannot_be_measured_has_a_reason_and_no_figure(tmp_path):
             assert found[key][figure] is None
     for name, which in found.keys() - reasons.keys():
         assert found[name, which]["median_ms"] > 0
+
+
+def test_a_fresh_process_is_another_each_time_and_says_how_it_failed():
+    processes = {fresh_process.call(os.getpid) for _ in range(2)} | {os.getpid()}
+    assert len(processes) == 3
+    torch.set_num_threads(1)
+    assert fresh_process.call(torch.get_num_threads) == 1
+    for function, argument, reason in (
+        (int, "seven", "ValueError: invalid literal"),
+        (os._exit, 3, "exit code 3"),
+        (signal.raise_signal, signal.SIGKILL, "SIGKILL"),
+    ):
+        with pytest.raises(fresh_process.Failed, match=reason):
+            fresh_process.call(function, argument)
+
+
+def test_a_case_that_cannot_be_made_has_a_reason_and_no_figure():
+    effort, heard = measure.Effort(0, least=1, most=1), []
+    for classes, reason in ((0, "RuntimeError"), (10, "")):
+        case = cases.Case((8, classes))
+        record = measure.measure(case, ["stock"], DEVICES["cpu"], effort, heard.append)
+        assert [result.which for result in record.results] == [FORWARD, BOTH]
+        for result in record.results:
+            assert result.reason.startswith(reason) and bool(result.samples) == (not reason)
+    assert len(heard) == measure.notices(case, ["stock"])
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,10 @@ Training is cut to a few steps. What must not be lost is that the program can fa
 wrong in its value, in its gradient alone, or not finite has to end in a non-zero exit.
 """
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from programs import ROOT, is_png, run
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from bench import agreement, digits, language_model, peak_memory, training  # noqa: E402
+from bench import agreement, digits, language_model, peak_memory, training
 
 # Takes the place of fused_ce.CrossEntropyLoss, then hands over to the real program.
 FAULTY = """
@@ -33,37 +27,20 @@ sys.exit(demo.main())
 """
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-
-
-def is_png(path: Path) -> bool:
-    return path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-
-
 def test_both_tasks_agree_and_leave_a_picture(tmp_path):
-    done = run("-m", "bench.demo", "--steps", "3", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stdout
-    assert "language model: the curves agree" in done.stdout
-    assert "digits: the curves agree" in done.stdout
-    assert "step 3  stock" in done.stdout and "\x1b" not in done.stdout
+    printed = run("-m", "bench.demo", "--steps", "3", "--out", str(tmp_path))
+    assert "language model: the curves agree" in printed
+    assert "digits: the curves agree" in printed
+    assert "step 3  stock" in printed and "\x1b" not in printed
     assert is_png(tmp_path / "demo.png")
 
 
 def test_stock_alone_as_a_file_is_not_compared(tmp_path):
-    done = run(
+    printed = run(
         str(ROOT / "bench" / "demo.py"),
         *("--task", "digits", "--loss", "stock", "--steps", "1", "--out", str(tmp_path)),
     )
-    assert done.returncode == 0, done.stdout
-    assert "curves" not in done.stdout
+    assert "curves" not in printed
     assert is_png(tmp_path / "demo.png")
 
 
@@ -78,10 +55,10 @@ def test_stock_alone_as_a_file_is_not_compared(tmp_path):
 )
 def test_curves_that_part_fail(tmp_path, expression, step):
     program = FAULTY.format(expression=expression)
-    done = run("-c", program, "--task", "digits", "--steps", "20", "--out", str(tmp_path))
-    assert done.returncode == 1, done.stdout
-    assert f"digits: the curves part {step}" in done.stdout
-    assert "not measured" in done.stdout
+    options = ("--task", "digits", "--steps", "20", "--out", str(tmp_path))
+    printed = run("-c", program, *options, ends_with=1)
+    assert f"digits: the curves part {step}" in printed
+    assert "not measured" in printed
     assert is_png(tmp_path / "demo.png")
 
 
