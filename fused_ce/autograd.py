@@ -52,7 +52,7 @@ def stock_loss(
     )
 
 
-def _stock_gradients(ctx: Any, grad_output: Tensor, input: Tensor, target: Tensor, weight) -> tuple:
+def stock_gradients(ctx: Any, grad_output: Tensor, input: Tensor, target: Tensor, weight) -> tuple:
     """Differentiates stock's loss, under a graph if the caller wants one.
 
     The gradient is that for a ``grad_output`` of 1, times ``grad_output``: what may be a batch, or
@@ -129,7 +129,7 @@ class Recompute(Function):
     def backward(ctx, grad_output):
         saved = ctx.saved_tensors
         if _needs_stock(grad_output):
-            return _stock_gradients(ctx, grad_output, *saved[:3])
+            return stock_gradients(ctx, grad_output, *saved[:3])
         return _fused_gradients(ctx, grad_output, saved)
 
 
@@ -153,7 +153,7 @@ class GradInForward(Function):
     def backward(ctx, grad_output):
         *saved, grad = ctx.saved_tensors
         if _needs_stock(grad_output):
-            return _stock_gradients(ctx, grad_output, *saved[:3])
+            return stock_gradients(ctx, grad_output, *saved[:3])
         if torch.compiler.is_compiling() or _graph_is_kept():
             return _fused_gradients(ctx, grad_output, saved)
         input, target, weight, stats = saved

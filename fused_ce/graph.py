@@ -3,13 +3,16 @@
 A graph cannot hold what ``autograd`` decides at run time, and it runs a ``Function`` without the
 saved tensors' history, which would drop second derivatives without a word. Registered derivatives
 keep it: the forward's is the backward operator, and that one's is stock's formula, twice.
+Forward mode may begin after the forward, and then has stock's formula for the gradient as well.
 """
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.autograd import Function
 
 from . import ops
-from .autograd import Options, stock_loss
+from .autograd import Options, stock_gradients, stock_loss, transform_is_active
 
 
 def graph_loss(input, target, weight, options: Options, loss_dtype: torch.dtype) -> Tensor:
@@ -19,14 +22,18 @@ def graph_loss(input, target, weight, options: Options, loss_dtype: torch.dtype)
 
 
 def _save_forward(ctx, inputs, output) -> None:
-    input, target, weight, *options, _ = inputs
+    input, target, weight, *options, loss_dtype = inputs
     _, stats = output
     ctx.save_for_backward(input, target, weight, stats)
-    ctx.options = options
+    ctx.options = Options(*options)
+    ctx.loss_dtype = loss_dtype
 
 
 def _backward(ctx, grad_loss: Tensor, _) -> tuple:
     input, target, weight, stats = ctx.saved_tensors
+    if transform_is_active():
+        # A graph that runs as it was captured: the transform began only after it.
+        return *stock_gradients(ctx, grad_loss, input, target, weight)[:2], *(None,) * 5
     needs_input, needs_target, *_ = ctx.needs_input_grad
     arguments = (input, target, weight, *ctx.options, stats, grad_loss)
     return (
@@ -36,32 +43,59 @@ def _backward(ctx, grad_loss: Tensor, _) -> tuple:
     )
 
 
-def _save_backward(ctx, inputs, output) -> None:
-    input, target, weight, *options, _, grad_output = inputs
-    ctx.save_for_backward(input, target, weight, grad_output)
-    ctx.options = Options(*options)
+def _by_stock(of_target: bool, input, target, weight, options, grad_output, create_graph):
+    """What one of the two backward operators returns, by stock's formula."""
+    loss = stock_loss(input, target, weight, options, grad_output.dtype)
+    (gradient,) = torch.autograd.grad(
+        loss, target if of_target else input, grad_output.to(loss.dtype), create_graph=create_graph
+    )
+    return gradient
 
 
-def _derivative_of_backward(of_target: bool):
-    """The derivative of one of the two backward operators."""
+class _Gradient(Function):
+    """One of the two backward operators, whose derivative is that of stock's formula."""
 
-    def derivative(ctx, grad: Tensor) -> tuple:
+    @staticmethod
+    def forward(ctx, operator, *arguments):
+        input, target, weight, *options, _, grad_output = arguments
+        ctx.save_for_backward(input, target, weight, grad_output)
+        ctx.of_target = operator is ops.graph_backward_target
+        ctx.options = Options(*options)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
+    @staticmethod
+    def backward(ctx, grad):
         input, target, weight, grad_output = ctx.saved_tensors
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             input, target, grad_output = map(_variable, (input, target, grad_output))
-            loss = stock_loss(input, target, weight, ctx.options, grad_output.dtype)
-            argument = target if of_target else input
-            (first,) = torch.autograd.grad(
-                loss, argument, grad_output.to(loss.dtype), create_graph=True
-            )
+            arguments = (input, target, weight, ctx.options, grad_output)
+            first = _by_stock(ctx.of_target, *arguments, create_graph=True)
         wanted = [t for t in (input, target, grad_output) if t.is_floating_point()]
         by_input, *by_target, by_grad_output = torch.autograd.grad(
             first, wanted, grad, create_graph=create_graph, allow_unused=True
         )
-        return by_input, *(by_target or [None]), *(None,) * 5, by_grad_output
+        return None, by_input, *(by_target or [None]), *(None,) * 5, by_grad_output
 
-    return derivative
+
+def _autograd_kernel(operator):
+    """What autograd runs in the operator's place."""
+
+    def kernel(*arguments):
+        if forward_ad._current_level < 0:
+            return _Gradient.apply(operator, *arguments)
+        input, target, weight, *options, _, grad_output = arguments
+        of_target = operator is ops.graph_backward_target
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            input, target = map(_variable, (input, target))
+            arguments = (input, target, weight, Options(*options), grad_output)
+            gradient = _by_stock(of_target, *arguments, create_graph)
+        # The graph was made for the strides of the operator's result.
+        return ops.empty_gradient(target if of_target else input).copy_(gradient)
+
+    return kernel
 
 
 def _variable(tensor: Tensor) -> Tensor:
@@ -71,9 +105,8 @@ def _variable(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
 
 
-for _name, _derivative, _save in (
-    ("graph_forward", _backward, _save_forward),
-    ("graph_backward", _derivative_of_backward(of_target=False), _save_backward),
-    ("graph_backward_target", _derivative_of_backward(of_target=True), _save_backward),
-):
-    torch.library.register_autograd(f"fused_ce::{_name}", _derivative, setup_context=_save)
+torch.library.register_autograd("fused_ce::graph_forward", _backward, setup_context=_save_forward)
+# Kernels of our own, since what register_autograd makes would drop a tangent without a word.
+_library = torch.library.Library("fused_ce", "IMPL")
+for _operator in (ops.graph_backward, ops.graph_backward_target):
+    _library.impl(_operator, _autograd_kernel(_operator), "Autograd")

@@ -82,7 +82,7 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _fake_gradient(like: Tensor) -> Tensor:
+def empty_gradient(like: Tensor) -> Tensor:
     if _is_dense(like):
         return torch.empty_like(like)
     return torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -103,19 +103,19 @@ def _(input, target, weight, reduction, ignore_index, label_smoothing, loss_dtyp
 @torch.library.register_fake("fused_ce::forward_grad")
 def _(input, target, weight, reduction, ignore_index, label_smoothing, loss_dtype):
     loss = _fake_loss(input, reduction, loss_dtype)
-    return loss, _fake_stats(input), _fake_gradient(input)
+    return loss, _fake_stats(input), empty_gradient(input)
 
 
 @torch.library.register_fake("fused_ce::backward")
 @torch.library.register_fake("fused_ce::graph_backward")
 def _(input, target, weight, reduction, ignore_index, label_smoothing, stats, grad_output):
-    return _fake_gradient(input)
+    return empty_gradient(input)
 
 
 @torch.library.register_fake("fused_ce::backward_target")
 @torch.library.register_fake("fused_ce::graph_backward_target")
 def _(input, target, weight, reduction, ignore_index, label_smoothing, stats, grad_output):
-    return _fake_gradient(target)
+    return empty_gradient(target)
 
 
 @torch.library.register_fake("fused_ce::backward_")
