@@ -33,17 +33,26 @@ class Options(NamedTuple):
     label_smoothing: float
 
 
+def _ignored(target: Tensor, ignore_index: int, input: Tensor) -> Tensor:
+    """Which rows are ignored, in a shape that spreads over the classes of the logits."""
+    ignored = target.long() == ignore_index  # a narrower type would wrap the index around
+    return ignored.unsqueeze(1) if input.dim() > 1 else ignored.reshape(1)
+
+
 def stock_loss(
     input: Tensor, target: Tensor, weight: Tensor | None, options: Options, loss_dtype: torch.dtype
 ) -> Tensor:
-    """Stock's loss for one of its derivatives.
+    """Stock's loss for its derivatives of any order.
 
     In the loss's dtype, which under autocast is wider than the logits', and in float32 for the
-    half types.
+    half types. Ignored logits are replaced: zero times a nan among them would not be zero.
     """
     dtype = torch.promote_types(loss_dtype, torch.float32)
+    input = input.to(dtype)
+    if not target.is_floating_point():
+        input = input.masked_fill(_ignored(target, options.ignore_index, input), 0)
     return F.cross_entropy(
-        input.to(dtype),
+        input,
         target.to(dtype) if target.is_floating_point() else target.long(),
         None if weight is None else weight.to(dtype),
         ignore_index=options.ignore_index,
@@ -74,10 +83,8 @@ def stock_gradients(ctx: Any, grad_output: Tensor, input: Tensor, target: Tensor
         for t, needs in zip((input, target), ctx.needs_input_grad, strict=False)
     )
     if not target.is_floating_point():
-        # Zero times nan is not zero, and an ignored row has no gradient at all.
-        ignored = target == ctx.options.ignore_index
-        ignored = ignored.unsqueeze(1) if input.dim() > 1 else ignored.reshape(1)
-        input_grad = input_grad.masked_fill(ignored, 0)
+        # An ignored row has no gradient, even if what arrives for it is nan.
+        input_grad = input_grad.masked_fill(_ignored(target, ctx.options.ignore_index, input), 0)
     return input_grad, target_grad, None, None, None
 
 

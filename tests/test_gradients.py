@@ -203,6 +203,57 @@ def test_double_backward_differs_from_stock(reduction, kind, options):
     torch.testing.assert_close(*results)
 
 
+def second_order(loss, leaves):
+    """The gradients of a loss, and those of the loss with its gradients as a penalty."""
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    penalty = loss + sum(gradient.square().sum() for gradient in first)
+    return first + torch.autograd.grad(penalty, leaves)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("form", ["default", "recompute", "compiled"])
+def test_double_backward_sees_what_an_ignored_row_holds(form, smoothing, reduction, bad):
+    # The gradients are those of stock for finite numbers there: zero in the row itself, and finite
+    # for what the loss is multiplied with. Stock's own are nan in the row.
+    values = torch.randn(6, 5, 2)
+    target = torch.randint(0, 5, (6, 2))
+    target[1] = target[4, 0] = -100
+    spoilt = values.clone()
+    spoilt[1], spoilt[4, 2, 0] = bad, bad
+    function = fused_ce.cross_entropy
+    if form == "compiled":  # a graph that can be differentiated twice
+        torch._dynamo.reset()
+        function = torch.compile(function, backend="eager", fullgraph=True)
+    results = []
+    for call, logits, extra in (
+        (function, spoilt, REPEATABLE.get(form, {})),
+        (F.cross_entropy, values, {}),
+    ):
+        leaf, factor = logits.clone().requires_grad_(), torch.tensor(1.5, requires_grad=True)
+        loss = call(leaf, target, reduction=reduction, label_smoothing=smoothing, **extra).sum()
+        results.append(second_order(loss * factor, (leaf, factor)))
+    torch.testing.assert_close(*results)
+    for gradient in results[0][::2]:
+        assert (gradient[1] == 0).all() and (gradient[4, :, 0] == 0).all()
+
+
+@modes(REPEATABLE)
+@pytest.mark.parametrize("kind, index", [(torch.uint8, -100), (torch.int16, 2**16 + 156)], ids=str)
+def test_double_backward_ignores_what_wraps_around_to_the_index(kind, index, options):
+    # Class 156 is what both indices become in the target's own type.
+    values, target = torch.randn(3, 200), torch.tensor([156, 0, 199])
+    results = []
+    for function, classes, extra in (
+        (fused_ce.cross_entropy, target.to(kind), options),
+        (F.cross_entropy, target, {}),
+    ):
+        leaf = values.clone().requires_grad_()
+        results.append(second_order(function(leaf, classes, ignore_index=index, **extra), (leaf,)))
+    torch.testing.assert_close(*results)
+
+
 @modes(REPEATABLE)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_batched_incoming_gradients_fail(reduction, options):
