@@ -5,11 +5,15 @@ classes and of rows, on which the kernels' loops split, are then walked one by o
 than contiguous are in test_strides.py.
 """
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, KINDS, SHAPES, covering, name_of, target_of
 from reference import MODES, check_against_stock, float64, ours, ulp
+
+import fused_ce
 
 OPTIONS = {
     "shape": tuple(SHAPES),
@@ -190,3 +194,21 @@ def test_mean_over_many_half_precision_rows_overflows():
     for mode in MODES:
         result = ours(input, target, mode=mode)
         torch.testing.assert_close(result.loss.double(), exact.loss, rtol=2**-11, atol=0)
+
+
+# Rows as lanes beside each other, and on their own; as many as cost a plain sum three digits.
+@pytest.mark.parametrize("rows, classes", [(2**22 + 77, 2), (2**19 + 77, 65)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sum_over_many_equal_rows_loses_digits(weighted, rows, classes):
+    # Equal rows are the worst: every addition to a plain sum rounds the same way.
+    input = torch.randn(1, classes, dtype=torch.float64).expand(rows, classes)
+    target = torch.zeros(rows, dtype=torch.uint8)
+    weight = torch.rand(classes, dtype=torch.float64) if weighted else None
+    losses = fused_ce.cross_entropy(input, target, weight, reduction="none")
+    total = math.fsum(losses.tolist())
+    divisor = math.fsum([weight[0].item()] * rows) if weighted else rows
+    few_ulp = 32 * torch.finfo(torch.float64).eps  # the lanes of a tile are added plainly
+    result = fused_ce.cross_entropy(input, target, weight, reduction="sum").item()
+    assert result == pytest.approx(total, rel=few_ulp, abs=0)
+    result = fused_ce.cross_entropy(input, target, weight).item()
+    assert result == pytest.approx(total / divisor, rel=few_ulp, abs=0)

@@ -8,6 +8,7 @@
 #include "row_kernel.h"
 #include "shared_rows.h"
 #include "simd.h"
+#include "sum.h"
 
 namespace fused_ce::cpu {
 
@@ -115,12 +116,12 @@ TargetScan scan_run(const Problem& p, const Index* targets, int64_t stride, int6
 template <class A, class Index>
 double add_weights(const Problem& p, const Index* targets, int64_t stride, int64_t n) {
   const A* weight = static_cast<const A*>(p.weight);
-  double total = 0.0;
+  CompensatedSum total;
   for (int64_t i = 0; i < n; i++) {
     const int64_t index = targets[i * stride];
-    if (is_counted(p, index)) total += weight[index];
+    if (is_counted(p, index)) total.add(weight[index]);
   }
-  return total;
+  return total.value();
 }
 
 }  // namespace
@@ -144,12 +145,12 @@ void scan_targets(const Problem& p, const Tiling& tiling, int64_t begin, int64_t
 
 double sum_weights(const Problem& p) {
   if (!p.weight) return static_cast<double>(p.classes);
-  double sum = 0.0;
+  CompensatedSum sum;
   with_accumulation_type(p, [&](auto zero) {
     const auto* weight = static_cast<const decltype(zero)*>(p.weight);
-    for (int64_t c = 0; c < p.classes; c++) sum += weight[c];
+    for (int64_t c = 0; c < p.classes; c++) sum.add(weight[c]);
   });
-  return sum;
+  return sum.value();
 }
 
 void forward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end,

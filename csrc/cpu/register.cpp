@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <numeric>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -14,6 +13,7 @@
 #include "huge_pages.h"
 #include "kernels.h"
 #include "span.h"
+#include "sum.h"
 
 namespace fused_ce::cpu {
 
@@ -72,12 +72,13 @@ void scan(Problem& p) {
     for_tiles(tiling, [&](int64_t begin, int64_t end) {
       scan_targets(p, tiling, begin, end, scans.data());
     });
-    counted = 0.0;
+    CompensatedSum weights;
     for (const TargetScan& scan : scans) {
       if (scan.has_bad_index)
         throw std::out_of_range("Target " + std::to_string(scan.bad_index) + " is out of bounds.");
-      counted += scan.weights;
+      weights.add(scan.weights);
     }
+    counted = weights.value();
   }
   if (p.reduction == Reduction::kMean) {
     // A total weight of zero makes the mean nan, also where smoothing leaves a loss to divide.
@@ -97,8 +98,9 @@ void run_forward(Problem& p) {
       forward(p, tiling, begin, end, tile_losses.data());
     });
   if (p.reduction == Reduction::kNone) return;
-  const double sum = std::accumulate(tile_losses.begin(), tile_losses.end(), 0.0);
-  store_value(sum / p.denominator, p.loss, 0);
+  CompensatedSum sum;
+  for (const double loss : tile_losses) sum.add(loss);
+  store_value(sum.value() / p.denominator, p.loss, 0);
 }
 
 void run_backward(Problem& p) {
