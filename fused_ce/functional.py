@@ -212,7 +212,7 @@ def _stock_reason(input, target, weight, ignore_index, reduction, label_smoothin
         return "a torch.func transform or forward-mode differentiation is active"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is recording"
-    if torch.compiler.is_exporting():
+    if torch.compiler._is_exporting_flag:  # is_exporting() holds in any graph of torch 2.10
         return "torch.export is recording"
     if input.device.type not in _DEVICES:
         return f"there are no kernels for {input.device.type}"

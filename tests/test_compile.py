@@ -362,25 +362,23 @@ def test_graph_break_beside_the_loss_loses_the_gradient():
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_double_backward_through_a_graph_is_silently_wrong(backend, reduction):
-    # AOTAutograd refuses, for stock's loss too; a graph that runs as it was captured need not.
+    # A graph that runs as it was captured is differentiated; AOTAutograd refuses. (Stock's loss is
+    # no measure there: with torch 2.10 its second derivative is silently zero.)
     values, target = problem()
     outcomes = []
-    for function in (fused_ce.cross_entropy, F.cross_entropy):
-        torch._dynamo.reset()
+    for run in (fused_ce.cross_entropy, F.cross_entropy):
         leaf = values.clone().requires_grad_()
-        loss = compiled(
-            lambda x, y, function=function: function(x, y, reduction=reduction).sum(), backend
-        )(leaf, target)
+        ours = run is fused_ce.cross_entropy
+        loss = (compiled(run, backend) if ours else run)(leaf, target, reduction=reduction).sum()
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
-        try:
-            (loss + gradient.square().sum()).backward()
-            outcomes.append(leaf.grad)
-        except RuntimeError as error:
-            outcomes.append(str(error))
-    if backend == "eager":
-        torch.testing.assert_close(*outcomes)
-    else:
-        assert outcomes[0] == outcomes[1]
+        penalty = loss + gradient.square().sum()
+        if ours and backend == "aot_eager":
+            with pytest.raises(RuntimeError, match="does not currently support double backward"):
+                penalty.backward()
+            return
+        penalty.backward()
+        outcomes.append(leaf.grad)
+    torch.testing.assert_close(*outcomes)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
