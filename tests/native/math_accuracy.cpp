@@ -73,6 +73,15 @@ int main(int, char** argv) {
                                      return x >= -104.5f;
                                    }));
 
+  bits = 0x80000000u;
+  report("exp_normal_float",
+         sweep<float>([](float x) { return fused_ce::math::exp_normal(x); }, exp,
+                      [&](float& x) {
+                        x = bits_as<float>(static_cast<uint32_t>(bits));
+                        bits += step;
+                        return x > -fused_ce::math::kNormalExp<float>;
+                      }));
+
   // The same floats, spread over the arguments of the other two.
   bits = 0x80000000u;
   report("exp_double",
