@@ -152,6 +152,8 @@ class RowKernel {
   }
 
  private:
+  // Elements of the widest vector, in float.
+  static constexpr int64_t kVector = 16;
   // Of short rows, as many are in work at a time as have this many elements together.
   static constexpr int64_t kGroupElements = 1024;
 
@@ -256,6 +258,18 @@ class RowKernel {
   // exp(x - base) of a chunk, kept and summed.
   template <bool kHasBase, bool kIsNormal, class Count>
   static Terms keep_terms(const A* x, Count n, A base, A* terms) {
+    if constexpr (std::is_same_v<Count, int64_t>) {
+      const int64_t whole = n < kVector ? n : n / kVector * kVector;
+      Terms sums = keep_vectors<kHasBase, kIsNormal>(x, whole, base, terms);
+      if (whole < n) keep_tail(x + whole, n - whole, base, terms + whole, sums);
+      return sums;
+    } else {
+      return keep_vectors<kHasBase, kIsNormal>(x, n, base, terms);
+    }
+  }
+
+  template <bool kHasBase, bool kIsNormal, class Count>
+  static Terms keep_vectors(const A* x, Count n, A base, A* terms) {
     A sum = A(0), ones = A(0);
 #pragma omp simd reduction(+ : sum, ones)
     for (int64_t i = 0; i < n; i++) {
@@ -270,6 +284,22 @@ class RowKernel {
       }
     }
     return {sum, ones};
+  }
+
+  // The last few elements of a row: one exp of a whole vector that ends with them is cheaper than
+  // some one by one. What comes before them in the vector may be terms already, and is left alone.
+  static void keep_tail(const A* x, int64_t n, A base, A* terms, Terms& sums) {
+    alignas(kLine) A tail[kVector];
+    const A* vector = x + n - kVector;
+#pragma omp simd
+    for (int64_t i = 0; i < kVector; i++) tail[i] = math::exp_nonpositive(vector[i] - base);
+    for (int64_t i = 0; i < n; i++) {
+      const bool is_base = x[i] == base;
+      const A e = tail[kVector - n + i];
+      terms[i] = e;
+      sums.ones += is_base ? A(1) : A(0);
+      sums.sum += is_base ? A(0) : e;
+    }
   }
 
   void add_gaps(BlockSums<A>& sums, const A* x, A base, int64_t b, int64_t n, const A* q) {
