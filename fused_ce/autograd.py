@@ -3,14 +3,20 @@
 They are written in the ctx style, without ``setup_context``: with it, ``torch.compile`` of
 ``torch.func.grad`` gives silent zeros. Transforms never reach them; ``functional`` sends those to
 stock. A backward that must be differentiable itself is stock's formula, differentiated.
+
+A call is ``(input, target, *arguments)``, as the forward operators take it: the arguments are the
+weight, the reduction, ``ignore_index``, ``label_smoothing`` and the loss's dtype, or none of them
+where all have their defaults.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
@@ -18,6 +24,8 @@ from torch.autograd.graph import increment_version
 from . import ops
 
 _REDUCTIONS = ("none", "mean", "sum")
+# The gradients of the arguments after input and target; there may be more of them than arguments.
+_NO_MORE = (None,) * 5
 
 
 def transform_is_active() -> bool:
@@ -61,18 +69,21 @@ def stock_loss(
     )
 
 
-def stock_gradients(ctx: Any, grad_output: Tensor, input: Tensor, target: Tensor, weight) -> tuple:
+def stock_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
     """Differentiates stock's loss, under a graph if the caller wants one.
 
     The gradient is that for a ``grad_output`` of 1, times ``grad_output``: what may be a batch, or
     carry a tangent, then only meets a product, and the rest runs outside of any transform. Up to
     that product it is in float32 at least, or the product would come after a rounding.
     """
-    dtype = torch.promote_types(ctx.loss_dtype, torch.float32)
+    input, target, _, *rest = saved
+    weight = rest[0] if rest else None
+    options = Options(*(ctx.options or ops.DEFAULTS))
+    dtype = torch.promote_types(grad_output.dtype, torch.float32)
     create_graph = torch.is_grad_enabled()
     with temporarily_clear_interpreter_stack(), torch.enable_grad():
         wide = [t.to(dtype) if t.is_floating_point() else t for t in (input, target)]
-        loss = stock_loss(*wide, weight, ctx.options, dtype)
+        loss = stock_loss(*wide, weight, options, dtype)
         needed = [t for t, needs in zip(wide, ctx.needs_input_grad, strict=False) if needs]
         ones = torch.ones_like(loss)
         units = iter(torch.autograd.grad(loss, needed, ones, create_graph=create_graph))
@@ -84,8 +95,8 @@ def stock_gradients(ctx: Any, grad_output: Tensor, input: Tensor, target: Tensor
     )
     if not target.is_floating_point():
         # An ignored row has no gradient, even if what arrives for it is nan.
-        input_grad = input_grad.masked_fill(_ignored(target, ctx.options.ignore_index, input), 0)
-    return input_grad, target_grad, None, None, None
+        input_grad = input_grad.masked_fill(_ignored(target, options.ignore_index, input), 0)
+    return input_grad, target_grad, *_NO_MORE
 
 
 def _needs_stock(grad_output: Tensor) -> bool:
@@ -109,34 +120,36 @@ def _graph_is_kept() -> bool:
 
 
 def _fused_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
-    input, target, weight, stats = saved
+    input, target, stats, *weight = saved
     needs_input, needs_target, *_ = ctx.needs_input_grad
-    arguments = (input, target, weight, *ctx.options, stats, grad_output)
+    arguments = (input, target, stats, grad_output, *weight, *ctx.options)
     return (
         ops.backward(*arguments) if needs_input else None,
         ops.backward_target(*arguments) if needs_target else None,
-        None,
-        None,
-        None,
+        *_NO_MORE,
     )
+
+
+def _save(ctx: Any, arguments: tuple, *tensors: Tensor) -> None:
+    """Keeps for the backward what its operators take: the tensors, the weight and the options."""
+    ctx.save_for_backward(*tensors, *arguments[:1])
+    ctx.options = arguments[1:4]
 
 
 class Recompute(Function):
     """Keeps a few numbers a row; the gradient is computed from the logits in the backward."""
 
     @staticmethod
-    def forward(ctx, input, target, weight, options, loss_dtype):
-        loss, stats = ops.forward_stats(input, target, weight, *options, loss_dtype)
-        ctx.save_for_backward(input, target, weight, stats)
-        ctx.options = options
-        ctx.loss_dtype = loss_dtype
+    def forward(ctx, input, target, *arguments):
+        loss, stats = ops.forward_stats(input, target, *arguments)
+        _save(ctx, arguments, input, target, stats)
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
         saved = ctx.saved_tensors
         if _needs_stock(grad_output):
-            return stock_gradients(ctx, grad_output, *saved[:3])
+            return stock_gradients(ctx, grad_output, saved)
         return _fused_gradients(ctx, grad_output, saved)
 
 
@@ -149,23 +162,20 @@ class GradInForward(Function):
     """
 
     @staticmethod
-    def forward(ctx, input, target, weight, options, loss_dtype):
-        loss, stats, grad = ops.forward_grad(input, target, weight, *options, loss_dtype)
-        ctx.save_for_backward(input, target, weight, stats, grad)
-        ctx.options = options
-        ctx.loss_dtype = loss_dtype
+    def forward(ctx, input, target, *arguments):
+        loss, stats, grad = ops.forward_grad(input, target, *arguments)
+        _save(ctx, arguments, grad, input, target, stats)
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
-        *saved, grad = ctx.saved_tensors
+        grad, *saved = ctx.saved_tensors
         if _needs_stock(grad_output):
-            return stock_gradients(ctx, grad_output, *saved[:3])
+            return stock_gradients(ctx, grad_output, saved)
         if torch.compiler.is_compiling() or _graph_is_kept():
             return _fused_gradients(ctx, grad_output, saved)
-        input, target, weight, stats = saved
-        ops.rescale_(grad, input, target, weight, *ctx.options, stats, grad_output)
-        return grad, None, None, None, None
+        ops.rescale_(grad, grad_output, *saved, *ctx.options)
+        return grad, None, *_NO_MORE
 
 
 class _Overwriting(Function):
@@ -191,8 +201,8 @@ class OverwriteInForward(_Overwriting):
     """Overwrites the logits with the gradient while it computes the loss."""
 
     @staticmethod
-    def forward(ctx, input, target, weight, options, loss_dtype):
-        loss = ops.forward_grad_(input, target, weight, *options, loss_dtype)
+    def forward(ctx, input, target, *arguments):
+        loss = ops.forward_grad_(input, target, *arguments)
         increment_version(input)
         ctx.save_for_backward(input)
         ctx.consumed = False
@@ -204,33 +214,52 @@ class OverwriteInForward(_Overwriting):
         grad = input.detach()
         ops.scale_(grad, grad_output)
         increment_version(input)
-        return grad, None, None, None, None
+        return grad, None, *_NO_MORE
 
 
 class OverwriteInBackward(_Overwriting):
     """Overwrites the logits in the backward, with ``grad_output`` folded in before rounding."""
 
     @staticmethod
-    def forward(ctx, input, target, weight, options, loss_dtype):
-        ops.check_overwritable(input, target, weight)
-        loss, stats = ops.forward_stats(input, target, weight, *options, loss_dtype)
-        ctx.save_for_backward(input, target, weight, stats)
+    def forward(ctx, input, target, *arguments):
+        ops.check_overwritable(input, target, *arguments[:1])
+        loss, stats = ops.forward_stats(input, target, *arguments)
+        _save(ctx, arguments, input, target, stats)
         ctx.storage = input.untyped_storage()._cdata
-        ctx.options = options
         ctx.consumed = False
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
-        saved = input, target, weight, stats = _Overwriting.begin_backward(ctx, grad_output)
+        saved = input, target, stats, *weight = _Overwriting.begin_backward(ctx, grad_output)
         if input.untyped_storage()._cdata != ctx.storage:
             # A hook on saved tensors gave a copy back, which others may have been given too.
             return _fused_gradients(ctx, grad_output, saved)
-        arguments = (target, weight, *ctx.options, stats, grad_output)
+        arguments = (target, stats, grad_output, *weight, *ctx.options)
         target_grad = None
         if ctx.needs_input_grad[1]:
             target_grad = ops.backward_target(input, *arguments)
         grad = input.detach()
         ops.backward_(grad, *arguments)
         increment_version(input)
-        return grad, target_grad, None, None, None
+        return grad, target_grad, *_NO_MORE
+
+
+def _entrance(function: type[Function]) -> Callable[..., Tensor]:
+    """``function.apply`` for calls outside of any transform.
+
+    That method asks every argument whether a transform is active or has left it behind, which
+    takes longer than all that follows; here the question is put once for each of two tensors.
+    """
+    apply = super(Function, function).apply
+
+    def enter(input, target, *arguments):
+        return apply(unwrap_if_dead(input), unwrap_if_dead(target), *arguments)
+
+    return enter
+
+
+recompute = _entrance(Recompute)
+grad_in_forward = _entrance(GradInForward)
+overwrite_in_forward = _entrance(OverwriteInForward)
+overwrite_in_backward = _entrance(OverwriteInBackward)

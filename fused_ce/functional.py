@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import autograd, graph, ops
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-_DEVICES = frozenset({"cpu"})
+_STRIDED = torch.strided
 _HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
 _LOGIT_DTYPES = frozenset({torch.float32, torch.float64}) | _HALF_DTYPES
 _INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.int16, torch.uint8})
@@ -101,10 +101,9 @@ def cross_entropy(
     if _stock_reason(input, target, weight, ignore_index, reduction, label_smoothing):
         return _stock(input, target, weight, ignore_index, reduction, label_smoothing)
 
-    options = autograd.Options(_Reduction.get_enum(reduction), ignore_index, label_smoothing)
-    loss_dtype = _loss_dtype(input, target, weight)
-    mode = _mode(input, target, options.reduction, grad_in_forward, inplace)
-    return _RUN[mode](input, target, weight, options, loss_dtype)
+    arguments = _arguments(input, target, weight, ignore_index, reduction, label_smoothing)
+    mode = _mode(input, target, reduction, grad_in_forward, inplace)
+    return _RUN[mode](input, target, *arguments)
 
 
 def _refuse_script():
@@ -152,8 +151,7 @@ def explain(
     reason = _stock_reason(input, target, weight, ignore_index, reduction, label_smoothing)
     if reason:
         return f"stock: {reason}"
-    code = _Reduction.get_enum(reduction)
-    mode = _mode(input, target, code, grad_in_forward, inplace)
+    mode = _mode(input, target, reduction, grad_in_forward, inplace)
     return f"fused: {mode}, {ops.instruction_set()}"
 
 
@@ -202,7 +200,10 @@ def _stock(input, target, weight, ignore_index, reduction, label_smoothing):
 
 
 def _stock_reason(input, target, weight, ignore_index, reduction, label_smoothing) -> str | None:
-    """Why the kernels cannot take this call; None if they can."""
+    """Why the kernels cannot take this call; None if they can.
+
+    This runs before every call and takes as long as a small one: a tensor's attribute is read once.
+    """
     reason = _foreign(input, "logits") or _foreign(target, "target")
     if reason is None and weight is not None:
         reason = _foreign(weight, "weight")
@@ -214,7 +215,7 @@ def _stock_reason(input, target, weight, ignore_index, reduction, label_smoothin
         return "torch.jit.trace is recording"
     if torch.compiler._is_exporting_flag:  # is_exporting() holds in any graph of torch 2.10
         return "torch.export is recording"
-    if input.device.type not in _DEVICES:
+    if not input.is_cpu:
         return f"there are no kernels for {input.device.type}"
     if input.dtype not in _LOGIT_DTYPES:
         return f"there are no kernels for {input.dtype} logits"
@@ -227,22 +228,22 @@ def _stock_reason(input, target, weight, ignore_index, reduction, label_smoothin
 
 def _foreign(tensor: object, name: str) -> str | None:
     """Why this argument is not a tensor of plain strided memory; None if it is."""
-    verb = "are" if name == "logits" else "is"
     if not isinstance(tensor, Tensor):
-        return f"the {name} {verb} not a tensor"
-    if tensor.is_nested:
-        return f"the {name} {verb} nested"
-    if tensor.layout is not torch.strided:
-        kind = "sparse" if "sparse" in str(tensor.layout) else f"of the layout {tensor.layout}"
-        return f"the {name} {verb} {kind}"
-    if type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
-        return f"the {name} {verb} a {type(tensor).__name__}"
-    return None
+        what = "not a tensor"
+    elif tensor.is_nested:
+        what = "nested"
+    elif tensor.layout is not _STRIDED:
+        what = "sparse" if "sparse" in str(tensor.layout) else f"of the layout {tensor.layout}"
+    elif type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
+        what = f"a {type(tensor).__name__}"
+    else:
+        return None
+    return f"the {name} {'are' if name == 'logits' else 'is'} {what}"
 
 
 def _is_invalid(input, target, weight, ignore_index, reduction, label_smoothing) -> bool:
     """Whether stock might refuse the call. The range of the targets is checked by the operators."""
-    shape = input.shape
+    shape, target_shape, target_dtype = input.shape, target.shape, target.dtype
     dims = len(shape)
     if not 0 < dims <= _MAX_DIMS:
         return True
@@ -252,16 +253,15 @@ def _is_invalid(input, target, weight, ignore_index, reduction, label_smoothing)
         return True
     if reduction not in ("mean", "sum", "none", "elementwise_mean"):
         return True
-    if target.device != input.device:
+    if not target.is_cpu:
         return True
-    classes = shape[1] if dims > 1 else shape[0]
+    classes = shape[1 if dims > 1 else 0]
     if classes == 0:
         return True
-    target_shape = target.shape
     if target_shape == shape:
-        if target.dtype not in _LOGIT_DTYPES or ignore_index >= 0:
+        if target_dtype not in _LOGIT_DTYPES or ignore_index >= 0:
             return True
-    elif target.dtype not in _INDEX_DTYPES:
+    elif target_dtype not in _INDEX_DTYPES:
         return True
     elif dims == 1:
         if len(target_shape) > 1 or target.numel() != 1:
@@ -272,11 +272,11 @@ def _is_invalid(input, target, weight, ignore_index, reduction, label_smoothing)
         return True
     if weight is None:
         return False
-    if weight.device != input.device or weight.dtype not in _LOGIT_DTYPES:
+    if not weight.is_cpu or weight.dtype not in _LOGIT_DTYPES:
         return True
     if weight.shape != (classes,):
         return True
-    mixes = weight.dtype != input.dtype and target.dtype in _INDEX_DTYPES
+    mixes = weight.dtype != input.dtype and target_dtype in _INDEX_DTYPES
     return mixes and _computed_dtype(weight) != _computed_dtype(input)
 
 
@@ -288,16 +288,30 @@ def _computed_dtype(tensor: Tensor) -> torch.dtype:
     return dtype
 
 
-def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype | None:
+    """The loss's dtype, or None where it is the logits' own."""
+    own = input.dtype
+    probabilities = target.is_floating_point()
+    if not probabilities and own not in _HALF_DTYPES:
+        return None
     dtype = _computed_dtype(input)
-    if target.is_floating_point():
+    if probabilities:
         dtype = torch.promote_types(dtype, _computed_dtype(target))
         if weight is not None:
             dtype = torch.promote_types(dtype, _computed_dtype(weight))
-    return dtype
+    return dtype if dtype != own else None
 
 
-def _mode(input, target, reduction: int, grad_in_forward: bool, inplace: bool) -> str:
+def _arguments(input, target, weight, ignore_index, reduction, label_smoothing) -> tuple:
+    """The operators' arguments after the first two, or none of them where they are the defaults."""
+    options = (_Reduction.get_enum(reduction), ignore_index, label_smoothing)
+    loss_dtype = _loss_dtype(input, target, weight)
+    if weight is None and loss_dtype is None and options == ops.DEFAULTS:
+        return ()
+    return weight, *options, loss_dtype
+
+
+def _mode(input, target, reduction: str, grad_in_forward: bool, inplace: bool) -> str:
     """When the gradient is computed; a key of _RUN."""
     if not torch.is_grad_enabled() or not (input.requires_grad or target.requires_grad):
         return "no gradient"
@@ -305,7 +319,7 @@ def _mode(input, target, reduction: int, grad_in_forward: bool, inplace: bool) -
         return "recomputed in the graph's backward"
     if not input.requires_grad:
         return "recomputed in backward"
-    defers = reduction == 0 or target.requires_grad
+    defers = reduction == "none" or target.requires_grad
     if inplace:
         if defers or input.dtype == torch.float16:
             return "in place in backward"
@@ -313,15 +327,11 @@ def _mode(input, target, reduction: int, grad_in_forward: bool, inplace: bool) -
     return "recomputed in backward" if defers or not grad_in_forward else "gradient in forward"
 
 
-def _run_without_grad(input, target, weight, options, loss_dtype) -> Tensor:
-    return ops.forward(input, target, weight, *options, loss_dtype)
-
-
 _RUN = {
-    "no gradient": _run_without_grad,
-    "gradient in forward": autograd.GradInForward.apply,
-    "recomputed in backward": autograd.Recompute.apply,
+    "no gradient": ops.forward,
+    "gradient in forward": autograd.grad_in_forward,
+    "recomputed in backward": autograd.recompute,
     "recomputed in the graph's backward": graph.graph_loss,
-    "in place in forward": autograd.OverwriteInForward.apply,
-    "in place in backward": autograd.OverwriteInBackward.apply,
+    "in place in forward": autograd.overwrite_in_forward,
+    "in place in backward": autograd.overwrite_in_backward,
 }

@@ -15,27 +15,26 @@ from . import ops
 from .autograd import Options, stock_gradients, stock_loss, transform_is_active
 
 
-def graph_loss(input, target, weight, options: Options, loss_dtype: torch.dtype) -> Tensor:
+def graph_loss(input: Tensor, target: Tensor, *arguments) -> Tensor:
     """Returns the loss; its gradient is recomputed from the logits in the graph's backward."""
-    loss, _ = ops.graph_forward(input, target, weight, *options, loss_dtype)
+    loss, _ = ops.graph_forward(input, target, *arguments)
     return loss
 
 
 def _save_forward(ctx, inputs, output) -> None:
-    input, target, weight, *options, loss_dtype = inputs
+    input, target, weight, *options, _ = inputs
     _, stats = output
-    ctx.save_for_backward(input, target, weight, stats)
-    ctx.options = Options(*options)
-    ctx.loss_dtype = loss_dtype
+    ctx.save_for_backward(input, target, stats, weight)
+    ctx.options = options
 
 
 def _backward(ctx, grad_loss: Tensor, _) -> tuple:
-    input, target, weight, stats = ctx.saved_tensors
+    saved = input, target, stats, weight = ctx.saved_tensors
     if transform_is_active():
         # A graph that runs as it was captured: the transform began only after it.
-        return *stock_gradients(ctx, grad_loss, input, target, weight)[:2], *(None,) * 5
+        return stock_gradients(ctx, grad_loss, saved)
     needs_input, needs_target, *_ = ctx.needs_input_grad
-    arguments = (input, target, weight, *ctx.options, stats, grad_loss)
+    arguments = (input, target, stats, grad_loss, weight, *ctx.options)
     return (
         ops.graph_backward(*arguments) if needs_input else None,
         ops.graph_backward_target(*arguments) if needs_target else None,
@@ -52,15 +51,24 @@ def _by_stock(of_target: bool, input, target, weight, options, grad_output, crea
     return gradient
 
 
+def _unpack(arguments: tuple) -> tuple:
+    """A backward operator's problem, with the defaults of what a call leaves out.
+
+    The dispatcher takes away what equals its default, also where the call spelled it out.
+    """
+    input, target, _, grad_output, *given = arguments
+    weight, *options = (*given, *(None, *ops.DEFAULTS)[len(given) :])
+    return input, target, weight, Options(*options), grad_output
+
+
 class _Gradient(Function):
     """One of the two backward operators, whose derivative is that of stock's formula."""
 
     @staticmethod
     def forward(ctx, operator, *arguments):
-        input, target, weight, *options, _, grad_output = arguments
+        input, target, weight, ctx.options, grad_output = _unpack(arguments)
         ctx.save_for_backward(input, target, weight, grad_output)
         ctx.of_target = operator is ops.graph_backward_target
-        ctx.options = Options(*options)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
@@ -76,7 +84,7 @@ class _Gradient(Function):
         by_input, *by_target, by_grad_output = torch.autograd.grad(
             first, wanted, grad, create_graph=create_graph, allow_unused=True
         )
-        return None, by_input, *(by_target or [None]), *(None,) * 5, by_grad_output
+        return None, by_input, *(by_target or [None]), None, by_grad_output, *(None,) * 4
 
 
 def _autograd_kernel(operator):
@@ -85,13 +93,12 @@ def _autograd_kernel(operator):
     def kernel(*arguments):
         if forward_ad._current_level < 0:
             return _Gradient.apply(operator, *arguments)
-        input, target, weight, *options, _, grad_output = arguments
+        input, target, *others = _unpack(arguments)
         of_target = operator is ops.graph_backward_target
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             input, target = map(_variable, (input, target))
-            arguments = (input, target, weight, Options(*options), grad_output)
-            gradient = _by_stock(of_target, *arguments, create_graph)
+            gradient = _by_stock(of_target, input, target, *others, create_graph)
         # The graph was made for the strides of the operator's result.
         return ops.empty_gradient(target if of_target else input).copy_(gradient)
 

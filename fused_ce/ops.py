@@ -1,8 +1,9 @@
 """Loads the operator library and binds its operators, the only place that names them.
 
-The operators take every argument by position, in the order of ``csrc/ops.cpp``; the overloads are
-bound once because looking one up costs as much as a small call. The fake kernels give
-``torch.compile`` and ``torch.export`` the shapes; what they rely on is checked in ``functional``.
+The operators take their arguments by position, in the order of ``csrc/ops.cpp``, and the last ones
+may be left out where they are the defaults. The overloads are bound once because looking one up
+costs as much as a small call. The fake kernels give ``torch.compile`` and ``torch.export`` the
+shapes; what they rely on is checked in ``functional``.
 """
 
 from pathlib import Path
@@ -52,13 +53,18 @@ scale_ = torch.ops.fused_ce.scale_.default
 check_overwritable = torch.ops.fused_ce.check_overwritable.default
 instruction_set = torch.ops.fused_ce.instruction_set.default
 
+# The reduction, ignore_index and label_smoothing that a call of an operator may leave out.
+DEFAULTS = tuple(argument.default_value for argument in forward._schema.arguments[3:6])
+
 
 def _row_shape(input: Tensor) -> tuple[int, ...]:
     shape = tuple(input.shape)
     return shape[:1] + shape[2:] if len(shape) > 1 else ()
 
 
-def _fake_loss(input: Tensor, reduction: int, dtype: torch.dtype) -> Tensor:
+def _fake_loss(
+    input, weight=None, reduction=DEFAULTS[0], ignore_index=None, label_smoothing=None, dtype=None
+) -> Tensor:
     return input.new_empty(_row_shape(input) if reduction == 0 else (), dtype=dtype)
 
 
@@ -90,46 +96,45 @@ def empty_gradient(like: Tensor) -> Tensor:
 
 @torch.library.register_fake("fused_ce::forward")
 @torch.library.register_fake("fused_ce::forward_grad_")
-def _(input, target, weight, reduction, ignore_index, label_smoothing, loss_dtype):
-    return _fake_loss(input, reduction, loss_dtype)
+def _(input, target, *arguments):
+    return _fake_loss(input, *arguments)
 
 
 @torch.library.register_fake("fused_ce::forward_stats")
 @torch.library.register_fake("fused_ce::graph_forward")
-def _(input, target, weight, reduction, ignore_index, label_smoothing, loss_dtype):
-    return _fake_loss(input, reduction, loss_dtype), _fake_stats(input)
+def _(input, target, *arguments):
+    return _fake_loss(input, *arguments), _fake_stats(input)
 
 
 @torch.library.register_fake("fused_ce::forward_grad")
-def _(input, target, weight, reduction, ignore_index, label_smoothing, loss_dtype):
-    loss = _fake_loss(input, reduction, loss_dtype)
-    return loss, _fake_stats(input), empty_gradient(input)
+def _(input, target, *arguments):
+    return _fake_loss(input, *arguments), _fake_stats(input), empty_gradient(input)
 
 
 @torch.library.register_fake("fused_ce::backward")
 @torch.library.register_fake("fused_ce::graph_backward")
-def _(input, target, weight, reduction, ignore_index, label_smoothing, stats, grad_output):
+def _(input, target, stats, grad_output, *options):
     return empty_gradient(input)
 
 
 @torch.library.register_fake("fused_ce::backward_target")
 @torch.library.register_fake("fused_ce::graph_backward_target")
-def _(input, target, weight, reduction, ignore_index, label_smoothing, stats, grad_output):
+def _(input, target, stats, grad_output, *options):
     return empty_gradient(target)
 
 
 @torch.library.register_fake("fused_ce::backward_")
-def _(input, target, weight, reduction, ignore_index, label_smoothing, stats, grad_output):
+def _(input, target, stats, grad_output, *options):
     return None
 
 
 @torch.library.register_fake("fused_ce::rescale_")
-def _(grad, input, target, weight, reduction, ignore_index, label_smoothing, stats, grad_output):
+def _(grad, grad_output, input, target, stats, *options):
     return None
 
 
 @torch.library.register_fake("fused_ce::check_overwritable")
-def _(input, target, weight):
+def _(input, target, weight=None):
     return None
 
 

@@ -533,25 +533,28 @@ def operator_calls(shape, layout, kind, reduction, dtype):
     target = target_of(kind, input.shape, dtype)
     if kind == "probability":
         target = lay_out(target, layout)
-    problem = (input, target, torch.rand(5).to(dtype), reduction, -100, 0.1)
+    options = (torch.rand(5).to(dtype), reduction, -100, 0.1)
+    problem = (input, target, *options)
     loss, stats, grad = ops.forward_grad(*problem, dtype)
     incoming = torch.full_like(loss, 0.5)
     yield ops.forward, (*problem, dtype)
     yield ops.forward_stats, (*problem, dtype)
     yield ops.forward_grad, (*problem, dtype)
     yield ops.graph_forward, (*problem, dtype)
-    yield ops.backward, (*problem, stats, incoming)
-    yield ops.graph_backward, (*problem, stats, incoming)
+    yield ops.forward_grad, (input, target)  # an operator's own options
+    way_back = (input, target, stats, incoming, *options)
+    yield ops.backward, way_back
+    yield ops.graph_backward, way_back
     if kind == "probability":
-        yield ops.backward_target, (*problem, stats, incoming)
-        yield ops.graph_backward_target, (*problem, stats, incoming)
+        yield ops.backward_target, way_back
+        yield ops.graph_backward_target, way_back
     if reduction != 0:
-        yield ops.rescale_, (grad.clone(), *problem, stats, incoming)
+        yield ops.rescale_, (grad.clone(), incoming, input, target, stats, *options)
     yield ops.scale_, (grad.clone(), torch.tensor(0.5).to(dtype))
     if layout not in OVERLAPPING:
-        yield ops.check_overwritable, (input, target, problem[2])
+        yield ops.check_overwritable, problem[:3]
         yield ops.forward_grad_, (same_layout(input), *problem[1:], dtype)
-        yield ops.backward_, (same_layout(input), *problem[1:], stats, incoming)
+        yield ops.backward_, (same_layout(input), *way_back[1:])
 
 
 def all_operators():
@@ -608,7 +611,7 @@ def test_operator_breaks_its_schema_for_nothing():
     opcheck(ops.forward_grad, (*problem, torch.float32))
     opcheck(ops.forward_grad_, (*problem, torch.float32))
     stats = ops.forward_stats(*problem, torch.float32)[1]
-    opcheck(ops.backward, (*problem, stats, torch.tensor(0.5)))
+    opcheck(ops.backward, (input, target, stats, torch.tensor(0.5), None, 2))
     opcheck(ops.instruction_set, (), test_utils=("test_schema",))
 
 

@@ -113,8 +113,10 @@ void run_backward(Problem& p) {
 
 // One call of any forward operator: which of the outputs are wanted, and where they are.
 struct Forward {
-  explicit Forward(const Arguments& arguments, ScalarType loss_dtype)
-      : builder(arguments), reduction(arguments.reduction), loss_type(loss_dtype) {}
+  Forward(const Arguments& arguments, std::optional<ScalarType> loss_dtype)
+      : builder(arguments),
+        reduction(arguments.reduction),
+        loss_type(loss_dtype ? *loss_dtype : arguments.input.scalar_type()) {}
 
   void keep_stats() {
     stats = empty(builder.stats_sizes(), builder.stats_dtype());
@@ -157,7 +159,7 @@ double read_scalar(const Tensor& value) {
 
 Tensor forward_cpu(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                    int64_t reduction, int64_t ignore_index, double label_smoothing,
-                   ScalarType loss_dtype) {
+                   std::optional<ScalarType> loss_dtype) {
   const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
   return Forward(arguments, loss_dtype).run(std::nullopt);
 }
@@ -165,7 +167,7 @@ Tensor forward_cpu(const Tensor& input, const Tensor& target, const std::optiona
 std::tuple<Tensor, Tensor> forward_stats_cpu(const Tensor& input, const Tensor& target,
                                              const std::optional<Tensor>& weight, int64_t reduction,
                                              int64_t ignore_index, double label_smoothing,
-                                             ScalarType loss_dtype) {
+                                             std::optional<ScalarType> loss_dtype) {
   const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
   Forward call(arguments, loss_dtype);
   call.keep_stats();
@@ -176,7 +178,8 @@ std::tuple<Tensor, Tensor> forward_stats_cpu(const Tensor& input, const Tensor& 
 std::tuple<Tensor, Tensor, Tensor> forward_grad_cpu(const Tensor& input, const Tensor& target,
                                                     const std::optional<Tensor>& weight,
                                                     int64_t reduction, int64_t ignore_index,
-                                                    double label_smoothing, ScalarType loss_dtype) {
+                                                    double label_smoothing,
+                                                    std::optional<ScalarType> loss_dtype) {
   const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
   Forward call(arguments, loss_dtype);
   call.keep_stats();
@@ -187,24 +190,25 @@ std::tuple<Tensor, Tensor, Tensor> forward_grad_cpu(const Tensor& input, const T
 
 Tensor forward_grad_cpu_(const Tensor& input, const Tensor& target,
                          const std::optional<Tensor>& weight, int64_t reduction,
-                         int64_t ignore_index, double label_smoothing, ScalarType loss_dtype) {
+                         int64_t ignore_index, double label_smoothing,
+                         std::optional<ScalarType> loss_dtype) {
   const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
   check_overwritable(input, target, weight);
   return Forward(arguments, loss_dtype).run(input);
 }
 
-Tensor backward_cpu(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
-                    int64_t reduction, int64_t ignore_index, double label_smoothing,
-                    const Tensor& stats, const Tensor& grad_output) {
+Tensor backward_cpu(const Tensor& input, const Tensor& target, const Tensor& stats,
+                    const Tensor& grad_output, const std::optional<Tensor>& weight,
+                    int64_t reduction, int64_t ignore_index, double label_smoothing) {
   const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
   Tensor grad = empty_gradient(input);
   write_gradient(arguments, stats, grad_output, grad);
   return grad;
 }
 
-void backward_cpu_(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
-                   int64_t reduction, int64_t ignore_index, double label_smoothing,
-                   const Tensor& stats, const Tensor& grad_output) {
+void backward_cpu_(const Tensor& input, const Tensor& target, const Tensor& stats,
+                   const Tensor& grad_output, const std::optional<Tensor>& weight,
+                   int64_t reduction, int64_t ignore_index, double label_smoothing) {
   const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
   check_overwritable(input, target, weight);
   check_apart(input, grad_output);
@@ -212,10 +216,9 @@ void backward_cpu_(const Tensor& input, const Tensor& target, const std::optiona
   write_gradient(arguments, stats, grad_output, input);
 }
 
-Tensor backward_target_cpu(const Tensor& input, const Tensor& target,
-                           const std::optional<Tensor>& weight, int64_t reduction,
-                           int64_t ignore_index, double label_smoothing, const Tensor& stats,
-                           const Tensor& grad_output) {
+Tensor backward_target_cpu(const Tensor& input, const Tensor& target, const Tensor& stats,
+                           const Tensor& grad_output, const std::optional<Tensor>& weight,
+                           int64_t reduction, int64_t ignore_index, double label_smoothing) {
   const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
   ProblemBuilder builder(arguments);
   FCE_CHECK(builder.has_probabilities(), "only a target of probabilities has a gradient");
@@ -231,9 +234,9 @@ Tensor backward_target_cpu(const Tensor& input, const Tensor& target,
   return target_grad;
 }
 
-void rescale_cpu_(const Tensor& grad, const Tensor& input, const Tensor& target,
-                  const std::optional<Tensor>& weight, int64_t reduction, int64_t ignore_index,
-                  double label_smoothing, const Tensor& stats, const Tensor& grad_output) {
+void rescale_cpu_(const Tensor& grad, const Tensor& grad_output, const Tensor& input,
+                  const Tensor& target, const Tensor& stats, const std::optional<Tensor>& weight,
+                  int64_t reduction, int64_t ignore_index, double label_smoothing) {
   if (read_scalar(grad_output) == 1.0) return;
   const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
   write_gradient(arguments, stats, grad_output, grad);
