@@ -5,23 +5,52 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
-#include <numeric>
+#include <utility>
+#include <vector>
 
 namespace fused_ce {
 
+// What there is to know of a tensor, asked once: every question is a call across the stable ABI.
+struct Facts {
+  explicit Facts(const Tensor& tensor) : data(tensor.data_ptr()) {
+    int64_t dim = 0, *size_list = nullptr, *stride_list = nullptr;
+    int32_t dtype_code = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device_index));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(tensor.get(), &dim));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &size_list));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &stride_list));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype_code));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage_bytes));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &storage_offset));
+    sizes = Sizes(size_list, dim);
+    strides = Sizes(stride_list, dim);
+    type = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(dtype_code));
+    item_bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_code));
+    for (size_t d = sizes.size(); d-- > 0;) {
+      contiguous &= sizes[d] == 1 || strides[d] == numel;
+      numel *= sizes[d];
+    }
+  }
+
+  int64_t dim() const { return static_cast<int64_t>(sizes.size()); }
+
+  void* data;
+  int32_t device_type = 0, device_index = 0;
+  ScalarType type;
+  int64_t item_bytes, storage_bytes, storage_offset;
+  Sizes sizes, strides;
+  int64_t numel = 1;
+  bool contiguous = true;  // no two elements share memory, and they leave no holes
+};
+
 namespace {
 
-std::vector<int64_t> to_vector(torch::headeronly::IntHeaderOnlyArrayRef values) {
-  return {values.begin(), values.end()};
-}
+bool equal(Sizes a, Sizes b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); }
 
-bool has_sizes(const Tensor& tensor, const std::vector<int64_t>& expected) {
-  const auto sizes = tensor.sizes();
-  return std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end());
-}
-
-std::string to_string(const std::vector<int64_t>& sizes) {
+std::string to_string(Sizes sizes) {
   std::string text = "[";
   for (size_t i = 0; i < sizes.size(); i++) text += (i ? ", " : "") + std::to_string(sizes[i]);
   return text + "]";
@@ -52,32 +81,31 @@ std::optional<DType> dtype_of(ScalarType type) {
 
 bool is_floating(DType dtype) { return dtype <= DType::kFloat16; }
 
-DType checked_dtype(const Tensor& tensor, bool floating, const char* name) {
-  const std::optional<DType> dtype = dtype_of(tensor.scalar_type());
+DType checked_dtype(const Facts& tensor, bool floating, const char* name) {
+  const std::optional<DType> dtype = dtype_of(tensor.type);
   FCE_CHECK(dtype && is_floating(*dtype) == floating,
             std::string(name) + " must be of a " + (floating ? "floating" : "whole-number") +
                 " type that the kernels know, got scalar type " +
-                std::to_string(static_cast<int>(tensor.scalar_type())));
+                std::to_string(static_cast<int>(tensor.type)));
   return *dtype;
 }
 
-void check_device(const Tensor& tensor, const Tensor& input, const char* name) {
-  FCE_CHECK(tensor.is_cpu() == input.is_cpu() && tensor.is_cuda() == input.is_cuda() &&
-                tensor.get_device_index() == input.get_device_index(),
+void check_device(const Facts& tensor, const Facts& input, const char* name) {
+  FCE_CHECK(tensor.device_type == input.device_type && tensor.device_index == input.device_index,
             std::string(name) + " must be on the input's device");
 }
 
 // The dimensions with more than one element, those of the smallest strides first.
-std::vector<std::pair<int64_t, int64_t>> by_stride(const Tensor& tensor) {
+std::vector<std::pair<int64_t, int64_t>> by_stride(const Facts& tensor) {
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
   for (int64_t d = 0; d < tensor.dim(); d++)
-    if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+    if (tensor.sizes[d] != 1) dims.emplace_back(tensor.strides[d], tensor.sizes[d]);
   std::sort(dims.begin(), dims.end());
   return dims;
 }
 
-bool overlaps_itself(const Tensor& tensor) {
-  if (tensor.numel() == 0) return false;
+bool overlaps_itself(const Facts& tensor) {
+  if (tensor.contiguous || tensor.numel == 0) return false;
   int64_t reach = 0;  // the largest offset of the dimensions so far
   for (auto [stride, size] : by_stride(tensor)) {
     if (stride <= reach) return true;
@@ -86,15 +114,15 @@ bool overlaps_itself(const Tensor& tensor) {
   return false;
 }
 
-std::pair<const std::byte*, const std::byte*> memory_range(const Tensor& tensor) {
-  const auto* first = static_cast<const std::byte*>(tensor.data_ptr());
-  if (tensor.numel() == 0) return {first, first};
+std::pair<const std::byte*, const std::byte*> memory_range(const Facts& tensor) {
+  const auto* first = static_cast<const std::byte*>(tensor.data);
+  if (tensor.numel == 0) return {first, first};
   int64_t last = 0;
-  for (int64_t d = 0; d < tensor.dim(); d++) last += tensor.stride(d) * (tensor.size(d) - 1);
-  return {first, first + (last + 1) * static_cast<int64_t>(tensor.element_size())};
+  for (int64_t d = 0; d < tensor.dim(); d++) last += tensor.strides[d] * (tensor.sizes[d] - 1);
+  return {first, first + (last + 1) * tensor.item_bytes};
 }
 
-bool share_memory(const Tensor& a, const Tensor& b) {
+bool share_memory(const Facts& a, const Facts& b) {
   const auto [a_begin, a_end] = memory_range(a);
   const auto [b_begin, b_end] = memory_range(b);
   return a_begin < b_end && b_begin < a_end;
@@ -103,30 +131,35 @@ bool share_memory(const Tensor& a, const Tensor& b) {
 // The tensor's memory, all of which the kernels may touch. A storage can be smaller than its
 // tensors say (FSDP frees and restores storages under them), and then the pointer must not be
 // followed.
-void* checked_data(const Tensor& tensor, const char* name) {
-  int64_t bytes = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+void* checked_data(const Facts& tensor, const char* name) {
   const auto [begin, end] = memory_range(tensor);
-  const int64_t item = static_cast<int64_t>(tensor.element_size());
-  if (begin != end && (end - begin) + tensor.storage_offset() * item > bytes)
+  if (begin != end &&
+      (end - begin) + tensor.storage_offset * tensor.item_bytes > tensor.storage_bytes)
     throw std::runtime_error("The " + std::string(name) +
                              " tensor has a non-zero number of elements, but its data is not "
                              "allocated yet; give it its storage back first.");
-  return tensor.data_ptr();
+  return tensor.data;
+}
+
+// For a tensor of one element, of a type that the kernels know.
+Operand single_operand(const Facts& tensor, const char* name) {
+  return {checked_data(tensor, name), *dtype_of(tensor.type)};
 }
 
 // Every operand with rows, whether in use or not.
 template <class P>
 auto operands(P& p) {
-  return std::array{&p.input,       &p.target,  &p.grad,    &p.target_grad, &p.loss,
-                    &p.grad_output, &p.row_max, &p.row_rest};
+  return std::array{&p.input, &p.target,      &p.grad,    &p.target_grad,
+                    &p.loss,  &p.grad_output, &p.row_max, &p.row_rest};
 }
 
 }  // namespace
 
 bool is_dense(const Tensor& tensor) {
+  const Facts facts(tensor);
+  if (facts.contiguous) return true;
   int64_t expected = 1;
-  for (auto [stride, size] : by_stride(tensor)) {
+  for (auto [stride, size] : by_stride(facts)) {
     if (stride != expected) return false;
     expected *= size;
   }
@@ -134,29 +167,31 @@ bool is_dense(const Tensor& tensor) {
 }
 
 void check_apart(const Tensor& written, const Tensor& read) {
-  FCE_CHECK(!share_memory(written, read),
+  FCE_CHECK(!share_memory(Facts(written), Facts(read)),
             "inplace=True needs logits that share no memory with the target, the weight or the "
             "incoming gradient, which would be overwritten too; clone() one of them");
 }
 
 void check_overwritable(const Tensor& input, const Tensor& target,
                         const std::optional<Tensor>& weight) {
-  if (overlaps_itself(input))
+  const Facts logits(input);
+  if (overlaps_itself(logits))
     throw std::runtime_error(
         "unsupported operation: more than one element of the written-to tensor refers to a single "
         "memory location. Please clone() the tensor before performing the operation.");
   FCE_CHECK(
-      !share_memory(input, target) && !(weight && share_memory(input, *weight)),
+      !share_memory(logits, Facts(target)) && !(weight && share_memory(logits, Facts(*weight))),
       "inplace=True needs logits that share no memory with the target or the weight, which would "
       "be overwritten too; clone() one of them");
 }
 
 Elements elements_of(const Tensor& tensor) {
-  FCE_CHECK(!overlaps_itself(tensor), "the tensor must not have elements that share memory");
+  const Facts facts(tensor);
+  FCE_CHECK(!overlaps_itself(facts), "the tensor must not have elements that share memory");
   Elements e;
-  e.data = checked_data(tensor, "gradient");
-  e.dtype = checked_dtype(tensor, true, "tensor");
-  auto dims = by_stride(tensor);
+  e.data = checked_data(facts, "gradient");
+  e.dtype = checked_dtype(facts, true, "tensor");
+  auto dims = by_stride(facts);
   FCE_CHECK(dims.size() <= kMaxRowDims + 1, "the tensor has too many dimensions");
   for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
     const auto [stride, size] = *dim;
@@ -173,46 +208,50 @@ Elements elements_of(const Tensor& tensor) {
   return e;
 }
 
-ProblemBuilder::ProblemBuilder(const Arguments& a)
-    : class_dim_(a.input.dim() == 1 ? 0 : 1), sizes_(to_vector(a.input.sizes())) {
+ProblemBuilder::ProblemBuilder(const Arguments& a) {
   Problem& p = problem_;
-  FCE_CHECK(!sizes_.empty() && sizes_.size() <= kMaxRowDims + 1,
+  const Facts input(a.input), target(a.target);
+  FCE_CHECK(input.dim() >= 1 && input.dim() <= kMaxRowDims + 1,
             "input must have 1 to " + std::to_string(kMaxRowDims + 1) + " dimensions, got " +
-                std::to_string(sizes_.size()));
+                std::to_string(input.dim()));
+  class_dim_ = input.dim() == 1 ? 0 : 1;
+  sizes_ = input.sizes;
   p.classes = sizes_[class_dim_];
   FCE_CHECK(p.classes > 0, "input must have at least one class");
-  row_sizes_ = sizes_;
-  row_sizes_.erase(row_sizes_.begin() + class_dim_);
-  p.rows = std::accumulate(row_sizes_.begin(), row_sizes_.end(), int64_t{1}, std::multiplies<>());
-  set_class_operand(p.input, a.input, "input");
-  const bool wide = p.accumulates_in_double();
-  stats_dtype_ = wide ? ScalarType::Double : ScalarType::Float;
+  p.rows = 1;
+  for (int64_t d = 0; d < input.dim(); d++) {
+    if (d == class_dim_) continue;
+    row_sizes_[row_dims_++] = sizes_[d];
+    p.rows *= sizes_[d];
+  }
+  set_class_operand(p.input, input, "input");
+  stats_dtype_ = p.accumulates_in_double() ? ScalarType::Double : ScalarType::Float;
 
-  check_device(a.target, a.input, "target");
-  p.probabilities = is_floating(dtype_of(a.target.scalar_type()).value_or(DType::kInt64));
+  check_device(target, input, "target");
+  p.probabilities = is_floating(dtype_of(target.type).value_or(DType::kInt64));
   if (p.probabilities) {
-    set_class_operand(p.target, a.target, "target");
+    set_class_operand(p.target, target, "target");
   } else {
-    checked_dtype(a.target, false, "target");
+    checked_dtype(target, false, "target");
     // An unbatched input also takes a target of shape [1].
-    const bool one = class_dim_ == 0 && a.target.dim() == 1 && a.target.numel() == 1;
-    if (one)
-      p.target = {checked_data(a.target, "target"), *dtype_of(a.target.scalar_type())};
+    if (class_dim_ == 0 && target.dim() == 1 && target.numel == 1)
+      p.target = single_operand(target, "target");
     else
-      set_row_operand(p.target, a.target, "target");
+      set_row_operand(p.target, target, "target");
   }
 
   if (a.weight) {
-    check_device(*a.weight, a.input, "weight");
-    FCE_CHECK(a.weight->dim() == 1 && a.weight->numel() == p.classes,
+    const Facts weight(*a.weight);
+    check_device(weight, input, "weight");
+    FCE_CHECK(weight.dim() == 1 && weight.numel == p.classes,
               "weight must be 1-D with one value for each of the " + std::to_string(p.classes) +
-                  " classes, got shape " + to_string(to_vector(a.weight->sizes())));
-    checked_dtype(*a.weight, true, "weight");
-    checked_data(*a.weight, "weight");
+                  " classes, got shape " + to_string(weight.sizes));
+    checked_dtype(weight, true, "weight");
+    checked_data(weight, "weight");
     weight_ = *a.weight;
-    if (weight_->scalar_type() != stats_dtype_) weight_ = torch::stable::to(*weight_, stats_dtype_);
+    if (weight.type != stats_dtype_) weight_ = torch::stable::to(*weight_, stats_dtype_);
     if (!weight_->is_contiguous()) weight_ = torch::stable::contiguous(*weight_);
-    p.weight = checked_data(*weight_, "weight");
+    p.weight = checked_data(Facts(*weight_), "weight");
   }
 
   FCE_CHECK(a.reduction >= 0 && a.reduction <= 2,
@@ -223,74 +262,77 @@ ProblemBuilder::ProblemBuilder(const Arguments& a)
   p.label_smoothing = a.label_smoothing > 0.0 ? a.label_smoothing : 0.0;
 }
 
-void ProblemBuilder::set_class_operand(Operand& operand, const Tensor& tensor, const char* name) {
+void ProblemBuilder::set_class_operand(Operand& operand, const Facts& tensor, const char* name) {
   operand.dtype = checked_dtype(tensor, true, name);
-  FCE_CHECK(has_sizes(tensor, sizes_), std::string(name) + " must have the input's shape " +
-                                           to_string(sizes_) + ", got " +
-                                           to_string(to_vector(tensor.sizes())));
+  FCE_CHECK(equal(tensor.sizes, sizes_), std::string(name) + " must have the input's shape " +
+                                             to_string(sizes_) + ", got " +
+                                             to_string(tensor.sizes));
   operand.data = checked_data(tensor, name);
-  operand.class_stride = tensor.stride(class_dim_);
+  operand.class_stride = tensor.strides[class_dim_];
   int d = 0;
   for (int64_t i = 0; i < tensor.dim(); i++)
-    if (i != class_dim_) operand.row_strides[d++] = tensor.stride(i);
+    if (i != class_dim_) operand.row_strides[d++] = tensor.strides[i];
 }
 
-void ProblemBuilder::set_row_operand(Operand& operand, const Tensor& tensor, const char* name) {
-  FCE_CHECK(has_sizes(tensor, row_sizes_), std::string(name) + " must have the shape " +
-                                               to_string(row_sizes_) + ", got " +
-                                               to_string(to_vector(tensor.sizes())));
-  operand.dtype = *dtype_of(tensor.scalar_type());
+void ProblemBuilder::set_row_operand(Operand& operand, const Facts& tensor, const char* name) {
+  FCE_CHECK(equal(tensor.sizes, row_sizes()), std::string(name) + " must have the shape " +
+                                                  to_string(row_sizes()) + ", got " +
+                                                  to_string(tensor.sizes));
+  operand.dtype = *dtype_of(tensor.type);
   operand.data = checked_data(tensor, name);
-  for (int64_t d = 0; d < tensor.dim(); d++) operand.row_strides[d] = tensor.stride(d);
+  for (int64_t d = 0; d < tensor.dim(); d++) operand.row_strides[d] = tensor.strides[d];
 }
 
 void ProblemBuilder::set_logical(Operand& operand, void* data, ScalarType dtype) {
   operand.data = data;
   operand.dtype = *dtype_of(dtype);
   int64_t stride = 1;
-  for (size_t d = row_sizes_.size(); d-- > 0;) {
+  for (int d = row_dims_; d-- > 0;) {
     operand.row_strides[d] = stride;
     stride *= row_sizes_[d];
   }
 }
 
-void ProblemBuilder::set_grad(const Tensor& grad) {
+void ProblemBuilder::set_grad(const Tensor& tensor) {
+  const Facts grad(tensor);
   set_class_operand(problem_.grad, grad, "grad");
   FCE_CHECK(!overlaps_itself(grad), "grad must not have elements that share memory");
   FCE_CHECK(problem_.grad.dtype == problem_.input.dtype, "grad must have the input's type");
 }
 
 void ProblemBuilder::set_target_grad(const Tensor& target_grad) {
-  set_class_operand(problem_.target_grad, target_grad, "target_grad");
+  set_class_operand(problem_.target_grad, Facts(target_grad), "target_grad");
 }
 
-void ProblemBuilder::set_loss(const Tensor& loss) {
+void ProblemBuilder::set_loss(const Tensor& tensor) {
+  const Facts loss(tensor);
   checked_dtype(loss, true, "loss");
   if (problem_.reduction == Reduction::kNone)
     set_row_operand(problem_.loss, loss, "loss");
   else
-    problem_.loss = {checked_data(loss, "loss"), *dtype_of(loss.scalar_type())};
+    problem_.loss = single_operand(loss, "loss");
 }
 
-void ProblemBuilder::set_stats(const Tensor& stats) {
-  FCE_CHECK(stats.scalar_type() == stats_dtype_ && stats.is_contiguous() && stats.is_cpu() &&
-                has_sizes(stats, stats_sizes()),
+void ProblemBuilder::set_stats(const Tensor& tensor) {
+  const Facts stats(tensor);
+  FCE_CHECK(stats.type == stats_dtype_ && tensor.is_contiguous() && tensor.is_cpu() &&
+                equal(stats.sizes, stats_sizes()),
             "stats must be what the forward operator returned for the same arguments");
   auto* data = static_cast<std::byte*>(checked_data(stats, "stats"));
   set_logical(problem_.row_max, data, stats_dtype_);
-  const int64_t plane = problem_.rows * static_cast<int64_t>(stats.element_size());
+  const int64_t plane = problem_.rows * stats.item_bytes;
   set_logical(problem_.row_rest, data + plane, stats_dtype_);
 }
 
-void ProblemBuilder::set_grad_output(const Tensor& grad_output) {
+void ProblemBuilder::set_grad_output(const Tensor& tensor) {
+  const Facts grad_output(tensor);
   checked_dtype(grad_output, true, "grad_output");
-  FCE_CHECK(grad_output.is_cpu(), "grad_output must be on the input's device");
+  FCE_CHECK(tensor.is_cpu(), "grad_output must be on the input's device");
   if (problem_.reduction == Reduction::kNone) {
     set_row_operand(problem_.grad_output, grad_output, "grad_output");
   } else {
-    FCE_CHECK(grad_output.numel() == 1, "grad_output must hold one value");
-    problem_.grad_output = {checked_data(grad_output, "grad_output"),
-                            *dtype_of(grad_output.scalar_type())};
+    FCE_CHECK(grad_output.numel == 1, "grad_output must hold one value");
+    problem_.grad_output = single_operand(grad_output, "grad_output");
   }
 }
 
@@ -300,15 +342,18 @@ Problem& ProblemBuilder::build() {
   const auto from = operands(logical);
   const auto to = operands(p);
 
-  std::vector<int> order;
-  for (size_t d = 0; d < row_sizes_.size(); d++)
-    if (row_sizes_[d] != 1) order.push_back(static_cast<int>(d));
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
-    return logical.input.row_strides[a] > logical.input.row_strides[b];
+  std::array<int, kMaxRowDims> order;
+  int* end = order.data();
+  for (int d = 0; d < row_dims_; d++)
+    if (row_sizes_[d] != 1) *end++ = d;
+  std::sort(order.data(), end, [&](int a, int b) {
+    const int64_t* strides = logical.input.row_strides;
+    return strides[a] != strides[b] ? strides[a] > strides[b] : a < b;
   });
 
   int dims = 0;
-  for (int d : order) {
+  for (const int* next = order.data(); next != end; next++) {
+    const int d = *next;
     const int64_t size = row_sizes_[d];
     bool merges = dims > 0;
     for (size_t i = 0; i < to.size(); i++)

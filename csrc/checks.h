@@ -6,11 +6,11 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "problem.h"
 
@@ -22,6 +22,7 @@
 
 namespace fused_ce {
 
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -35,6 +36,8 @@ struct Arguments {
   double label_smoothing;
 };
 
+struct Facts;
+
 // Collects the operands of one call, checks each against the input, and lays them out as a Problem.
 class ProblemBuilder {
  public:
@@ -47,24 +50,25 @@ class ProblemBuilder {
   void set_grad_output(const Tensor& grad_output);  // [N, ...] or []
 
   // Sizes of the row dimensions, in the input's order.
-  const std::vector<int64_t>& row_sizes() const { return row_sizes_; }
+  Sizes row_sizes() const { return {row_sizes_.data(), static_cast<size_t>(row_dims_)}; }
   bool has_probabilities() const { return problem_.probabilities; }
   ScalarType stats_dtype() const { return stats_dtype_; }
-  std::vector<int64_t> stats_sizes() const { return {2, problem_.rows}; }
+  std::array<int64_t, 2> stats_sizes() const { return {2, problem_.rows}; }
 
   // Merges and orders the row dimensions. The builder must outlive the problem.
   Problem& build();
 
  private:
-  void set_class_operand(Operand& operand, const Tensor& tensor, const char* name);
-  void set_row_operand(Operand& operand, const Tensor& tensor, const char* name);
+  void set_class_operand(Operand& operand, const Facts& tensor, const char* name);
+  void set_row_operand(Operand& operand, const Facts& tensor, const char* name);
   void set_logical(Operand& operand, void* data, ScalarType dtype);
 
   Problem problem_;
-  int64_t class_dim_;
-  std::vector<int64_t> sizes_;      // of the input
-  std::vector<int64_t> row_sizes_;  // without the class dimension
-  std::optional<Tensor> weight_;    // keeps a converted weight alive
+  int64_t class_dim_ = 0;
+  Sizes sizes_;                                 // of the input
+  std::array<int64_t, kMaxRowDims> row_sizes_;  // without the class dimension
+  int row_dims_ = 0;
+  std::optional<Tensor> weight_;  // keeps a converted weight alive
   ScalarType stats_dtype_;
 };
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <string>
 #include <tuple>
@@ -19,8 +20,7 @@ namespace fused_ce::cpu {
 
 namespace {
 
-Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                     ScalarType dtype) {
+Tensor empty_strided(Sizes sizes, Sizes strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
@@ -29,30 +29,32 @@ Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_
   return Tensor(handle);
 }
 
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size());
+Tensor empty(Sizes sizes, ScalarType dtype) {
+  std::array<int64_t, kMaxRowDims + 1> strides;
+  FCE_CHECK(sizes.size() <= strides.size(), "the tensor has too many dimensions");
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0;) {
     strides[d] = stride;
     stride *= std::max<int64_t>(1, sizes[d]);
   }
-  return empty_strided(sizes, strides, dtype);
+  return empty_strided(sizes, Sizes(strides.data(), sizes.size()), dtype);
 }
 
 // With the strides of a dense tensor, else contiguous: what autograd keeps as a leaf's .grad.
 Tensor empty_gradient(const Tensor& like) {
-  const auto sizes = like.sizes(), strides = like.strides();
-  const std::vector<int64_t> size_list(sizes.begin(), sizes.end());
-  Tensor grad = is_dense(like)
-                    ? empty_strided(size_list, {strides.begin(), strides.end()}, like.scalar_type())
-                    : empty(size_list, like.scalar_type());
+  const Sizes sizes = like.sizes();
+  const ScalarType dtype = like.scalar_type();
+  Tensor grad = is_dense(like) ? empty_strided(sizes, like.strides(), dtype) : empty(sizes, dtype);
   advise_huge_pages(grad.data_ptr(), static_cast<size_t>(grad.numel()) * grad.element_size());
   return grad;
 }
 
 template <class Kernel>
 void for_tiles(const Tiling& tiling, const Kernel& kernel) {
-  torch::stable::parallel_for(0, tiling.count, tiling.grain, kernel);
+  if (tiling.count > tiling.grain)
+    torch::stable::parallel_for(0, tiling.count, tiling.grain, kernel);
+  else if (tiling.count > 0)
+    kernel(0, tiling.count);
 }
 
 bool shares_rows(const Problem& p) {
@@ -125,7 +127,7 @@ struct Forward {
 
   Tensor run(const std::optional<Tensor>& grad) {
     const bool none = static_cast<Reduction>(reduction) == Reduction::kNone;
-    Tensor loss = empty(none ? builder.row_sizes() : std::vector<int64_t>{}, loss_type);
+    Tensor loss = empty(none ? builder.row_sizes() : Sizes(), loss_type);
     builder.set_loss(loss);
     if (grad) builder.set_grad(*grad);
     Problem& problem = builder.build();
