@@ -581,3 +581,19 @@ def test_derivatives_are_not_slopes_in_every_mode_of_autograd(kind, reduction, o
     assert torch.autograd.gradgradcheck(
         loss, input, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True
     )
+
+
+@pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys())
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_that_a_transform_left_behind_lose_their_gradient(kind, options):
+    input, target, arguments = problem(kind)
+    input.requires_grad_()
+
+    def loss_and_gradient(loss, **options):
+        leaked = []
+        grad(lambda x: (leaked.append(x * 2), x.sum())[1])(input)
+        value = loss(leaked[0], target, **arguments, **options)
+        return value.detach(), *torch.autograd.grad(value.sum(), input)
+
+    ours = loss_and_gradient(fused_ce.cross_entropy, **options)
+    torch.testing.assert_close(ours, loss_and_gradient(F.cross_entropy))
