@@ -141,7 +141,7 @@ class Recompute(Function):
 
     @staticmethod
     def forward(ctx, input, target, *arguments):
-        loss, stats = ops.forward_stats(input, target, *arguments)
+        loss, stats = ops.eager.forward_stats(input, target, *arguments)
         _save(ctx, arguments, input, target, stats)
         return loss
 
@@ -163,7 +163,7 @@ class GradInForward(Function):
 
     @staticmethod
     def forward(ctx, input, target, *arguments):
-        loss, stats, grad = ops.forward_grad(input, target, *arguments)
+        loss, stats, grad = ops.eager.forward_grad(input, target, *arguments)
         _save(ctx, arguments, grad, input, target, stats)
         return loss
 
@@ -174,7 +174,7 @@ class GradInForward(Function):
             return stock_gradients(ctx, grad_output, saved)
         if torch.compiler.is_compiling() or _graph_is_kept():
             return _fused_gradients(ctx, grad_output, saved)
-        ops.rescale_(grad, grad_output, *saved, *ctx.options)
+        ops.eager.rescale_(grad, grad_output, *saved, *ctx.options)
         return grad, None, *_NO_MORE
 
 
@@ -202,7 +202,7 @@ class OverwriteInForward(_Overwriting):
 
     @staticmethod
     def forward(ctx, input, target, *arguments):
-        loss = ops.forward_grad_(input, target, *arguments)
+        loss = ops.eager.forward_grad_(input, target, *arguments)
         increment_version(input)
         ctx.save_for_backward(input)
         ctx.consumed = False
@@ -223,7 +223,7 @@ class OverwriteInBackward(_Overwriting):
     @staticmethod
     def forward(ctx, input, target, *arguments):
         ops.check_overwritable(input, target, *arguments[:1])
-        loss, stats = ops.forward_stats(input, target, *arguments)
+        loss, stats = ops.eager.forward_stats(input, target, *arguments)
         _save(ctx, arguments, input, target, stats)
         ctx.storage = input.untyped_storage()._cdata
         ctx.consumed = False

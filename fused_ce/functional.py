@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import autograd, graph, ops
 
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _STRIDED = torch.strided
 _HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
 _LOGIT_DTYPES = frozenset({torch.float32, torch.float64}) | _HALF_DTYPES
@@ -291,7 +290,7 @@ def _computed_dtype(tensor: Tensor) -> torch.dtype:
 def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype | None:
     """The loss's dtype, or None where it is the logits' own."""
     own = input.dtype
-    probabilities = target.is_floating_point()
+    probabilities = target.dtype in _LOGIT_DTYPES
     if not probabilities and own not in _HALF_DTYPES:
         return None
     dtype = _computed_dtype(input)
@@ -304,8 +303,8 @@ def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.d
 
 def _arguments(input, target, weight, ignore_index, reduction, label_smoothing) -> tuple:
     """The operators' arguments after the first two, or none of them where they are the defaults."""
-    options = (_Reduction.get_enum(reduction), ignore_index, label_smoothing)
     loss_dtype = _loss_dtype(input, target, weight)
+    options = (_Reduction.get_enum(reduction), ignore_index, label_smoothing)
     if weight is None and loss_dtype is None and options == ops.DEFAULTS:
         return ()
     return weight, *options, loss_dtype
@@ -314,7 +313,7 @@ def _arguments(input, target, weight, ignore_index, reduction, label_smoothing) 
 def _mode(input, target, reduction: str, grad_in_forward: bool, inplace: bool) -> str:
     """When the gradient is computed; a key of _RUN."""
     if not torch.is_grad_enabled() or not (input.requires_grad or target.requires_grad):
-        return "no gradient"
+        return "no gradient in the graph" if torch.compiler.is_compiling() else "no gradient"
     if torch.compiler.is_compiling():
         return "recomputed in the graph's backward"
     if not input.requires_grad:
@@ -328,7 +327,8 @@ def _mode(input, target, reduction: str, grad_in_forward: bool, inplace: bool) -
 
 
 _RUN = {
-    "no gradient": ops.forward,
+    "no gradient": ops.eager.forward,
+    "no gradient in the graph": ops.forward,
     "gradient in forward": autograd.grad_in_forward,
     "recomputed in backward": autograd.recompute,
     "recomputed in the graph's backward": graph.graph_loss,

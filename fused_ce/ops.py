@@ -7,6 +7,7 @@ shapes; what they rely on is checked in ``functional``.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -52,6 +53,15 @@ rescale_ = torch.ops.fused_ce.rescale_.default
 scale_ = torch.ops.fused_ce.scale_.default
 check_overwritable = torch.ops.fused_ce.check_overwritable.default
 instruction_set = torch.ops.fused_ce.instruction_set.default
+
+# Some of them without OpOverload's method in front, which only a graph of torch.compile has to see.
+eager = SimpleNamespace(
+    forward=forward._op,
+    forward_stats=forward_stats._op,
+    forward_grad=forward_grad._op,
+    forward_grad_=forward_grad_._op,
+    rescale_=rescale_._op,
+)
 
 # The reduction, ignore_index and label_smoothing that a call of an operator may leave out.
 DEFAULTS = tuple(argument.default_value for argument in forward._schema.arguments[3:6])
