@@ -77,11 +77,15 @@ template <class A>
 struct ProbabilityRow {
   A rest;  // as for IndexRow
   A mass;  // sum_c a_c
+  A inverse_total;
+
+  FCE_HOST_DEVICE ProbabilityRow(A rest, A mass)
+      : rest(rest), mass(mass), inverse_total(A(1) / (A(1) + rest)) {}
 
   // `gaps` is sum_c a_c (M - x_c).
   FCE_HOST_DEVICE A loss(A log_total, A gaps) const { return gaps + mass * log_total; }
 
-  FCE_HOST_DEVICE A exp_factor() const { return mass / (A(1) + rest); }
+  FCE_HOST_DEVICE A exp_factor() const { return mass * inverse_total; }
 };
 
 // d loss / d q_c, from the gap M - x_c of that class.

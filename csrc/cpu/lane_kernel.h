@@ -25,7 +25,7 @@ class LaneKernel {
  public:
   LaneKernel(const Problem& p, const Tiling& tiling)
       : p_(p),
-        batch_(p),
+        batch_(p, tiling.tile_rows),
         smoothing_(p.label_smoothing, p.classes),
         weight_(static_cast<const A*>(p.weight)),
         input_direct_(is_direct<A>(p.input, lane_stride(p.input))),
@@ -44,10 +44,7 @@ class LaneKernel {
     batch_.read_target_logits(tile, 0, n_);
     sum_terms();
     const double total = batch_.write_losses(tile);
-    if (p_.grad.data) {
-      batch_.find_gradients();
-      write_gradient(keeps_terms());
-    }
+    if (p_.grad.data) write_gradient(keeps_terms());
     return total;
   }
 

@@ -85,7 +85,8 @@ inline double exp_nonpositive(double x) {
 inline double exp_normal(double x) { return exp_nonpositive(x); }
 
 // log1p(y) for 0 <= y < inf, or NaN: log(m) = 2 atanh(s) with s = (m - 1) / (m + 1), as a series.
-inline double log1p_nonnegative(double y) {
+// `inverse` is 1 / (1 + y), which callers have.
+inline double log1p_nonnegative(double y, double inverse) {
   constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcdull;
   double u = 1.0 + y;
   uint64_t offset = bits_as<uint64_t>(u) - kSqrtHalf;  // m is in [sqrt(1/2), sqrt(2))
@@ -104,7 +105,7 @@ inline double log1p_nonnegative(double y) {
   p = p * z + 1.0 / 7.0;
   p = p * z + 1.0 / 5.0;
   p = p * z + 1.0 / 3.0;
-  double lost = (y - (u - 1.0)) / u;
+  double lost = (y - (u - 1.0)) * inverse;
   double log = 2.0 * s * z * p + (n * 1.42860682030941723212e-6 + lost) + 2.0 * s;
   return y == y ? log + n * 6.93145751953125e-1 : y;
 }

@@ -25,10 +25,17 @@ constexpr int64_t kMaxBatch = 512;
 template <class A>
 class RowBatch {
  public:
-  explicit RowBatch(const Problem& p)
+  // For tiles of at most so many rows.
+  RowBatch(const Problem& p, int64_t rows)
       : p_(p),
         smoothing_(p.label_smoothing, p.classes),
-        spreads_(p.probabilities || smoothing_.smooth != 0.0) {}
+        spreads_(p.probabilities || smoothing_.smooth != 0.0),
+        scales_vary_(std::any_of(p.grad_output.row_strides, p.grad_output.row_strides + p.row_dims,
+                                 [](int64_t stride) { return stride != 0; })) {
+    const double grad_output = p.grad_output.data ? load_value<double>(p.grad_output, 0) : 1.0;
+    std::fill(scale, scale + rows, grad_output / p.denominator);
+    std::fill(target_weight_, target_weight_ + rows, A(1));
+  }
 
   // Whether a class other than the target has a coefficient a_c.
   bool spreads() const { return spreads_; }
@@ -40,9 +47,9 @@ class RowBatch {
     if (!p_.probabilities) {
       read_targets(tile.run(p_.target));
       for (int64_t r = 0; r < size; r++) has_ignored |= target_class[r] < 0;
-      read_target_weights();
+      if (p_.weight) read_target_weights();
     }
-    read_scales(tile);
+    if (p_.grad_output.data && scales_vary_) read_scales(tile);
   }
 
   // Takes over what another batch of the same problem knows.
@@ -79,12 +86,13 @@ class RowBatch {
     load_span(p_.row_rest, rests.first, rests.stride, size, rest);
   }
 
-  // Writes the losses and the statistics; returns the sum of the losses.
+  // Writes the losses and the statistics, and finds what the gradient needs where there is one;
+  // returns the sum of the losses.
   double write_losses(const Tile& tile) {
-    if (p_.probabilities)
-      find_probability_losses();
+    if (p_.grad.data)
+      solve<true, true>();
     else
-      find_index_losses();
+      solve<true, false>();
     if (p_.reduction == Reduction::kNone) {
       const Run losses = tile.run(p_.loss);
       store_span(loss_, size, p_.loss, losses.first, losses.stride);
@@ -100,21 +108,8 @@ class RowBatch {
     return total;
   }
 
-  // Finds exp_factor and target_grad.
-  void find_gradients() {
-    if (p_.probabilities) {
-#pragma omp simd
-      for (int64_t r = 0; r < size; r++) exp_factor[r] = probability_factor(r);
-    } else {
-      const double weight_sum = p_.weight_sum;
-      const Smoothing<double> smoothing = smoothing_;
-#pragma omp simd
-      for (int64_t r = 0; r < size; r++) {
-        exp_factor[r] = index_factor(r, weight_sum, smoothing);
-        target_grad[r] = scaled_target_grad(r, weight_sum, smoothing);
-      }
-    }
-  }
+  // From the statistics to exp_factor and target_grad.
+  void find_gradients() { solve<false, true>(); }
 
   int64_t size = 0;
   bool has_ignored = false;
@@ -149,17 +144,12 @@ class RowBatch {
   void read_target_weights() {
     const A* weight = static_cast<const A*>(p_.weight);
     for (int64_t r = 0; r < size; r++)
-      target_weight_[r] = weight && target_class[r] >= 0 ? weight[target_class[r]] : A(1);
+      target_weight_[r] = target_class[r] >= 0 ? weight[target_class[r]] : A(1);
   }
 
   void read_scales(const Tile& tile) {
     const Run run = tile.run(p_.grad_output);
-    const bool varies = p_.grad_output.data && run.stride != 0;
-    if (varies)
-      load_span(p_.grad_output, run.first, run.stride, size, scale);
-    else
-      std::fill(scale, scale + size,
-                p_.grad_output.data ? load_value<double>(p_.grad_output, run.first) : 1.0);
+    load_span(p_.grad_output, run.first, run.stride, size, scale);
     const double denominator = p_.denominator;
 #pragma omp simd
     for (int64_t r = 0; r < size; r++) scale[r] /= denominator;
@@ -180,11 +170,36 @@ class RowBatch {
 
   ProbabilityRow<double> probability_row(int64_t r) const { return {defined_rest(r), mass[r]}; }
 
+  template <bool kLoss, bool kGradient>
+  void solve() {
+    if (p_.probabilities) {
+#pragma omp simd
+      for (int64_t r = 0; r < size; r++) {
+        if (kLoss) loss_[r] = probability_loss(r);
+        if (kGradient) exp_factor[r] = probability_factor(r);
+      }
+    } else {
+      const double weight_sum = p_.weight_sum;
+      const Smoothing<double> smoothing = smoothing_;
+#pragma omp simd
+      for (int64_t r = 0; r < size; r++) {
+        const double loss = kLoss ? index_loss(r, weight_sum, smoothing) : 0.0;
+        const double factor = kGradient ? index_factor(r, weight_sum, smoothing) : 0.0;
+        const double grad = kGradient ? scaled_target_grad(r, weight_sum, smoothing) : 0.0;
+        if (kLoss) loss_[r] = loss;
+        if (kGradient) exp_factor[r] = factor;
+        if (kGradient) target_grad[r] = grad;
+      }
+    }
+  }
+
   // One function for each result of a row: the variables of a function that is inlined into a loop
-  // stay in registers, those of the loop itself become arrays that GCC then cannot vectorise.
+  // stay in registers, those of the loop itself may become arrays, which GCC does not vectorise.
+  // What they have in common is computed once.
   double index_loss(int64_t r, double weight_sum, Smoothing<double> smoothing) const {
     const IndexRow<double> row = index_row(r);
-    const double loss = row.loss(math::log1p_nonnegative(row.rest), gaps[r], weight_sum, smoothing);
+    const double log_total = math::log1p_nonnegative(row.rest, row.inverse_total);
+    const double loss = row.loss(log_total, gaps[r], weight_sum, smoothing);
     return target_class[r] < 0 ? 0.0 : loss;
   }
 
@@ -199,26 +214,14 @@ class RowBatch {
 
   double probability_loss(int64_t r) const {
     const ProbabilityRow<double> row = probability_row(r);
-    return row.loss(math::log1p_nonnegative(row.rest), gaps[r]);
+    return row.loss(math::log1p_nonnegative(row.rest, row.inverse_total), gaps[r]);
   }
 
   double probability_factor(int64_t r) const { return probability_row(r).exp_factor(); }
 
-  void find_index_losses() {
-    const double weight_sum = p_.weight_sum;
-    const Smoothing<double> smoothing = smoothing_;
-#pragma omp simd
-    for (int64_t r = 0; r < size; r++) loss_[r] = index_loss(r, weight_sum, smoothing);
-  }
-
-  void find_probability_losses() {
-#pragma omp simd
-    for (int64_t r = 0; r < size; r++) loss_[r] = probability_loss(r);
-  }
-
   const Problem& p_;
   const Smoothing<double> smoothing_;
-  const bool spreads_;
+  const bool spreads_, scales_vary_;
   alignas(kLine) A target_logit_[kMaxBatch], target_weight_[kMaxBatch];
   alignas(kLine) double loss_[kMaxBatch];
 };

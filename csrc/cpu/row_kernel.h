@@ -52,7 +52,7 @@ class RowKernel {
  public:
   RowKernel(const Problem& p, const Tiling& tiling)
       : p_(p),
-        batch_(p),
+        batch_(p, tiling.tile_rows),
         smoothing_(p.label_smoothing, p.classes),
         adjacent_(p.input.class_stride == 1),
         terms_in_grad_(is_direct<A>(p.grad, p.grad.class_stride)),
@@ -131,9 +131,7 @@ class RowKernel {
 
   double finish(const Tile& tile, BlockSums<A>* blocks) {
     for (int64_t r = 0; r < tile.rows; r++) combine(r, blocks + r * blocks_of(p_));
-    const double loss = batch_.write_losses(tile);
-    if (p_.grad.data) batch_.find_gradients();
-    return loss;
+    return batch_.write_losses(tile);
   }
 
   void write_gradient(int64_t r, const BlockSums<A>* blocks, int64_t first, int64_t last) {
@@ -420,7 +418,8 @@ class RowKernel {
   }
 
   void write_target_gradient(int64_t r, const Run& target_grad) {
-    const A log_total = static_cast<A>(math::log1p_nonnegative(batch_.rest[r]));
+    const A log_total =
+        static_cast<A>(math::log1p_nonnegative(batch_.rest[r], 1.0 / (1.0 + batch_.rest[r])));
     const A scale = static_cast<A>(batch_.scale[r]), max = batch_.max[r];
     const A* weight = static_cast<const A*>(p_.weight);
     for (int64_t b = 0; b < p_.classes; b += kRowBlock) {

@@ -93,10 +93,11 @@ int main(int, char** argv) {
                        }));
   bits = 0;
   report("log1p_double",
-         sweep<double>([](double y) { return fused_ce::math::log1p_nonnegative(y); }, log1p,
-                       [&](double& y) {
-                         y = bits_as<float>(static_cast<uint32_t>(bits)) * 1.0000001;
-                         bits += step;
-                         return y < 1e38;
-                       }));
+         sweep<double>(
+             [](double y) { return fused_ce::math::log1p_nonnegative(y, 1.0 / (1.0 + y)); }, log1p,
+             [&](double& y) {
+               y = bits_as<float>(static_cast<uint32_t>(bits)) * 1.0000001;
+               bits += step;
+               return y < 1e38;
+             }));
 }
