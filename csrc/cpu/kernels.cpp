@@ -32,9 +32,13 @@ bool prefers_lanes(const Problem& p) {
 }
 
 int64_t lanes_per_tile(const Problem& p) {
-  constexpr int64_t kTileElements = 32768;
+  // Rows side by side are walked through twice, the second time in the first-level cache; rows that
+  // are turned over are walked through in a copy, and long runs of memory count for more.
+  constexpr int64_t kBesideElements = 2560, kTurnedElements = 32768;
   constexpr int64_t kMinLanes = 128;  // fewer would read too little of each class at a time
-  const int64_t lanes = kTileElements / std::max<int64_t>(1, p.classes) / 16 * 16;
+  const bool beside = p.input.row_strides[p.row_dims - 1] == 1;
+  const int64_t elements = beside ? kBesideElements : kTurnedElements;
+  const int64_t lanes = elements / std::max<int64_t>(1, p.classes) / 16 * 16;
   return std::clamp(lanes, kMinLanes, kMaxBatch);
 }
 
