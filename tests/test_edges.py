@@ -226,6 +226,21 @@ def test_nonfinite_logit_spreads_or_is_lost(value, classes, position, smoothing,
             assert result.grad_input[2, position] == 0
 
 
+# Quiet and signalling, of either sign, with low bits: memory full of ones is the last.
+@every_mode
+@pytest.mark.parametrize("bits", [0x7FC00001, 0x7F800001, 0x7FFFFFFF, -1], ids=hex)
+@pytest.mark.parametrize("classes, position", POSITIONS)
+@pytest.mark.parametrize("layout", ["rows", "lanes"])
+def test_nan_with_a_payload_becomes_a_number(bits, classes, position, layout, mode):
+    input = torch.randn(4, classes)
+    input.view(torch.int32)[1, position] = bits
+    if layout == "lanes":
+        input = input.t().contiguous().t()
+    target = torch.tensor([0, (position + 1) % classes, 2, classes - 1])
+    result = check_against_stock(input, target, mode=mode, reduction="none")
+    assert result.loss[1].isnan()
+
+
 @every_mode
 @every_reduction
 @pytest.mark.parametrize("value", [NAN, INF, -INF])

@@ -42,14 +42,15 @@ inline float exp_reduced(float r) {
 }
 
 // 2^(n + kShift) exp(r) for x = n ln(2) + r. Adding 1.5 * 2^23 rounds to an integer, which is then
-// found in the low bits.
+// found in the low bits and, with the bias 127, is the exponent of a power of two. A multiplication
+// applies it: added to the bits of a NaN it could make a number of them.
 template <int kShift>
 inline float exp_scaled(float x) {
-  constexpr float kRound = 12582912.0f + kShift;
+  constexpr float kRound = 12582912.0f + 127.0f + kShift;
   float shifted = x * 1.44269504088896341f + kRound;
   float n = shifted - kRound;
   float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  return bits_as<float>(bits_as<uint32_t>(exp_reduced(r)) + (bits_as<uint32_t>(shifted) << 23));
+  return exp_reduced(r) * bits_as<float>(bits_as<uint32_t>(shifted) << 23);
 }
 
 inline float exp_normal(float x) { return exp_scaled<0>(x); }
