@@ -4,6 +4,7 @@ Mostly views that repeat a little memory, or large storage of which only a few p
 two tests hold 4 GiB of logits and check the gradient around each place where 32 bits would end.
 """
 
+import math
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,16 @@ def test_more_classes_than_32_bits_count_give_another_loss(dtype):
     for outside in (classes, BEYOND * 2, -1):
         with pytest.raises(IndexError, match=f"Target {outside} is out of bounds"):
             fused_ce.cross_entropy(input, torch.tensor([0, outside]))
+
+
+def test_equal_logits_of_many_classes_are_not_all_counted():
+    # All of them are the largest: 2^26 is where a count in float32, four at a time, stands still.
+    rows, classes = 4, 2**27
+    input = torch.zeros(rows).expand(classes, rows).t()
+    target = torch.zeros(rows, dtype=torch.long)
+    assert is_fused(input, target)
+    loss = fused_ce.cross_entropy(input, target)
+    assert loss.item() == pytest.approx(math.log(classes), rel=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)

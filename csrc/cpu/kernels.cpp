@@ -2,7 +2,6 @@
 #include "kernels.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "lane_kernel.h"
 #include "row_kernel.h"
@@ -19,11 +18,14 @@ constexpr int64_t kMaxLaneClasses = 64;
 // Up to here gathering a scattered row into a tile of its neighbours is.
 constexpr int64_t kMaxGatheredClasses = 1024;
 
+// Lanes count the largest logits of a row in the accumulation type, exactly up to here.
+constexpr int64_t kMaxCountedClasses = int64_t{1} << 24;
+
 // With fewer rows side by side, each is better taken on its own however far apart its classes lie.
 constexpr int64_t kMinLaneRows = 4;
 
 bool prefers_lanes(const Problem& p) {
-  if (p.classes > std::numeric_limits<int32_t>::max()) return false;
+  if (p.classes > kMaxCountedClasses) return false;
   if (p.classes <= kMaxLaneClasses) return true;
   if (p.input.class_stride == 1 || inner_rows(p) < kMinLaneRows) return false;
   const int64_t lane_stride = p.input.row_strides[p.row_dims - 1];
