@@ -219,12 +219,8 @@ class LaneKernel {
 
   void sum_terms() {
     if (batch_.spreads()) sum_gaps();
-    for (int64_t l = 0; l < n_; l++) {
-      const bool all_masked = batch_.max[l] == -math::kInf<A>;
-      base_[l] = all_masked ? A(0) : batch_.max[l];  // exp(-inf - 0) is 0, not NaN
-      batch_.rest[l] = 0.0;
-      ones_[l] = all_masked ? A(0) : A(-1);
-    }
+    std::fill(batch_.rest, batch_.rest + n_, 0.0);
+    std::fill(ones_, ones_ + n_, A(-1));
     for_classes([&](int64_t c, auto count) {
       const Classes x = logits(c, count);
       prefetch_next(c, count);
@@ -246,7 +242,7 @@ class LaneKernel {
       prefetch(p_.input, input_ + n_ * p_.classes + c * n_, count * n_);
   }
 
-  // exp(x - base) of some classes, kept and summed. The largest ones are counted apart, for the
+  // exp(x - max) of some classes, kept and summed. The largest ones are counted apart, for the
   // reason that RowKernel::Terms gives.
   template <bool kIsNormal, class Count>
   void keep_terms(Classes x, A* terms, Count) {
@@ -254,14 +250,14 @@ class LaneKernel {
     const int64_t stride = !keeps_terms()  ? kMaxBatch
                            : tile_.empty() ? p_.grad.class_stride
                                            : stride_;
-    const A* base = base_;
+    const A* max = batch_.max;
     A* ones = ones_;
     double* rest = batch_.rest;
 #pragma omp simd
     for (int64_t l = 0; l < n; l++) {
       A sum = A(0), lane_ones = A(0);
       for (int j = 0; j < Count::value; j++) {
-        const A lead = x.data[j * x.stride + l] - base[l];
+        const A lead = x.data[j * x.stride + l] - max[l];
         const A e = kIsNormal ? math::exp_normal(lead) : math::exp_nonpositive(lead);
         terms[j * stride + l] = e;
         sum += lead == A(0) ? A(0) : e;
@@ -367,8 +363,7 @@ class LaneKernel {
   bool loaded_ = false;
   bool is_normal_ = false;  // no exp of the tile comes near to being subnormal
 
-  alignas(kLine) A min_[kMaxBatch], base_[kMaxBatch], ones_[kMaxBatch], factor_[kMaxBatch],
-      scale_[kMaxBatch];
+  alignas(kLine) A min_[kMaxBatch], ones_[kMaxBatch], factor_[kMaxBatch], scale_[kMaxBatch];
   alignas(kLine) A probability_buffer_[kMaxBatch];
   alignas(kLine) A buffer_[kGroup * (kMaxBatch + kPad)], terms_[kGroup * kMaxBatch];
 };
