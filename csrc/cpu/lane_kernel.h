@@ -35,7 +35,9 @@ class LaneKernel {
         tile_(needs_tile_ && p.classes * stride_ <= kMaxTile ? p.classes * stride_ : 0),
         transposes_input_(!input_direct_ && p.input.class_stride == 1 && !tile_.empty()),
         transposes_grad_(!grad_direct_ && p.grad.class_stride == 1 && !tile_.empty()),
-        rows_(transposes_input_ || transposes_grad_ ? p.classes * tiling.tile_rows : 0) {}
+        rows_((transposes_input_ || transposes_grad_) && !is_direct<A>(p.input, 1)
+                  ? p.classes * tiling.tile_rows
+                  : 0) {}
 
   // As RowKernel::forward.
   double forward(const Tile& tile) {
