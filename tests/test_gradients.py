@@ -477,6 +477,19 @@ def test_bits_depend_on_the_threads_or_the_run(shape, dtype, kind, options):
                 assert (value is None and expected is None) or torch.equal(value, expected)
 
 
+@pytest.mark.parametrize("shape", SHARED_WORK, ids=str)
+def test_statistics_depend_on_the_threads(shape):
+    # Also those of ignored rows, which nothing reads: an operator's results are compared whole.
+    input = torch.randn(shape)
+    target = target_of(torch.int64, shape, torch.float32, ignore_index=-100)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(torch.ops.fused_ce.forward_stats(input, target)[1])
+    for stats in results[1:]:
+        torch.testing.assert_close(stats, results[0], rtol=0, atol=0, equal_nan=True)
+
+
 @modes(DIFFERENTIATING)
 def test_concurrent_losses_disturb_each_other(options):
     def run(seed):

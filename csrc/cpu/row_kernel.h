@@ -129,7 +129,12 @@ class RowKernel {
   }
 
   double finish(const Tile& tile, BlockSums<A>* blocks) {
-    for (int64_t r = 0; r < tile.rows; r++) combine(r, blocks + r * blocks_of(p_));
+    for (int64_t r = 0; r < tile.rows; r++) {
+      BlockSums<A>* row = blocks + r * blocks_of(p_);
+      // What an earlier tile left there depends on which thread that was.
+      if (!is_counted(r)) std::fill(row, row + blocks_of(p_), BlockSums<A>{});
+      combine(r, row);
+    }
     return batch_.write_losses(tile);
   }
 
