@@ -254,6 +254,17 @@ def test_row_of_nothing_finite_spreads_or_is_lost(value, smoothing, kind, reduct
     check_against_stock(input, target, mode=mode, **options)
 
 
+@pytest.mark.parametrize("mode", ["default", "recompute", "in place"])
+@every_dtype
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("classes, position", [*POSITIONS, (66, 0), (66, 65)])
+def test_target_gradient_beside_a_nonfinite_logit_differs(classes, position, value, dtype, mode):
+    input = torch.randn(3, classes).to(dtype)
+    input[1, position] = value
+    target = torch.rand(3, classes).softmax(1).to(dtype)
+    check_against_stock(input, target, mode=mode, reduction="sum", target_grad=True)
+
+
 @every_mode
 def test_zero_probability_of_minus_infinity_is_not_nan(mode):
     # 0 * log 0: stock gives nan for the loss and a finite gradient.

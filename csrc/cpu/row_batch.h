@@ -110,6 +110,12 @@ class RowBatch {
   // From the statistics to exp_factor and target_grad.
   void find_gradients() { solve<false, true>(); }
 
+  // log(sum_c exp(x_c - M)); a row whose largest logit is infinite has none.
+  double log_total(int64_t r) const {
+    const double defined = defined_rest(r);
+    return math::log1p_nonnegative(defined, 1.0 / (1.0 + defined));
+  }
+
   int64_t size = 0;
   bool has_ignored = false;
   // Arrays begin on a cache line: of any other the compiler would handle the first few elements one
@@ -197,8 +203,7 @@ class RowBatch {
   // What they have in common is computed once.
   double index_loss(int64_t r, double weight_sum, Smoothing<double> smoothing) const {
     const IndexRow<double> row = index_row(r);
-    const double log_total = math::log1p_nonnegative(row.rest, row.inverse_total);
-    const double loss = row.loss(log_total, gaps[r], weight_sum, smoothing);
+    const double loss = row.loss(log_total(r), gaps[r], weight_sum, smoothing);
     return target_class[r] < 0 ? 0.0 : loss;
   }
 
@@ -212,8 +217,7 @@ class RowBatch {
   }
 
   double probability_loss(int64_t r) const {
-    const ProbabilityRow<double> row = probability_row(r);
-    return row.loss(math::log1p_nonnegative(row.rest, row.inverse_total), gaps[r]);
+    return probability_row(r).loss(log_total(r), gaps[r]);
   }
 
   double probability_factor(int64_t r) const { return probability_row(r).exp_factor(); }
