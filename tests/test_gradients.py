@@ -447,8 +447,8 @@ def test_in_place_under_saved_tensor_hooks_is_silently_wrong(hooks, reduction):
         torch.testing.assert_close(leaf.grad, expected)
 
 
-# Enough work for several threads in each: rows, long rows, an image.
-SHARED_WORK = ((5000, 10), (33, 4097), (2, 21, 65, 67))
+# Enough work for several threads in each: rows, long rows, an image, rows that three threads share.
+SHARED_WORK = ((5000, 10), (33, 4097), (2, 21, 65, 67), (2, 400003))
 
 
 @pytest.mark.parametrize("shape", SHARED_WORK, ids=str)
