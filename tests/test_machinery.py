@@ -661,6 +661,15 @@ def test_negative_view_is_read_with_the_wrong_sign(which, call):
     compare(body, call)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_negative_view_is_written_in_place(reduction):
+    # Torch would copy back what it finds beyond the operator's results: memory it does not own.
+    values = torch.randn(6, 5, requires_grad=True)
+    logits = torch.complex(values, -values).conj().imag
+    how = fused_ce.explain(logits, torch.arange(6) % 5, reduction=reduction, inplace=True)
+    assert logits.is_neg() and "in place" not in how
+
+
 # Autocast
 
 # name: (options, grad mode, most that it may take, in logits)
