@@ -422,7 +422,7 @@ class RowKernel {
   }
 
   void write_target_gradient(int64_t r, const Run& target_grad) {
-    const A log_total = static_cast<A>(batch_.log_total(r));
+    const A log_total = batch_.log_total(r);
     const A scale = static_cast<A>(batch_.scale[r]), max = batch_.max[r];
     const A* weight = static_cast<const A*>(p_.weight);
     for (int64_t b = 0; b < p_.classes; b += kRowBlock) {
