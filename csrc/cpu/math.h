@@ -104,8 +104,8 @@ inline float log1p_nonnegative(float y, float inverse) {
   p = p * f + 3.3333331174e-1f;
   p = p * f - 0.5f;
   float lost = (y - (u - 1.0f)) * inverse;
-  float log = p * (f * f) + (lost - n * 2.12194440e-4f) + f;
-  return y == y ? log + n * 0.693359375f : y;
+  float log = p * (f * f) + (lost - n * 2.12194440e-4f) + f + n * 0.693359375f;
+  return y == y ? log : y;
 }
 
 // In double, log(m) = 2 atanh(s) with s = (m - 1) / (m + 1), as a series.

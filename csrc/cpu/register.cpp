@@ -66,14 +66,9 @@ void parallel_for(int64_t count, const std::function<void(int64_t, int64_t)>& wo
 }
 
 // Raises for a target out of range, and finds what the sum of the losses is divided by.
-void scan(Problem& p) {
+void settle_targets(Problem& p, const std::vector<TargetScan>& scans) {
   double counted = static_cast<double>(p.rows);
   if (!p.probabilities) {
-    const Tiling tiling = scan_tiling(p);
-    std::vector<TargetScan> scans(tiling.count);
-    for_tiles(tiling, [&](int64_t begin, int64_t end) {
-      scan_targets(p, tiling, begin, end, scans.data());
-    });
     CompensatedSum weights;
     for (const TargetScan& scan : scans) {
       if (scan.has_bad_index)
@@ -87,18 +82,41 @@ void scan(Problem& p) {
     const bool undefined = counted == 0.0 && p.label_smoothing > 0.0;
     p.denominator = undefined ? std::numeric_limits<double>::quiet_NaN() : counted;
   }
+}
+
+void scan(Problem& p) {
+  std::vector<TargetScan> scans;
+  if (!p.probabilities) {
+    const Tiling tiling = scan_tiling(p);
+    scans.resize(tiling.count);
+    for_tiles(tiling, [&](int64_t begin, int64_t end) {
+      scan_targets(p, tiling, begin, end, scans.data());
+    });
+  }
+  settle_targets(p, scans);
   if (p.label_smoothing > 0.0 && !p.probabilities) p.weight_sum = sum_weights(p);
 }
 
+// A gradient needs the targets' sums, and targets in range, before it is written; a loss alone can
+// wait for what its own pass over the targets finds.
 void run_forward(Problem& p) {
   const Tiling tiling = row_tiling(p);
   std::vector<double> tile_losses(tiling.count);
-  if (shares_rows(p))
+  std::vector<TargetScan> scans;
+  const bool shares = shares_rows(p), scans_first = p.grad.data || p.probabilities || shares;
+  if (scans_first) {
+    scan(p);
+  } else {
+    if (p.label_smoothing > 0.0) p.weight_sum = sum_weights(p);
+    scans.resize(tiling.count);
+  }
+  if (shares)
     forward_shared(p, tiling, parallel_for, tile_losses.data());
   else
     for_tiles(tiling, [&](int64_t begin, int64_t end) {
-      forward(p, tiling, begin, end, tile_losses.data());
+      forward(p, tiling, begin, end, tile_losses.data(), scans.empty() ? nullptr : scans.data());
     });
+  if (!scans_first) settle_targets(p, scans);
   if (p.reduction == Reduction::kNone) return;
   CompensatedSum sum;
   for (const double loss : tile_losses) sum.add(loss);
@@ -130,9 +148,7 @@ struct Forward {
     Tensor loss = empty(none ? builder.row_sizes() : Sizes(), loss_type);
     builder.set_loss(loss);
     if (grad) builder.set_grad(*grad);
-    Problem& problem = builder.build();
-    scan(problem);
-    run_forward(problem);
+    run_forward(builder.build());
     return loss;
   }
 

@@ -13,6 +13,7 @@
 #include "../formula.h"
 #include "math.h"
 #include "scratch.h"
+#include "simd.h"
 #include "span.h"
 #include "targets.h"
 #include "tiles.h"
@@ -54,7 +55,6 @@ class RowBatch {
   // Takes over what another batch of the same problem knows.
   void copy(const RowBatch& from) {
     size = from.size;
-    has_ignored = from.has_ignored;
     const auto copy_rows = [&](const auto& source, auto& rows) { std::copy_n(source, size, rows); };
     copy_rows(from.target_class, target_class);
     copy_rows(from.max, max);
@@ -89,9 +89,9 @@ class RowBatch {
   // returns the sum of the losses.
   double write_losses(const Tile& tile) {
     if (p_.grad.data)
-      solve<true, true>();
+      run<true, true>();
     else
-      solve<true, false>();
+      run<true, false>();
     if (p_.reduction == Reduction::kNone) {
       const Run losses = tile.run(p_.loss);
       store_span(loss_, size, p_.loss, losses.first, losses.stride);
@@ -108,7 +108,7 @@ class RowBatch {
   }
 
   // From the statistics to exp_factor and target_grad.
-  void find_gradients() { solve<false, true>(); }
+  void find_gradients() { run<false, true>(); }
 
   // log(sum_c exp(x_c - M)); a row whose largest logit is infinite has none.
   A log_total(int64_t r) const {
@@ -137,6 +137,7 @@ class RowBatch {
   void read_targets(const Run run) {
     with_index_pointer(p_.target, run.first, [&](const auto* targets) {
       const int64_t ignored = p_.ignore_index, classes = p_.classes, stride = run.stride;
+      if (stride == 1) prefetch(p_.target, run.first + size, size);
 #pragma omp simd
       for (int64_t r = 0; r < size; r++) {
         const int64_t index = targets[r * stride];
@@ -178,6 +179,12 @@ class RowBatch {
   template <class R>
   ProbabilityRow<R> probability_row(int64_t r) const {
     return {defined_rest<R>(r), static_cast<R>(mass[r])};
+  }
+
+  // As a function of its own: inlined into a whole kernel the loops are not always vectorised.
+  template <bool kLoss, bool kGradient>
+  void run() {
+    simd::run([this] { solve<kLoss, kGradient>(); });
   }
 
   template <bool kLoss, bool kGradient>
