@@ -5,15 +5,13 @@ runs with its threads and blocks in another order, which must not change a bit, 
 is touched that is not the kernel's to touch.
 """
 
-import itertools
 from typing import NamedTuple
 
 import pytest
+import simulated
 import torch
 import torch.nn.functional as F
-
-import simulated
-from simulated import Kernels, SimulatedDevice, SimulatorError, unwritten
+from simulated import Kernels, SimulatedDevice, unwritten
 
 IGNORE = -100
 
@@ -251,6 +249,19 @@ CASES = [
     Case(40, rows=(3, 5), layout="next token"),
     Case(21, rows=(4,), layout="transposed"),
     Case(12, rows=(2, 1, 3, 2, 2), layout="classes last"),
+    # Rows on chip: held by a warp, by 128 and 256 threads, and by clusters of 2, 4 and 8 blocks, from
+    # both sides of where one layout gives way to the next; odd, so that most rows are misaligned.
+    *(Case(c, rows=(3,), dtype=torch.bfloat16) for c in (263, 2049, 2063, 8191, 16391)),
+    *(Case(c, rows=(2,), dtype=torch.bfloat16) for c in (32777, 50257, 65543, 131072, 131079)),
+    Case(262144, rows=(1,), dtype=torch.bfloat16, ignored=False),
+    *(Case(c, rows=(3,)) for c in (1025, 4095, 8200, 16384, 32001)),
+    *(Case(2000, dtype=t, layout=f"offset{i}") for t in FLOATS[1:] for i in (1, 2, 3)),
+    *(Case(c, rows=(3,), dtype=t, smoothing=0.1) for c in (300, 5000, 33000) for t in FLOATS[1:]),
+    *(Case(1500, smoothing=s, weight=w, reduction=r, offset=1000.0) for s in (0.0, 0.1)
+      for w in (False, True) for r in ("none", "sum")),
+    Case(1000, rows=(3, 5), layout="next token", dtype=torch.bfloat16),
+    Case(1001, rows=(3, 5), layout="next token", dtype=torch.float16),
+    Case(999, rows=(3, 5), layout="gap"),
     # More rows than blocks, and blocks that have none left.
     Case(3, rows=(1500,)), Case(1030, rows=(29,)),
 ]  # fmt: skip

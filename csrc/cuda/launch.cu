@@ -22,6 +22,7 @@ bool serves_anything(const Problem&, const Device&) { return true; }
 
 // The first that serves a problem is the fastest for it.
 constexpr std::array kForward = {
+    Regime{row_on_chip_serves, row_on_chip_blocks, row_on_chip_forward},
     Regime{serves_anything, two_read_blocks, two_read_forward},
 };
 

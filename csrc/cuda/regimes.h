@@ -34,6 +34,14 @@ void two_read_forward(const Problem& p, const Result& result, const Device& devi
 void two_read_backward(const Problem& p, const Device& device, When when, Stream stream);
 void target_backward(const Problem& p, const Device& device, Stream stream);
 
+bool row_on_chip_serves(const Problem& p, const Device& device);
+int64_t row_on_chip_blocks(const Problem& p, const Device& device);
+void row_on_chip_forward(const Problem& p, const Result& result, const Device& device,
+                         Stream stream);
+void row_on_chip_float32(const Problem& p, const Result& result, Stream stream);
+void row_on_chip_bfloat16(const Problem& p, const Result& result, Stream stream);
+void row_on_chip_float16(const Problem& p, const Result& result, Stream stream);
+
 // Sets the tickets to zero, and where `count` says so finds the totals.
 struct TotalsWork {
   Operand totals;       // [2] double, to be found

@@ -14,8 +14,8 @@ struct Result {
 };
 
 // For each row, by one thread.
-template <class A>
-__device__ __forceinline__ void store_row(const Problem& p, const RowIndex& row, A loss,
+template <class A, class Index>
+__device__ __forceinline__ void store_row(const Problem& p, const Index& row, A loss,
                                           const RowSums<A>& sums) {
   store_statistics(p, row, sums.max, sums.rest);
   if (p.reduction == Reduction::kNone) store_value(loss, p.loss, row.offset(p, p.loss));

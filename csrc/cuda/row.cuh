@@ -15,6 +15,7 @@ __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
   return a / b;
 }
 
+// Where a row's elements lie.
 class RowIndex {
  public:
   __device__ __forceinline__ RowIndex(const Problem& p, int64_t row) : last_(p.row_dims - 1) {
@@ -45,12 +46,34 @@ class RowIndex {
   int64_t inner_, outer_;
 };
 
+// The same for problems with fewer rows than 2^31 in at most two dimensions: without calls, which
+// would cost a kernel that fills its registers dearly.
+class ShortRowIndex {
+ public:
+  __device__ __forceinline__ ShortRowIndex(const Problem& p, int64_t row)
+      : last_(p.row_dims - 1), inner_(static_cast<unsigned>(row)), outer_(0) {
+    if (last_ == 0) return;
+    const unsigned size = static_cast<unsigned>(p.row_sizes[1]);
+    outer_ = inner_ / size;
+    inner_ -= outer_ * size;
+  }
+
+  __device__ __forceinline__ int64_t offset(const Problem&, const Operand& operand) const {
+    return inner_ * operand.row_strides[last_] + outer_ * operand.row_strides[0];
+  }
+
+ private:
+  int last_;
+  unsigned inner_, outer_;
+};
+
 // The row's class; not counted where it is the ignored one.
 struct RowTarget {
   int64_t index;
   bool is_counted;
 
-  __device__ __forceinline__ RowTarget(const Problem& p, const RowIndex& row)
+  template <class Index>
+  __device__ __forceinline__ RowTarget(const Problem& p, const Index& row)
       : index(p.probabilities ? -1 : load_index(p.target, row.offset(p, p.target))),
         is_counted(p.probabilities || index != p.ignore_index) {}
 
@@ -61,11 +84,14 @@ struct RowTarget {
     assert(t >= 0 && t < n_classes);  // as PyTorch words it
   }
 
+  __device__ __forceinline__ bool in_range(const Problem& p) const {
+    return static_cast<uint64_t>(index) < static_cast<uint64_t>(p.classes);
+  }
+
   // For all threads of the row.
   template <class A>
   __device__ __forceinline__ A weight(const Problem& p) const {
-    const bool in_range = static_cast<uint64_t>(index) < static_cast<uint64_t>(p.classes);
-    return p.weight && in_range ? static_cast<const A*>(p.weight)[index] : A(1);
+    return p.weight && in_range(p) ? static_cast<const A*>(p.weight)[index] : A(1);
   }
 };
 
@@ -161,30 +187,29 @@ __device__ __forceinline__ RowGradient<A> probability_gradient(A max, A rest, A 
 }
 
 // What the row's gradient is multiplied by.
-template <class A>
-__device__ __forceinline__ A row_scale(const Problem& p, const RowIndex& row,
-                                       const Constants<A>& k) {
+template <class A, class Index>
+__device__ __forceinline__ A row_scale(const Problem& p, const Index& row, const Constants<A>& k) {
   const A grad_output =
       p.grad_output.data ? load_value<A>(p.grad_output, row.offset(p, p.grad_output)) : A(1);
   return grad_output / k.denominator;
 }
 
 // By one thread of the row's.
-template <class A>
-__device__ __forceinline__ void store_statistics(const Problem& p, const RowIndex& row, A max,
+template <class A, class Index>
+__device__ __forceinline__ void store_statistics(const Problem& p, const Index& row, A max,
                                                  A rest) {
   if (!p.row_max.data) return;
   static_cast<A*>(p.row_max.data)[row.offset(p, p.row_max)] = max;
   static_cast<A*>(p.row_rest.data)[row.offset(p, p.row_rest)] = rest;
 }
 
-template <class A>
-__device__ __forceinline__ A load_max(const Problem& p, const RowIndex& row) {
+template <class A, class Index>
+__device__ __forceinline__ A load_max(const Problem& p, const Index& row) {
   return static_cast<const A*>(p.row_max.data)[row.offset(p, p.row_max)];
 }
 
-template <class A>
-__device__ __forceinline__ A load_rest(const Problem& p, const RowIndex& row) {
+template <class A, class Index>
+__device__ __forceinline__ A load_rest(const Problem& p, const Index& row) {
   return static_cast<const A*>(p.row_rest.data)[row.offset(p, p.row_rest)];
 }
 
