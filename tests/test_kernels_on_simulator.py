@@ -249,8 +249,8 @@ CASES = [
     Case(40, rows=(3, 5), layout="next token"),
     Case(21, rows=(4,), layout="transposed"),
     Case(12, rows=(2, 1, 3, 2, 2), layout="classes last"),
-    # Rows on chip: held by a warp, by 128 and 256 threads, and by clusters of 2, 4 and 8 blocks, from
-    # both sides of where one layout gives way to the next; odd, so that most rows are misaligned.
+    # Rows on chip: held by a warp, by 128 and 256 threads, and by clusters of 2, 4 and 8 blocks,
+    # from both sides of where one layout gives way to the next; odd, so that most are misaligned.
     *(Case(c, rows=(3,), dtype=torch.bfloat16) for c in (263, 2049, 2063, 8191, 16391)),
     *(Case(c, rows=(2,), dtype=torch.bfloat16) for c in (32777, 50257, 65543, 131072, 131079)),
     Case(262144, rows=(1,), dtype=torch.bfloat16, ignored=False),
@@ -262,6 +262,12 @@ CASES = [
     Case(1000, rows=(3, 5), layout="next token", dtype=torch.bfloat16),
     Case(1001, rows=(3, 5), layout="next token", dtype=torch.float16),
     Case(999, rows=(3, 5), layout="gap"),
+    # The same length without clusters, and longer than any cluster holds: read twice, or once where
+    # a block to each row keeps the device busy.
+    *(Case(c, rows=(3,), dtype=t, major=8, smoothing=s) for c in (8200, 16391) for t in FLOATS[1:]
+      for s in (0.0, 0.1)),
+    Case(262153, rows=(2,), dtype=torch.bfloat16),
+    Case(8205, rows=(7,), dtype=torch.float16),
     # More rows than blocks, and blocks that have none left.
     Case(3, rows=(1500,)), Case(1030, rows=(29,)),
 ]  # fmt: skip

@@ -12,24 +12,36 @@ namespace fused_ce::cuda {
 
 namespace {
 
-struct Regime {
+struct ForwardRegime {
   bool (*serves)(const Problem&, const Device&);
   int64_t (*blocks)(const Problem&, const Device&);
   void (*forward)(const Problem&, const Result&, const Device&, Stream);
 };
 
-bool serves_anything(const Problem&, const Device&) { return true; }
-
-// The first that serves a problem is the fastest for it.
-constexpr std::array kForward = {
-    Regime{row_on_chip_serves, row_on_chip_blocks, row_on_chip_forward},
-    Regime{serves_anything, two_read_blocks, two_read_forward},
+struct BackwardRegime {
+  bool (*serves)(const Problem&, const Device&);
+  void (*backward)(const Problem&, const Device&, When, Stream);
 };
 
-const Regime& forward_regime(const Problem& p, const Device& device) {
-  for (const Regime& regime : kForward)
+bool serves_anything(const Problem&, const Device&) { return true; }
+
+constexpr std::array kForward = {
+    ForwardRegime{row_on_chip_serves, row_on_chip_blocks, row_on_chip_forward},
+    ForwardRegime{streaming_serves, streaming_blocks, streaming_forward},
+    ForwardRegime{serves_anything, two_read_blocks, two_read_forward},
+};
+
+constexpr std::array kBackward = {
+    BackwardRegime{elementwise_backward_serves, elementwise_backward},
+    BackwardRegime{serves_anything, two_read_backward},
+};
+
+// The first that serves a problem is the fastest for it.
+template <class Regimes>
+const auto& regime_for(const Regimes& regimes, const Problem& p, const Device& device) {
+  for (const auto& regime : regimes)
     if (regime.serves(p, device)) return regime;
-  return kForward.back();
+  return regimes.back();
 }
 
 // The workspace, or with no memory for it its size.
@@ -81,11 +93,11 @@ Problem completed(const Problem& p) {
 }  // namespace
 
 size_t workspace_bytes(const Problem& p, const Device& device) {
-  return Workspace(p, forward_regime(p, device).blocks(p, device), nullptr).bytes;
+  return Workspace(p, regime_for(kForward, p, device).blocks(p, device), nullptr).bytes;
 }
 
 void forward(const Problem& p, const Device& device, void* memory, Stream stream) {
-  const Regime& regime = forward_regime(p, device);
+  const ForwardRegime& regime = regime_for(kForward, p, device);
   const Workspace workspace(p, regime.blocks(p, device), memory);
   Problem problem = completed(p);
   Result result{workspace.losses, p.totals};
@@ -104,10 +116,12 @@ void forward(const Problem& p, const Device& device, void* memory, Stream stream
 }
 
 void backward(const Problem& p, const Device& device, When when, Stream stream) {
-  two_read_backward(completed(p), device, when, stream);
+  if (p.rows == 0) return;
+  regime_for(kBackward, p, device).backward(completed(p), device, when, stream);
 }
 
 void backward_target(const Problem& p, const Device& device, Stream stream) {
+  if (p.rows == 0) return;
   target_backward(completed(p), device, stream);
 }
 

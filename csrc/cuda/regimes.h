@@ -28,6 +28,21 @@ void with_logits_type(const Problem& p, const Use& use) {
   with_floating_type(p.input.dtype, use);
 }
 
+// Of the types that have packs.
+template <class Use>
+void with_vector_type(const Problem& p, const Use& use) {
+  switch (p.input.dtype) {
+    case DType::kFloat32:
+      return use(float{});
+    case DType::kBFloat16:
+      return use(BFloat16{});
+    default:
+      return use(Float16{});
+  }
+}
+
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // of a launch
+
 // The blocks of a forward launch, each of which leaves one number in Result::losses.
 int64_t two_read_blocks(const Problem& p, const Device& device);
 void two_read_forward(const Problem& p, const Result& result, const Device& device, Stream stream);
@@ -41,6 +56,14 @@ void row_on_chip_forward(const Problem& p, const Result& result, const Device& d
 void row_on_chip_float32(const Problem& p, const Result& result, Stream stream);
 void row_on_chip_bfloat16(const Problem& p, const Result& result, Stream stream);
 void row_on_chip_float16(const Problem& p, const Result& result, Stream stream);
+
+bool streaming_serves(const Problem& p, const Device& device);
+int64_t streaming_blocks(const Problem& p, const Device& device);
+void streaming_forward(const Problem& p, const Result& result, const Device& device,
+                       Stream stream);
+
+bool elementwise_backward_serves(const Problem& p, const Device& device);
+void elementwise_backward(const Problem& p, const Device& device, When when, Stream stream);
 
 // Sets the tickets to zero, and where `count` says so finds the totals.
 struct TotalsWork {

@@ -13,7 +13,7 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int64_t kOneBlockRows = 16384;
-constexpr int64_t kMaxBlocks = 256;
+constexpr int64_t kEnoughBlocks = 256;
 
 struct Shared {
   double warps[kWarps];
@@ -90,7 +90,7 @@ int64_t totals_blocks(const Problem& p) {
   if (p.rows <= kOneBlockRows || p.reduction != Reduction::kMean) return 1;
   constexpr int64_t kThreadRows = 8;
   const int64_t wanted = ceil_divide(p.rows, kThreads * kThreadRows);
-  return wanted < kMaxBlocks ? wanted : kMaxBlocks;
+  return wanted < kEnoughBlocks ? wanted : kEnoughBlocks;
 }
 
 void find_totals(const Problem& p, const TotalsWork& work, Stream stream) {
