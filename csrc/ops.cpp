@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY(fused_ce, m) {
   m.def("forward_grad(Tensor input, " FCE_FORWARD ") -> (Tensor loss, Tensor stats, Tensor grad)");
   m.def("forward_grad_(Tensor(a!) input, " FCE_FORWARD ") -> Tensor");
   m.def("backward(Tensor input, " FCE_BACKWARD ") -> Tensor");
-  m.def("backward_(Tensor(a!) input, " FCE_BACKWARD ") -> ()");
+  m.def("backward_(Tensor(a!) input, " FCE_BACKWARD ") -> Tensor(a!)");
   m.def("backward_target(Tensor input, " FCE_BACKWARD ") -> Tensor");
   // The same for the graphs of torch.compile, with derivatives registered for them; eager calls do
   // without, since a registered derivative costs several times what a small call does.
@@ -32,9 +32,9 @@ STABLE_TORCH_LIBRARY(fused_ce, m) {
   // `grad` is what forward_grad returned. Nothing is done when grad_output is 1.
   m.def(
       "rescale_(Tensor(a!) grad, Tensor grad_output, Tensor input, Tensor target, Tensor "
-      "stats, " FCE_OPTIONS ") -> ()");
+      "stats, " FCE_OPTIONS ") -> Tensor(a!)");
   // grad *= grad_output. Nothing is done when grad_output is 1.
-  m.def("scale_(Tensor(a!) grad, Tensor grad_output) -> ()");
+  m.def("scale_(Tensor(a!) grad, Tensor grad_output) -> Tensor(a!)");
   // Raises unless the logits may be overwritten.
   m.def("check_overwritable(Tensor input, Tensor target, Tensor? weight=None) -> ()");
   m.def("instruction_set() -> str");

@@ -319,8 +319,8 @@ def _mode(input, target, reduction: str, grad_in_forward: bool, inplace: bool) -
     if not input.requires_grad:
         return "recomputed in backward"
     defers = reduction == "none" or target.requires_grad
-    # An operator without a result cannot write to a negative view: torch materialises the view, and
-    # then looks for what to copy back among the results.
+    # For an operator that writes to a negative view torch materialises the view, and then expects to
+    # find it as the first result, where forward_grad_ has the loss.
     if inplace and not input.is_neg():
         if defers or input.dtype == torch.float16:
             return "in place in backward"

@@ -208,7 +208,7 @@ Tensor backward_cpu(const Tensor& input, const Tensor& target, const Tensor& sta
   return grad;
 }
 
-void backward_cpu_(const Tensor& input, const Tensor& target, const Tensor& stats,
+Tensor backward_cpu_(const Tensor& input, const Tensor& target, const Tensor& stats,
                    const Tensor& grad_output, const std::optional<Tensor>& weight,
                    int64_t reduction, int64_t ignore_index, double label_smoothing) {
   const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
@@ -216,6 +216,7 @@ void backward_cpu_(const Tensor& input, const Tensor& target, const Tensor& stat
   check_apart(input, grad_output);
   check_apart(input, stats);
   write_gradient(arguments, stats, grad_output, input);
+  return input;
 }
 
 Tensor backward_target_cpu(const Tensor& input, const Tensor& target, const Tensor& stats,
@@ -236,22 +237,24 @@ Tensor backward_target_cpu(const Tensor& input, const Tensor& target, const Tens
   return target_grad;
 }
 
-void rescale_cpu_(const Tensor& grad, const Tensor& grad_output, const Tensor& input,
+Tensor rescale_cpu_(const Tensor& grad, const Tensor& grad_output, const Tensor& input,
                   const Tensor& target, const Tensor& stats, const std::optional<Tensor>& weight,
                   int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  if (read_scalar(grad_output) == 1.0) return;
+  if (read_scalar(grad_output) == 1.0) return grad;
   const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
   write_gradient(arguments, stats, grad_output, grad);
+  return grad;
 }
 
-void scale_cpu_(const Tensor& grad, const Tensor& grad_output) {
+Tensor scale_cpu_(const Tensor& grad, const Tensor& grad_output) {
   const double factor = read_scalar(grad_output);
-  if (factor == 1.0 || grad.numel() == 0) return;
+  if (factor == 1.0 || grad.numel() == 0) return grad;
   constexpr int64_t kGrainBlocks = 16;
   const Elements elements = elements_of(grad);
   torch::stable::parallel_for(
       0, scale_blocks(elements), kGrainBlocks,
       [&](int64_t begin, int64_t end) { scale(elements, factor, begin, end); });
+  return grad;
 }
 
 std::string instruction_set_cpu() { return instruction_set(); }
