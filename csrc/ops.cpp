@@ -3,7 +3,8 @@
 // `input` is (C), (N, C) or (N, C, d1, ..., dK); `target` holds class indices over the row
 // dimensions, or probabilities of the input's shape; `reduction` counts as in torch.nn._reduction.
 // `stats` is each row's maximum and its sum of exp(x - maximum) over all classes but one of the
-// largest: [2, rows] in float32, or in float64 for float64 logits.
+// largest: [2, rows] in float32, or in float64 for float64 logits. On CUDA one more column holds
+// what the host must not wait for: the sum of the class weights and what the losses are divided by.
 // A name that ends in an underscore writes the gradient over its (a!) argument. The loss is of the
 // input's dtype where none is given.
 #include <torch/csrc/stable/library.h>
@@ -38,4 +39,6 @@ STABLE_TORCH_LIBRARY(fused_ce, m) {
   // Raises unless the logits may be overwritten.
   m.def("check_overwritable(Tensor input, Tensor target, Tensor? weight=None) -> ()");
   m.def("instruction_set() -> str");
+  // Only in a build with CUDA kernels.
+  m.def("has_cuda_code(int device_index) -> bool");
 }
