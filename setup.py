@@ -41,10 +41,7 @@ SOURCES = [
     "csrc/cpu/register.cpp",
     "csrc/cpu/scale.cpp",
 ]
-CUDA_SOURCES = [
-    "csrc/cuda/register.cpp",
-    "csrc/cuda/support.cu",
-]
+CUDA_SOURCES = ["csrc/cuda/register.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))]
 DEFAULT_ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"
 
 COMMON_FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -60,7 +57,8 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-g0",
 ]
-NVCC_FLAGS = [*COMMON_FLAGS, "-Xcompiler=-fvisibility=hidden"]
+# The assertion on a target out of range stays, whatever the flags that Python was built with say.
+NVCC_FLAGS = [*COMMON_FLAGS, "-UNDEBUG", "-Xcompiler=-fvisibility=hidden"]
 
 
 def cuda_home() -> Path | None:
