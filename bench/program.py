@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Cas
         "--budget",
         type=float,
         metavar="SECONDS",
-        help="begin no case after that many; default: none",
+        help="begin no case after that; default: none",
     )
     parser.add_argument("--threads", type=int, help="default: as many as torch chooses")
     parser.add_argument("--quick", action="store_true", help="two rounds: to see that all runs")

@@ -1,6 +1,7 @@
 // The operators in front of a backend: what is checked, allocated and handed back, in which order.
 //
 // Each backend's registration file includes this with a class of its own, made anew for every call:
+//   static constexpr bool kFindsTotals;             on the device: statistics have a column more
 //   explicit Backend(const Tensor& input);          the device and stream of the work
 //   void forward(Problem&);                         targets out of range included
 //   void backward(Problem&), backward_target(Problem&);
@@ -65,7 +66,7 @@ class Calls {
   struct Forward {
     Forward(const Arguments& arguments, std::optional<ScalarType> loss_dtype)
         : input(arguments.input),
-          builder(arguments),
+          builder(arguments, Backend::kFindsTotals),
           reduction(arguments.reduction),
           loss_type(loss_dtype ? *loss_dtype : input.scalar_type()) {}
 
@@ -93,7 +94,7 @@ class Calls {
   // One call of any backward operator.
   struct Backward {
     Backward(const Arguments& arguments, const Tensor& stats, const Tensor& grad_output)
-        : builder(arguments), backend(arguments.input) {
+        : builder(arguments, Backend::kFindsTotals), backend(arguments.input) {
       builder.set_stats(stats);
       builder.set_grad_output(grad_output);
     }

@@ -213,12 +213,12 @@ Operand scalar_of(const Tensor& grad_output, const Tensor& grad) {
   return single_operand(value, "grad_output");
 }
 
-ProblemBuilder::ProblemBuilder(const Arguments& a) {
+ProblemBuilder::ProblemBuilder(const Arguments& a, bool finds_totals)
+    : finds_totals_(finds_totals) {
   Problem& p = problem_;
   const Facts input(a.input), target(a.target);
   device_type_ = input.device_type;
   device_index_ = input.device_index;
-  is_on_cpu_ = device_type_ == aoti_torch_device_type_cpu();
   FCE_CHECK(input.dim() >= 1 && input.dim() <= kMaxRowDims + 1,
             "input must have 1 to " + std::to_string(kMaxRowDims + 1) + " dimensions, got " +
                 std::to_string(input.dim()));
@@ -337,7 +337,7 @@ void ProblemBuilder::set_stats(const Tensor& tensor) {
   const int64_t columns = stats.sizes[1];
   set_logical(problem_.row_max, data, stats_dtype_);
   set_logical(problem_.row_rest, data + columns * stats.item_bytes, stats_dtype_);
-  if (is_on_cpu_) return;
+  if (!finds_totals_) return;
   problem_.totals.data = data + problem_.rows * stats.item_bytes;
   problem_.totals.dtype = *dtype_of(stats_dtype_);
   problem_.totals.class_stride = columns;

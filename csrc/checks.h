@@ -41,7 +41,8 @@ struct Facts;
 // Collects the operands of one call, checks each against the input, and lays them out as a Problem.
 class ProblemBuilder {
  public:
-  explicit ProblemBuilder(const Arguments& arguments);
+  // With `finds_totals` the statistics have room for what a backend finds on the device.
+  ProblemBuilder(const Arguments& arguments, bool finds_totals);
 
   void set_grad(const Tensor& grad);                // [N, C, ...]
   void set_target_grad(const Tensor& target_grad);  // [N, C, ...]
@@ -53,8 +54,7 @@ class ProblemBuilder {
   Sizes row_sizes() const { return {row_sizes_.data(), static_cast<size_t>(row_dims_)}; }
   bool has_probabilities() const { return problem_.probabilities; }
   ScalarType stats_dtype() const { return stats_dtype_; }
-  // A maximum and a sum for each row; then the totals, where they are found on the device.
-  std::array<int64_t, 2> stats_sizes() const { return {2, problem_.rows + !is_on_cpu_}; }
+  std::array<int64_t, 2> stats_sizes() const { return {2, problem_.rows + finds_totals_}; }
 
   // Merges and orders the row dimensions. The builder must outlive the problem.
   Problem& build();
@@ -67,7 +67,7 @@ class ProblemBuilder {
 
   Problem problem_;
   int32_t device_type_, device_index_;  // of the input
-  bool is_on_cpu_;
+  bool finds_totals_;
   int64_t class_dim_ = 0;
   Sizes sizes_;                                 // of the input
   std::array<int64_t, kMaxRowDims> row_sizes_;  // without the class dimension

@@ -200,6 +200,22 @@ def test_report_without_a_gpu_is_one_sentence(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("broken", ["", "pytest"])
+def test_report_stops_at_a_failure_or_hides_it(tmp_path, broken):
+    # A Python that agrees to everything, but for the module that is broken.
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase " $* " in *" -m {broken} "*) exit 1 ;; esac\necho "$*"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python)}
+    command = [ROOT / "bench" / "gpu_report.sh", tmp_path / "out"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == (1 if broken else 0), done.stdout
+    assert ("failed: test_cuda test_parity" in done.stdout) == bool(broken)
+    logs = {path.stem for path in (tmp_path / "out").glob("*.log")}
+    assert logs == {"machine", "test_cuda", "test_parity", "bench"}
+    assert "-m bench --device cuda" in (tmp_path / "out" / "bench.log").read_text()
+
+
 @pytest.mark.parametrize("table", cases.TABLES.values(), ids=cases.TABLES.keys())
 def test_names_are_unique(table):
     names = [case.name for case in table]

@@ -52,6 +52,8 @@ const Device& device_at(int index) {
 
 class Cuda {
  public:
+  static constexpr bool kFindsTotals = true;
+
   explicit Cuda(const Tensor& input) : input_(input), guard_(input.get_device_index()) {
     const int index = input.get_device_index();
     FCE_CHECK(aoti_torch_get_current_cuda_stream,
