@@ -8,7 +8,7 @@ namespace fused_ce::cuda {
 namespace {
 
 template <class T, bool kProbabilities>
-__global__ void __launch_bounds__(kStridedBlock, 3)
+__global__ void __launch_bounds__(kStridedBlock, 2)
     strided_backward_kernel(const __grid_constant__ Problem p, When when) {
   using A = Accumulation<T>;
   if (when == When::kUnlessGradOutputIsOne && grad_output_is_one(p)) return;
