@@ -100,7 +100,9 @@ class SimulatorError(Exception):
 def build(directory, *flags, sources=None):
     """Compiles simulator and kernels (from another place than csrc if `sources` says so)."""
     kernels = Path(sources or KERNELS)
-    units = [*sorted((kernels / "cuda").glob("*.cu")), *sorted(SIMULATOR.glob("*.cpp"))]
+    # What support.cu asks is a question to the CUDA runtime, which is not simulated.
+    files = [unit for unit in (kernels / "cuda").glob("*.cu") if unit.name != "support.cu"]
+    units = [*sorted(files), *sorted(SIMULATOR.glob("*.cpp"))]
     objects = [Path(directory) / (unit.name + ".o") for unit in units]
 
     def compile_one(unit, target):
