@@ -533,8 +533,7 @@ class _Gradients:
         if self.needs[1]:
             self._add_weight(logits_grad.t(), input)
         if self.needs[2]:
-            part = logits_grad.sum(0).to(torch.promote_types(problem.dtype, torch.float32))
-            self.linear_bias = part if self.linear_bias is None else self.linear_bias.add_(part)
+            self._add_bias(logits_grad)
 
     def _add_weight(self, logits_grad: Tensor, input: Tensor) -> None:
         problem, dtype, first = self.problem, self.sum_dtype, self.linear_weight is None
@@ -552,6 +551,17 @@ class _Gradients:
             for tile in problem.tiles():
                 part = torch.mm(logits_grad[tile], input)
                 total[tile].copy_(part) if first else total[tile].add_(part)
+
+    def _add_bias(self, logits_grad: Tensor) -> None:
+        wide = torch.promote_types(self.problem.dtype, torch.float32)
+        if self.linear_bias is None:
+            self.linear_bias = logits_grad.new_zeros(logits_grad.shape[1], dtype=wide)
+        # By parts, since a sum in another type makes a copy in that type on the CPU.
+        size = max(_TILE_BYTES // (max(len(logits_grad), 1) * wide.itemsize), 1)
+        for total, part in zip(
+            self.linear_bias.split(size), logits_grad.split(size, dim=1), strict=True
+        ):
+            total += part.sum(0, dtype=wide)
 
     def result(self) -> list[Tensor]:
         """In the types of what they are gradients of; where none is needed, an empty tensor."""
@@ -657,6 +667,19 @@ def _backward(*arguments):
         return tuple(gradients.result())
 
 
+# The last two are what a graph's backward must be seen to depend on, or torch.compile would take
+# the gradients for constants where a double backward asks for theirs, instead of refusing it.
+@custom_op(
+    "fused_ce::linear_scale_",
+    mutates_args=("input_grad", "linear_weight_grad", "linear_bias_grad"),
+    schema="(Tensor(a!) input_grad, Tensor(b!) linear_weight_grad, Tensor(c!) linear_bias_grad, "
+    "Tensor grad_output, Tensor input, Tensor linear_weight) -> ()",
+)
+def _scale(input_grad, linear_weight_grad, linear_bias_grad, grad_output, input, linear_weight):
+    for grad in (input_grad, linear_weight_grad, linear_bias_grad):
+        ops.scale_(grad, grad_output)
+
+
 def _layer(call: tuple) -> tuple[Tensor, Tensor, Tensor | None]:
     input, linear_weight, _, linear_bias, *_ = call
     return input, linear_weight, linear_bias
@@ -699,6 +722,11 @@ def _(*arguments):
     return tuple(_fake_gradients(_layer(arguments), arguments[-3:]))
 
 
+@_scale.register_fake
+def _(*arguments):
+    return None
+
+
 # Their derivatives, in eager calls and in graphs alike. A backward that is to be differentiated
 # itself, or that a transform has reached, is the unfused formula's.
 
@@ -727,8 +755,7 @@ def _hand_out(ctx: Any, grad_output: Tensor, *_) -> tuple:
     gradients = input, linear_weight, linear_bias
     if torch.compiler.is_compiling() or autograd._graph_is_kept():
         gradients = [grad.clone() for grad in gradients]
-    for grad in gradients:
-        ops.scale_(grad, grad_output)
+    _scale(*gradients, grad_output, *tensors[:2])
     return _in_place_of_arguments(ctx, gradients)
 
 
