@@ -249,8 +249,9 @@ def _options_chunk_size(options: Any, input: Tensor, classes: int) -> int | None
 def _computed_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a linear layer takes the tensor: under autocast, that of autocast."""
     device = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    if tensor.dtype != torch.float64 and torch.amp.is_autocast_available(device):
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
     return tensor.dtype
 
 
