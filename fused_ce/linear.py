@@ -26,7 +26,7 @@ from . import autograd, functional, ops
 
 _NONE, _MEAN, _SUM = map(_Reduction.get_enum, ("none", "mean", "sum"))
 _ROW_MULTIPLE = 128  # what GEMMs like their rows to be a multiple of
-_TILE_BYTES = 4 << 20
+_TILE_BYTES = 1 << 20
 
 
 class _Device(NamedTuple):
@@ -441,7 +441,7 @@ class _Problem:
 
     @property
     def has_tiles(self) -> bool:
-        """Whether a wide sum takes GEMMs that have only narrow results."""
+        """Whether the GEMMs of the weight's gradient have narrow results, to be summed apart."""
         return self.dtype.itemsize == 2 and not self.device.widens
 
     def _tile_bytes(self) -> int:
@@ -520,11 +520,13 @@ class _Gradients:
         self.input = (
             torch.empty_like(input, memory_format=torch.contiguous_format) if needs[0] else None
         )
-        # Where one GEMM gives the whole gradient in its own type, there is nothing to sum.
-        single = problem.rows >= input.shape[0]
-        wide = torch.promote_types(problem.dtype, torch.float32)
+        # Nothing is lost by summing in the GEMMs' own type where one of them gives the whole, or
+        # where narrow results of two are added and rounded once.
+        terms = -(-len(input) // problem.rows)
+        exact = terms <= 1 or (terms == 2 and problem.has_tiles)
         same = linear_weight.dtype == problem.dtype
-        self.sum_dtype = problem.dtype if single and same else wide
+        wide = torch.promote_types(problem.dtype, torch.float32)
+        self.sum_dtype = problem.dtype if exact and same else wide
         self.linear_weight = self.linear_bias = None
 
     def add(self, rows: slice, input: Tensor, logits_grad: Tensor) -> None:
@@ -537,21 +539,22 @@ class _Gradients:
             self._add_bias(logits_grad)
 
     def _add_weight(self, logits_grad: Tensor, input: Tensor) -> None:
-        problem, dtype, first = self.problem, self.sum_dtype, self.linear_weight is None
+        problem, first = self.problem, self.linear_weight is None
         if first:
-            self.linear_weight = input.new_empty(problem.linear_weight.shape, dtype=dtype)
+            shape = problem.linear_weight.shape
+            self.linear_weight = input.new_empty(shape, dtype=self.sum_dtype)
         total = self.linear_weight
-        if dtype == problem.dtype:
-            torch.addmm(total, logits_grad, input, beta=0 if first else 1, out=total)
-        elif problem.device.widens:
-            if first:
-                torch.mm(logits_grad, input, out_dtype=dtype, out=total)
-            else:
-                torch.addmm(total, logits_grad, input, out_dtype=dtype, out=total)
-        else:
+        if problem.has_tiles and (not first or total.dtype != problem.dtype):
             for tile in problem.tiles():
                 part = torch.mm(logits_grad[tile], input)
                 total[tile].copy_(part) if first else total[tile].add_(part)
+        elif total.dtype != problem.dtype:
+            if first:
+                torch.mm(logits_grad, input, out_dtype=total.dtype, out=total)
+            else:
+                torch.addmm(total, logits_grad, input, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, logits_grad, input, beta=0 if first else 1, out=total)
 
     def _add_bias(self, logits_grad: Tensor) -> None:
         wide = torch.promote_types(self.problem.dtype, torch.float32)
@@ -735,6 +738,7 @@ def _(*arguments):
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, *more = output
     ctx.mark_non_differentiable(*more)
+    ctx.set_materialize_grads(False)  # of what is not differentiable, they would be made of zeros
     ctx.save_for_backward(*inputs[:_TENSORS], *more)
     ctx.options = inputs[_TENSORS : _TENSORS + _OPTIONS]
 

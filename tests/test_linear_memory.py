@@ -1,8 +1,8 @@
 """How much memory a call takes beyond its arguments, their gradients, and the float32 sum of the
 weight's gradient: what a chunk may take, and not the logits.
 
-Each call is measured by the system, in a process of its own that has made a small call before; as in
-`test_memory`, whose account of the process this uses.
+Each call is measured by the system, in a process of its own that has made a small call before; as
+in `test_memory`, whose account of the process this uses.
 """
 
 import os
