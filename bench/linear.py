@@ -62,7 +62,7 @@ HEADS = {
 # What memory is measured over: the vocabularies of Llama 2, Llama 3 and Gemma.
 VOCABULARIES = (32000, 128256, 256000)
 TALL = {"cpu": Head(2048, 768, 0, "bf16"), "cuda": Head(16384, 4096, 0, "bf16")}
-QUICK = [Head(64, 16, 500), Head(64, 16, 500, "bf16")]
+QUICK = [Head(64, 16, 500)]
 QUICK_VOCABULARIES = (20000, 40000)
 WARM_UP = Head(64, 16, 100)
 
