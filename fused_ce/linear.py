@@ -116,9 +116,11 @@ def linear_cross_entropy(
         >>> hidden.grad.shape, head.weight.grad.shape
         (torch.Size([2, 7, 16]), torch.Size([1000, 16]))
     """
+    overridden = False
     if has_torch_function_variadic(input, linear_weight, target, linear_bias, weight):
         tensors = (input, linear_weight, target, linear_bias, weight)
-        if not any(functional._overrides(t) for t in tensors):  # a mode: a device context, say
+        overridden = any(functional._overrides(t) for t in tensors)
+        if not overridden:  # a mode: a device context, say
             return handle_torch_function(
                 linear_cross_entropy,
                 tensors,
@@ -149,7 +151,8 @@ def linear_cross_entropy(
 
     call = (input, linear_weight, target, linear_bias, weight)
     loss_options = (ignore_index, reduction, label_smoothing)
-    reason = _stock_reason(logits_shape, *call, *loss_options)
+    # A subclass is given the functions that it knows.
+    reason = overridden or _stock_reason(logits_shape, *call, *loss_options)
     if reason == functional.INVALID:
         _raise_as_stock(logits_shape, input, target, weight, *loss_options)
     if reason:
@@ -249,9 +252,8 @@ def _options_chunk_size(options: Any, input: Tensor, classes: int) -> int | None
 def _computed_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a linear layer takes the tensor: under autocast, that of autocast."""
     device = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.amp.is_autocast_available(device):
-        if torch.is_autocast_enabled(device):
-            return torch.get_autocast_dtype(device)
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
     return tensor.dtype
 
 
@@ -269,10 +271,11 @@ def _stock_reason(
         reason = functional._foreign(tensor, name)
         if reason is not None:
             return reason
-    if any(functional._overrides(t) for t in (*layer, target, weight)):
-        return "an argument overrides __torch_function__"
-    if any(t.device != input.device or _computed_dtype(t) != _computed_dtype(input) for t in layer):
-        return "the layer's tensors differ in device or dtype"
+    if input.device.type not in _DEVICES:
+        return f"there are no kernels for {input.device.type}"
+    for tensor in layer:
+        if (tensor.device, _computed_dtype(tensor)) != (input.device, _computed_dtype(input)):
+            return "the layer's tensors differ in device or dtype"
     reason = functional._stock_reason(_stand_in(logits_shape, input), target, weight, *loss_options)
     if reason is None and target.requires_grad and torch.is_grad_enabled():
         return "the target requires grad"
@@ -745,6 +748,8 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _recompute(ctx: Any, grad_output: Tensor, *_) -> tuple:
     """Logits and gradients are computed in the backward."""
+    if grad_output is None:
+        return (None,) * len(ctx.needs_input_grad)
     *tensors, stats = ctx.saved_tensors
     if autograd._needs_stock(grad_output):
         return _unfused_gradients(ctx, grad_output, tensors)
@@ -754,6 +759,8 @@ def _recompute(ctx: Any, grad_output: Tensor, *_) -> tuple:
 
 def _hand_out(ctx: Any, grad_output: Tensor, *_) -> tuple:
     """The gradients are those for a ``grad_output`` of 1, and are scaled if another arrives."""
+    if grad_output is None:
+        return (None,) * len(ctx.needs_input_grad)
     *tensors, input, linear_weight, linear_bias = ctx.saved_tensors
     if autograd._needs_stock(grad_output):
         return _unfused_gradients(ctx, grad_output, tensors)

@@ -36,7 +36,7 @@ def stock_loss(input, linear_weight, target, *, linear_bias=None, ignore_index=N
         linear_weight.reshape(-1, features),
         None if linear_bias is None else linear_bias.reshape(-1),
     ).reshape(*input.shape[:-1], classes, *positions)
-    if not target.is_floating_point():
+    if target.dtype in (torch.int32, torch.int16, torch.uint8):  # ours alone takes them
         target = target.long()
     ignored = {} if ignore_index is None else {"ignore_index": ignore_index}
     loss = F.cross_entropy(logits, target, **ignored, **options)
