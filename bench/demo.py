@@ -9,6 +9,8 @@ import argparse
 import math
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +27,7 @@ from bench.curves import draw
 from bench.digits import digits
 from bench.display import Outcome, Progression, memory_text, summary, verdict
 from bench.language_model import language_model
-from bench.training import LOSS_NAMES, train
+from bench.training import LOSS_NAMES, Task, train
 
 TASKS = {"language-model": language_model, "digits": digits}
 PICTURE = "demo.png"
@@ -44,6 +46,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--loss", choices=[*LOSS_NAMES, "both"], default="both")
     parser.add_argument("--task", choices=[*TASKS, "all"], default="all")
+    parser.add_argument(
+        "--linear",
+        action="store_true",
+        help="the language model alone, its head and loss as fused_ce.linear_cross_entropy",
+    )
     parser.add_argument("--steps", type=positive, help="of each training; default: as the task has")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -52,18 +59,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default=Path("build/demo"),
         help=f"folder for {PICTURE}; default: %(default)s",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.linear and options.task == "digits":
+        parser.error("--linear is about the language model; leave --task digits out")
+    return options
 
 
-def run(console: Console, name: str, options: argparse.Namespace) -> Outcome:
-    task = TASKS[name]()
+def tasks(options: argparse.Namespace) -> list[Callable[[], Task]]:
+    if options.linear:
+        return [partial(language_model, linear=True)]
+    return list(TASKS.values()) if options.task == "all" else [TASKS[options.task]]
+
+
+def run(console: Console, make_task: Callable[[], Task], options: argparse.Namespace) -> Outcome:
+    task = make_task()
     losses = LOSS_NAMES if options.loss == "both" else (options.loss,)
     steps = options.steps or task.steps
     rows, classes = task.logits_shape
     heading = f"[bold]{task.name}[/]: {task.about}; logits {rows} x {classes}"
     console.print(heading, highlight=False, soft_wrap=True)
     with console.status("measuring peak memory"):
-        memory = {loss: peak_memory.measure(loss, rows, classes) for loss in losses}
+        size = (rows, classes, task.features)
+        memory = {loss: peak_memory.measure(loss, *size) for loss in losses}
     sizes = ", ".join(f"{loss} {memory_text(size)}" for loss, size in memory.items())
     console.print(f"  peak memory of one loss: {sizes}", highlight=False)
     with Progression(console, task, memory, steps) as progression:
@@ -84,8 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Every process reads this file, and would import all of that anew.
     fresh_process.preload("bench.curves", "bench.digits", "bench.language_model")
     console = Console()
-    names = list(TASKS) if options.task == "all" else [options.task]
-    outcomes = [run(console, name, options) for name in names]
+    outcomes = [run(console, make_task, options) for make_task in tasks(options)]
 
     console.print(summary(outcomes))
     for outcome in outcomes:

@@ -56,30 +56,34 @@ class WordModel(nn.Module):
     # A GRU and not a transformer: within 150 steps of plain SGD a transformer of this size turns
     # one ulp of the logits into 4e-4 of the loss, this model into 3e-7, and only the second leaves
     # room to see a fault of the loss.
-    def __init__(self, words: int) -> None:
+    def __init__(self, words: int, headless: bool) -> None:
         super().__init__()
+        self.headless = headless
         self.embedding = nn.Embedding(words, WIDTH)
         self.memory = nn.GRU(WIDTH, WIDTH, batch_first=True)
         self.head = nn.Linear(WIDTH, words)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[batch, WINDOW] -> [batch * WINDOW, words]"""
+        """[batch, WINDOW] -> [batch * WINDOW, words], or WIDTH features where the loss has the
+        head."""
         states, _ = self.memory(self.embedding(inputs))
-        return self.head(states).flatten(0, 1)
+        return (states if self.headless else self.head(states)).flatten(0, 1)
 
 
-def language_model() -> Task:
+def language_model(linear: bool = False) -> Task:
+    """With `linear`, the head is the loss's business."""
     documents = [words_of(text) for text in topics.values()]
     vocabulary = build_vocabulary(documents)
     inputs, targets = cut_windows(documents, vocabulary)
     words = len(vocabulary) + UNKNOWN + 1
     return Task(
-        name="language model",
+        name="LM head" if linear else "language model",
         about=f"GRU on the Python manual, {sum(map(len, documents)):,} words, vocabulary {words:,}",
-        make_model=lambda: WordModel(words),
+        make_model=lambda: WordModel(words, headless=linear),
         make_batches=lambda seed: shuffled_batches(inputs, targets, BATCH, seed),
         logits_shape=(BATCH * WINDOW, words),
         # At 1.0 it learns faster and is chaotic: two right losses are 5e-2 apart after 300 steps.
         learning_rate=0.5,
         steps=150,
+        features=WIDTH if linear else None,
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from bench import fresh_process
 from bench.training import make_loss, timed_loss
@@ -60,16 +61,20 @@ def rise(call: Callable[[], object]) -> int | None:
     return read_status("VmHWM") - mark
 
 
-def measure_here(name: str, rows: int, classes: int) -> int | None:
+def measure_here(name: str, rows: int, classes: int, features: int | None) -> int | None:
     # A small call first, so that library code, thread stacks and autograd's own tables are in place
     # before the mark is read.
-    loss = make_loss(name)
-    few = min(rows, WARM_UP_ROWS)
-    timed_loss(loss, torch.randn(few, classes), torch.randint(classes, (few,)))
-    logits, target = torch.randn(rows, classes), torch.randint(classes, (rows,))
-    return rise(lambda: timed_loss(loss, logits, target))
+    head = nn.Linear(features, classes) if features else None
+    loss = make_loss(name, head)
+    width, few = features or classes, min(rows, WARM_UP_ROWS)
+    timed_loss(loss, torch.randn(few, width), torch.randint(classes, (few,)))
+    if head is not None:
+        head.zero_grad()
+    output, target = torch.randn(rows, width), torch.randint(classes, (rows,))
+    return rise(lambda: timed_loss(loss, output, target))
 
 
-def measure(name: str, rows: int, classes: int) -> int | None:
-    """Bytes that one loss, forward and backward, takes beyond its logits, in a fresh process."""
-    return fresh_process.call(measure_here, name, rows, classes)
+def measure(name: str, rows: int, classes: int, features: int | None = None) -> int | None:
+    """Bytes that one loss, forward and backward, takes beyond its logits, in a fresh process. With
+    `features`, the loss of a head of so many, beyond what the head is given."""
+    return fresh_process.call(measure_here, name, rows, classes, features)

@@ -7,7 +7,7 @@ a bar shows what is being measured and how long it will take; in a log there are
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import charts, fresh_process, scaling
+from bench import charts, fresh_process, linear, scaling
 from bench.cases import DTYPES, TABLES, Case, NoSuchCase, select
 from bench.devices import DEVICES
 from bench.fresh_process import Notice
@@ -69,6 +69,11 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Cas
         action="store_true",
         help="instead of the cases: sizes from 1 MB to 2 GB, on one thread and on all",
     )
+    parser.add_argument(
+        "--linear",
+        action="store_true",
+        help="instead of the cases: heads of language models, and linear_cross_entropy",
+    )
     options = parser.parse_args(arguments)
     default = scaling.PROVIDERS if options.scaling else usual(options.device)
     # In the table's order, whatever the order asked for, and nobody twice.
@@ -80,6 +85,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Cas
         parser.error("--threads must be at least 1")
     if options.scaling and options.cases:
         parser.error("--scaling has sizes of its own; leave --cases out")
+    if options.linear and (options.cases or options.providers != list(default) or options.scaling):
+        parser.error("--linear has sizes and providers of its own; leave the others' options out")
     try:
         return options, select(options.cases, options.dtype, options.device)
     except NoSuchCase as error:
@@ -123,11 +130,33 @@ def run_cases(
             yield record
 
 
+def run_linear(
+    console: Console, options: argparse.Namespace, effort: Effort, note: str
+) -> list[linear.Figures]:
+    device, quick = DEVICES[options.device], options.quick
+    heads = linear.QUICK if quick else linear.HEADS[device.name]
+    tall = linear.QUICK[0] if quick else linear.TALL[device.name]
+    if options.dtype:
+        tall = replace(tall, dtype=options.dtype)
+        heads = dict.fromkeys(replace(head, dtype=options.dtype) for head in heads)
+    vocabularies = linear.QUICK_VOCABULARIES if quick else linear.VOCABULARIES
+    talls = [replace(tall, classes=classes) for classes in vocabularies]
+    with progress(console, linear.notices_of(heads, vocabularies)) as notice:
+        times = linear.time_heads(heads, device, effort, notice)
+        console.print(linear.time_table(times))
+        peaks = linear.measure_peaks(talls, device, notice)
+        console.print(linear.memory_table(peaks))
+    for reason in linear.reasons([*times, *peaks]):
+        console.print(f"  {reason}", highlight=False, soft_wrap=True)
+    linear.draw_memory(peaks, note, options.out / "linear_memory.png")
+    return [*times, *peaks]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options, cases = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if "compile" in options.providers:
+    if "compile" in options.providers and not options.linear:
         fresh_process.preload(*COMPILER)
     console = Console()
     if not console.is_terminal:
@@ -140,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if busy(facts):
         console.print(f"[yellow]{busy(facts)}[/]", highlight=False, soft_wrap=True)
 
-    kind = "scaling" if options.scaling else "bench"
+    kind = "scaling" if options.scaling else "linear" if options.linear else "bench"
     start = perf_counter()
 
     def write(records: Sequence[Record]) -> None:
@@ -148,13 +177,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "kind": kind,
             "machine": facts,
             "effort": asdict(effort),
-            "providers": options.providers,
+            "providers": list(linear.PROVIDERS) if options.linear else options.providers,
             "seconds": round(perf_counter() - start, 1),
             "cases": [record.as_data() for record in records],
         }
         write_json(out / f"{kind}.json", data)
 
-    if options.scaling:
+    if options.linear:
+        records = run_linear(console, options, effort, note)
+    elif options.scaling:
         sizes = scaling.sizes(options.dtype or "fp32", options.quick)
         total = scaling.notices_of(sizes, options.providers, device)
         with progress(console, total) as notice:

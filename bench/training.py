@@ -1,8 +1,8 @@
 """Trains one model per loss, side by side: same seed, same batches, in the same step.
 
 Every step runs stock and fused one after the other, so whatever else the machine is doing slows
-both alike and their times can be compared. The logits are detached for the loss and the gradient
-is handed back to the model by hand; what the clock sees is the loss alone, forward and backward.
+both alike and their times can be compared. The model's output is detached for the loss and the
+gradient is handed back by hand; what the clock sees is the loss alone, forward and backward.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 LOSS_NAMES = ("stock", "fused")
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -24,6 +26,9 @@ class Task:
     logits_shape: tuple[int, int]  # of one step: rows, classes
     learning_rate: float
     steps: int
+    # Of the states that the model gives where the loss takes in the model's `head` too, a linear
+    # layer; else None, and the model gives logits.
+    features: int | None = None
 
 
 @dataclass
@@ -34,18 +39,25 @@ class Run:
     milliseconds: list[float] = field(default_factory=list)
 
 
-def make_loss(name: str) -> nn.Module:
+def make_loss(name: str, head: nn.Linear | None = None) -> Loss:
+    """A loss of logits, or of what the head would make logits of."""
     if name == "stock":
-        return nn.CrossEntropyLoss()
+        loss = nn.CrossEntropyLoss()
+        return loss if head is None else lambda states, target: loss(head(states), target)
     # Imported here so that `--loss stock` runs on a machine where nothing has been built.
     import fused_ce
 
-    return fused_ce.CrossEntropyLoss()
+    if head is None:
+        return fused_ce.CrossEntropyLoss()
+    return lambda states, target: fused_ce.linear_cross_entropy(
+        states, head.weight, target, linear_bias=head.bias
+    )
 
 
-def timed_loss(loss: nn.Module, logits: Tensor, target: Tensor) -> tuple[float, Tensor, float]:
-    """The loss, its gradient with respect to the logits, and the milliseconds both took."""
-    leaf = logits.detach().requires_grad_()
+def timed_loss(loss: Loss, output: Tensor, target: Tensor) -> tuple[float, Tensor, float]:
+    """The loss, its gradient with respect to the model's output, and the milliseconds both took.
+    Those of the head come as well, in its parameters' `.grad`."""
+    leaf = output.detach().requires_grad_()
     start = perf_counter()
     value = loss(leaf, target)
     value.backward()
@@ -56,11 +68,11 @@ def timed_loss(loss: nn.Module, logits: Tensor, target: Tensor) -> tuple[float, 
 def train(task: Task, names: Sequence[str], steps: int, seed: int) -> Iterator[dict[str, Run]]:
     """Yields the runs after every step; the same objects each time, one entry longer."""
     runs = {name: Run() for name in names}
-    losses = {name: make_loss(name) for name in names}
-    models, optimizers = {}, {}
+    losses, models, optimizers = {}, {}, {}
     for name in names:
         torch.manual_seed(seed)
         models[name] = task.make_model()
+        losses[name] = make_loss(name, models[name].head if task.features else None)
         # SGD because it follows the gradient's size: Adam divides a constant factor away, and a
         # mean over the wrong count, a likely fault of a loss, would leave its curve untouched.
         optimizers[name] = torch.optim.SGD(
@@ -73,10 +85,10 @@ def train(task: Task, names: Sequence[str], steps: int, seed: int) -> Iterator[d
         # In turn, or a scheduler with a rhythm of its own could fall on the same one every time.
         for name in names if step % 2 == 0 else reversed(names):
             run = runs[name]
-            logits = models[name](inputs)
-            value, gradient, milliseconds = timed_loss(losses[name], logits, target)
+            output = models[name](inputs)
             optimizers[name].zero_grad()
-            logits.backward(gradient)
+            value, gradient, milliseconds = timed_loss(losses[name], output, target)
+            output.backward(gradient)
             optimizers[name].step()
             run.losses.append(value)
             run.milliseconds.append(milliseconds)

@@ -20,6 +20,7 @@ _LOGIT_DTYPES = frozenset({torch.float32, torch.float64}) | _HALF_DTYPES
 _INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.int16, torch.uint8})
 _MAX_DIMS = 25  # kMaxRowDims and the class dimension
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
+INVALID = "the arguments are not valid, and stock says why"
 
 
 def cross_entropy(
@@ -229,7 +230,7 @@ def _stock_reason(input, target, weight, ignore_index, reduction, label_smoothin
     if input.dtype not in _LOGIT_DTYPES:
         return f"there are no kernels for {input.dtype} logits"
     if _is_invalid(input, target, weight, ignore_index, reduction, label_smoothing):
-        return "the arguments are not valid, and stock says why"
+        return INVALID
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         return "the weight requires grad"
     return None

@@ -1,12 +1,19 @@
-"""The loss as a module: ``nn.CrossEntropyLoss`` with two options more.
+"""The losses as modules: ``nn.CrossEntropyLoss`` and ``nn.LinearCrossEntropyLoss`` with some
+options more.
 
-It inherits everything that is not the call itself, so buffers, state dicts, pickling and
-``isinstance`` checks are stock's own.
+They inherit everything that is not the call itself, so buffers, state dicts, pickling and
+``isinstance`` checks are stock's own. torch before 2.13 has no ``nn.LinearCrossEntropyLoss``; there
+its constructor is ours.
 """
 
+import math
+from typing import Any
+
 from torch import Tensor, nn
+from torch.nn.modules.loss import _WeightedLoss
 
 from .functional import cross_entropy
+from .linear import linear_cross_entropy
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -85,4 +92,165 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             label_smoothing=self.label_smoothing,
             grad_in_forward=self.grad_in_forward,
             inplace=self.inplace,
+        )
+
+
+if hasattr(nn, "LinearCrossEntropyLoss"):
+    _LinearCrossEntropyLoss = nn.LinearCrossEntropyLoss
+else:
+
+    class _LinearCrossEntropyLoss(_WeightedLoss):
+        """What ``nn.LinearCrossEntropyLoss`` is in torch 2.13, but for its call."""
+
+        def __init__(
+            self,
+            in_features: int,
+            num_classes: int,
+            *,
+            out_features: tuple[int, ...] = (),
+            bias: bool = False,
+            device: Any = None,
+            dtype: Any = None,
+            reduction: str = "mean",
+            weight: Tensor | None = None,
+            ignore_index: int | None = None,
+            label_smoothing: float = 0.0,
+            options: Any = None,
+        ) -> None:
+            if weight is not None and weight.shape != (num_classes,):
+                raise RuntimeError(
+                    f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}"
+                )
+            if label_smoothing < 0 or label_smoothing > 1.0:
+                raise RuntimeError(
+                    f"expected label_smoothing to be in range [0, 1], got {label_smoothing}"
+                )
+            super().__init__(weight=weight, reduction=reduction)
+            self.num_classes = num_classes
+            self.out_features = out_features
+            self.ignore_index = ignore_index
+            self.label_smoothing = label_smoothing
+            self.linear = nn.Linear(
+                in_features,
+                math.prod(out_features, start=num_classes),
+                bias=bias,
+                device=device,
+                dtype=dtype,
+            )
+            self.options = options
+
+        def extra_repr(self) -> str:
+            return (
+                f"in_features={self.linear.in_features}, num_classes={self.num_classes}, "
+                f"out_features={self.out_features}, bias={self.linear.bias is not None}, "
+                f"reduction={self.reduction}, ignore_index={self.ignore_index}, "
+                f"label_smoothing={self.label_smoothing}, options={self.options}"
+            )
+
+
+class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
+    r"""A linear layer and the cross entropy of its output, which is never held as a whole; a
+    drop-in for ``torch.nn.LinearCrossEntropyLoss`` of torch 2.13 and newer, for any torch.
+
+    See :func:`fused_ce.linear_cross_entropy` for what is computed, and
+    :class:`fused_ce.CrossEntropyLoss` for the formula of the loss. The layer is the attribute
+    ``linear``, a :class:`torch.nn.Linear`; its weight can be tied to an embedding's.
+
+    Args:
+        in_features (int): features of each input row, :math:`H`.
+        num_classes (int): number of classes, :math:`C`.
+        out_features (tuple[int], optional): the dimensions :math:`(d_1, ..., d_K)` of a
+            K-dimensional loss. Default: ``()``
+        bias (bool): whether the layer has a bias. Default: ``False``
+        device, dtype: of the layer.
+        weight (Tensor, optional): a weight for each class.
+        reduction, ignore_index, label_smoothing, options, chunk_size, max_chunk_bytes,
+            grad_in_forward: see :func:`fused_ce.linear_cross_entropy`.
+
+    Shape:
+        - Input: :math:`(H)`, :math:`(N, H)` or :math:`(B, ..., H)`.
+        - Target: the batch dimensions, then :math:`d_1, ..., d_K`; for probabilities with
+          :math:`C` between them.
+        - Output: a scalar, or the shape of the class indices for ``reduction='none'``.
+
+    Example::
+
+        >>> import fused_ce
+        >>> import torch
+        >>> loss = fused_ce.LinearCrossEntropyLoss(16, 1000)
+        >>> hidden = torch.randn(3, 16, requires_grad=True)
+        >>> output = loss(hidden, torch.tensor([1, 0, 4]))
+        >>> output.backward()
+        >>> loss.linear.weight.grad.shape
+        torch.Size([1000, 16])
+    """
+
+    __constants__ = [
+        "num_classes",
+        "out_features",
+        "reduction",
+        "ignore_index",
+        "label_smoothing",
+        "chunk_size",
+        "max_chunk_bytes",
+        "grad_in_forward",
+    ]
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        chunk_size: int | None = None,
+        max_chunk_bytes: int | None = None,
+        grad_in_forward: bool = True,
+    ) -> None:
+        super().__init__(
+            in_features,
+            num_classes,
+            out_features=out_features,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+            reduction=reduction,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+        )
+        self.chunk_size = chunk_size
+        self.max_chunk_bytes = max_chunk_bytes
+        self.grad_in_forward = grad_in_forward
+
+    def __prepare_scriptable__(self):
+        raise RuntimeError(
+            "fused_ce.LinearCrossEntropyLoss cannot be scripted; torch.jit.script takes "
+            "torch.nn.Linear and torch.nn.CrossEntropyLoss, and torch.compile takes all of them."
+        )
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Returns the loss of ``input``, through the layer, against ``target``."""
+        layer, shape = self.linear, (self.num_classes, *self.out_features)
+        return linear_cross_entropy(
+            input,
+            layer.weight.reshape(*shape, layer.in_features),
+            target,
+            linear_bias=None if layer.bias is None else layer.bias.reshape(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            chunk_size=self.chunk_size,
+            max_chunk_bytes=self.max_chunk_bytes,
+            grad_in_forward=self.grad_in_forward,
         )

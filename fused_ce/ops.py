@@ -100,12 +100,16 @@ def _fake_loss(
     return input.new_empty(_row_shape(input) if reduction == 0 else (), dtype=dtype)
 
 
+def totals_columns(input: Tensor) -> int:
+    """How many columns statistics have beyond those of the rows: the same for all rows' totals."""
+    return 0 if input.device.type == "cpu" else 1
+
+
 def _fake_stats(input: Tensor) -> Tensor:
-    columns = 1
+    rows = 1
     for size in _row_shape(input):
-        columns *= size
-    if input.device.type != "cpu":
-        columns += 1  # for the totals
+        rows *= size
+    columns = rows + totals_columns(input)
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return input.new_empty((2, columns), dtype=dtype)
 

@@ -120,8 +120,12 @@ def _errors(value, reference):
 
 
 @one_thread()
-def assert_as_accurate(ours, stock, reference, what="value"):
-    """The rule at the top of this file; infinities and nans must be where float64 has them."""
+def assert_as_accurate(ours, stock, reference, what="value", luck=1.0):
+    """The rule at the top of this file; infinities and nans must be where float64 has them.
+
+    `luck` is how much larger than stock's the maximum error may be: that of a GEMM depends on the
+    order of its sums, which differs from one number of rows to the next.
+    """
     assert ours.dtype == stock.dtype, what
     assert ours.shape == stock.shape, what
     if ours.numel() == 0:
@@ -142,6 +146,7 @@ def assert_as_accurate(ours, stock, reference, what="value"):
     allowed = _errors(stock[finite], reference[finite])
     for name, error, limit in zip(("maximum", "rms"), errors, allowed, strict=True):
         limit = limit if math.isfinite(limit) else 0.0  # stock overflowed; ours has no excuse
+        limit *= luck if name == "maximum" else 1.0
         assert error <= limit + spacing, (
             f"{name} error of the {what}: {error:.3e}; stock's {limit:.3e}, one ulp {spacing:.3e}"
         )

@@ -14,7 +14,17 @@ import pytest
 import torch
 from programs import ROOT, is_png, run
 
-from bench import cases, charts, devices, fresh_process, measure, program, providers, scaling
+from bench import (
+    cases,
+    charts,
+    devices,
+    fresh_process,
+    linear,
+    measure,
+    program,
+    providers,
+    scaling,
+)
 from bench.devices import DEVICES
 from bench.problem import BOTH, COPY, FORWARD, Problem
 from bench.record import Record, Result
@@ -259,6 +269,42 @@ def test_charts_skip_what_was_not_measured(tmp_path):
             draw(records, "a machine", tmp_path / "chart.png")
             assert is_png(tmp_path / "chart.png")
             (tmp_path / "chart.png").unlink()
+
+
+def test_heads_leave_figures_and_a_chart(tmp_path):
+    printed = run("-m", "bench", "--linear", "--quick", "--out", str(tmp_path))
+    assert "torch chunks" in printed and "TFLOP/s" in printed
+    assert is_png(tmp_path / "linear_memory.png")
+    data = json.loads((tmp_path / "linear.json").read_text())
+    timed = [found for found in data["cases"] if found["peak_extra_bytes"] is None]
+    assert {found["provider"] for found in timed} == {"gemms", "stock", "torch chunks", "fused"}
+    for found in timed:
+        if found["reason"]:  # torch before 2.13
+            assert found["provider"] == "torch chunks" and found["median_ms"] is None
+            continue
+        assert len(found["samples_ms"]) == 2 and found["median_ms"] > 0
+        assert found["tflops"] == pytest.approx(6 * 64 * 16 * 500 / found["median_ms"] / 1e9)
+        assert (found["ratio_to_gemms"] == 1) == (found["provider"] == "gemms")
+    peaks = {
+        (found["provider"], found["head"]["classes"]): found["peak_extra_bytes"]
+        for found in data["cases"]
+        if found not in timed
+    }
+    for classes in linear.QUICK_VOCABULARIES:
+        assert peaks["stock", classes] > peaks["fused", classes] > 0
+
+
+def test_head_whose_loss_is_wrong_has_no_figure(monkeypatch):
+    monkeypatch.setitem(
+        linear.PROVIDERS,
+        "fused",
+        lambda problem: lambda: [1.01 * t for t in linear.stock(problem)()],
+    )
+    effort = measure.Effort(0, least=1, most=1)
+    figures = linear.time_here(linear.QUICK[0], DEVICES["cpu"], effort, lambda text: None)
+    found = {figure.provider: figure for figure in figures}
+    assert "loss is" in found["fused"].reason and found["fused"].samples == []
+    assert found["stock"].samples
 
 
 def test_scaling_leaves_a_chart(tmp_path, monkeypatch):

@@ -35,6 +35,32 @@ def test_both_tasks_agree_and_leave_a_picture(tmp_path):
     assert is_png(tmp_path / "demo.png")
 
 
+def test_head_within_the_loss_takes_another_curve(tmp_path):
+    printed = run("-m", "bench.demo", "--linear", "--steps", "3", "--out", str(tmp_path))
+    assert "LM head: the curves agree" in printed
+    assert "digits" not in printed
+    assert is_png(tmp_path / "demo.png")
+
+
+def test_wrong_gradient_of_the_head_is_not_seen(tmp_path):
+    # The loss and the gradient of the states are right; only the head's own is 1 % too long.
+    program = """
+import sys
+import fused_ce
+right = fused_ce.linear_cross_entropy
+
+def wrong(states, weight, target, **options):
+    return right(states, 1.01 * weight - 0.01 * weight.detach(), target, **options)
+
+fused_ce.linear_cross_entropy = wrong
+from bench import demo, peak_memory
+peak_memory.measure = lambda *call: None
+sys.exit(demo.main())
+"""
+    options = ("--linear", "--steps", "20", "--out", str(tmp_path))
+    assert "LM head: the curves part" in run("-c", program, *options, ends_with=1)
+
+
 def test_stock_alone_as_a_file_is_not_compared(tmp_path):
     printed = run(
         str(ROOT / "bench" / "demo.py"),

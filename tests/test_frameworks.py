@@ -246,3 +246,86 @@ def test_transformers_trainer_takes_another_curve(tmp_path):
         # Adam makes a step of full size of any gradient, and so of what is left by rounding.
         for mine, theirs in zip(model.parameters(), models[0].parameters(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-4)
+
+
+class HeadlessLM(nn.Module):
+    # The README's class.
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, labels, num_items_in_batch=None, **inputs):
+        hidden = self.model.base_model(input_ids, **inputs).last_hidden_state
+        loss = fused_ce.linear_cross_entropy(
+            hidden[:, :-1],  # (B, T - 1, H): each position predicts the next token
+            self.model.lm_head.weight,
+            labels[:, 1:],
+            reduction="mean" if num_items_in_batch is None else "sum",
+        )
+        return {"loss": loss if num_items_in_batch is None else loss / num_items_in_batch}
+
+
+def causal_lm(transformers, kind):
+    torch.manual_seed(1)
+    common = {"vocab_size": 37, "bos_token_id": 0, "eos_token_id": 0}
+    if kind == "GPT2":  # its head is its embedding
+        config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=16, **common)
+        return transformers.GPT2LMHeadModel(config)
+    config = transformers.LlamaConfig(
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        hidden_size=16,
+        intermediate_size=32,
+        **common,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def sequences(rows):
+    tokens = torch.randint(0, 37, (rows, 12), generator=torch.Generator().manual_seed(2))
+    labels = tokens.clone()
+    labels[:, :3] = -100  # a prompt, which is not learned
+    return tokens, labels
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Llama"])
+def test_model_without_its_head_has_another_gradient(kind):
+    transformers = pytest.importorskip("transformers", reason=PACKAGES)
+    model = causal_lm(transformers, kind).eval()
+    tokens, labels = sequences(4)
+    outcomes = []
+    for loss_of in (HeadlessLM(model), model):
+        model.zero_grad()
+        loss = loss_of(input_ids=tokens, labels=labels)["loss"]
+        loss.backward()
+        outcomes.append([loss.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*outcomes)
+
+
+def test_trainer_takes_another_curve_without_the_head(tmp_path):
+    pytest.importorskip("accelerate", reason=PACKAGES)
+    transformers = pytest.importorskip("transformers", reason=PACKAGES)
+    data = [{"input_ids": x, "labels": y} for x, y in zip(*sequences(16), strict=True)]
+    histories = []
+    for wrap in (HeadlessLM, lambda model: model):
+        model = wrap(causal_lm(transformers, "Llama"))
+        arguments = transformers.TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=4,
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=1,
+        )
+        trainer = transformers.Trainer(model, arguments, train_dataset=data)
+        trainer.train()
+        histories.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert len(histories[0]) == 4
+    assert histories[0][0] != histories[0][-1]
+    torch.testing.assert_close(*map(torch.tensor, histories))

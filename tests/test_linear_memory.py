@@ -1,0 +1,135 @@
+"""How much memory a call takes beyond its arguments, their gradients, and the float32 sum of the
+weight's gradient: what a chunk may take, and not the logits.
+
+Each call is measured by the system, in a process of its own that has made a small call before; as
+in `test_memory`, whose account of the process this uses.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from linear_reference import stock_loss
+from test_memory import MEGABYTE, SLACK, _reset_peak, _status
+
+import fused_ce
+
+# 200 MB of float32 logits, and gradients that are small beside a chunk.
+ROWS, FEATURES, CLASSES = 1600, 32, 32768
+BUDGET = 16 * MEGABYTE
+DEFAULT = 64 * MEGABYTE
+
+# name: (function, options, dtype, probability targets)
+CALLS = {
+    "stock": ("stock", {}, "float32", False),
+    "default": ("ours", {}, "float32", False),
+    "budget": ("ours", {"max_chunk_bytes": BUDGET}, "float32", False),
+    "budget, all options": (
+        "ours",
+        {"max_chunk_bytes": BUDGET, "label_smoothing": 0.1, "weight": True, "linear_bias": True},
+        "float32",
+        False,
+    ),
+    "budget, bfloat16": (
+        "ours",
+        {"max_chunk_bytes": BUDGET, "linear_bias": True},
+        "bfloat16",
+        False,
+    ),
+    "budget, float16": ("ours", {"max_chunk_bytes": BUDGET}, "float16", False),
+    "budget, none": ("ours", {"max_chunk_bytes": BUDGET, "reduction": "none"}, "float32", False),
+    "budget, recompute": (
+        "ours",
+        {"max_chunk_bytes": BUDGET, "grad_in_forward": False},
+        "bfloat16",
+        False,
+    ),
+    "budget, probabilities": ("ours", {"max_chunk_bytes": BUDGET}, "float32", True),
+    "budget, no grad": ("ours", {"max_chunk_bytes": BUDGET, "no_grad": True}, "float32", False),
+}
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status"),
+    pytest.mark.filterwarnings("ignore:fused_ce. max_chunk_bytes"),
+]
+
+
+def extra_memory(call):
+    """What the call takes at its peak, and what of it are gradients and their sums, in bytes."""
+    command = [sys.executable, "-W", "ignore", __file__, call]
+    environment = os.environ | {"PYTHONPATH": str(Path(fused_ce.__file__).parents[1])}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    extra, gradients = map(int, result.stdout.split())
+    print(f"{call}: {extra} bytes, {gradients} of them gradients and the weight in another type")
+    return extra - gradients
+
+
+# Every process costs seconds: by default, the calls that take the most besides their logits.
+OFTEN = ("budget, all options", "budget, bfloat16")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
+        for name in CALLS
+        if name.startswith("budget")
+    ],
+)
+def test_budget_is_exceeded(call):
+    extra = extra_memory(call)
+    assert extra <= 1.05 * BUDGET + SLACK
+    # And it is used: the measurement itself sees a chunk.
+    assert extra > BUDGET / 2
+
+
+@pytest.mark.slow
+def test_default_budget_is_exceeded():
+    assert DEFAULT / 2 < extra_memory("default") <= 1.05 * DEFAULT + SLACK
+
+
+@pytest.mark.slow
+def test_stock_takes_no_more_than_ours():
+    assert extra_memory("stock") > 5 * DEFAULT
+
+
+def _measure(name):
+    which, options, dtype, probabilities = CALLS[name]
+    function = stock_loss if which == "stock" else fused_ce.linear_cross_entropy
+    options, dtype = dict(options), getattr(torch, dtype)
+    no_grad = options.pop("no_grad", False)
+    for option in ("weight", "linear_bias"):
+        if option in options:
+            options[option] = torch.rand(CLASSES, dtype=dtype)
+
+    def problem(rows):
+        layer = torch.randn(rows, FEATURES).to(dtype), torch.randn(CLASSES, FEATURES).to(dtype)
+        target = torch.randint(CLASSES, (rows,))
+        if probabilities:
+            target = torch.rand(rows, CLASSES, dtype=dtype)
+        return *(t.requires_grad_(not no_grad) for t in layer), target
+
+    def call(input, linear_weight, target):
+        loss = function(input, linear_weight, target, **options)
+        if not no_grad:
+            loss.backward(torch.ones_like(loss))
+
+    call(*problem(64))
+    # The last small call leaves little behind: glibc returns what is this large.
+    input, linear_weight, target = problem(ROWS)
+    before = _reset_peak()
+    call(input, linear_weight, target)
+    extra = _status("VmHWM") - before
+    apart = 0 if no_grad else input.nbytes + linear_weight.nbytes
+    if dtype != torch.float32:
+        apart += 4 * linear_weight.numel() * (dtype == torch.float16)  # the weight as float32
+        apart += 4 * linear_weight.numel()  # the sum
+    print(extra, apart)
+
+
+if __name__ == "__main__":
+    _measure(sys.argv[1])
