@@ -262,12 +262,28 @@ CASES = [
     Case(1000, rows=(3, 5), layout="next token", dtype=torch.bfloat16),
     Case(1001, rows=(3, 5), layout="next token", dtype=torch.float16),
     Case(999, rows=(3, 5), layout="gap"),
+    # Tiles of short rows: the largest and smallest row of each number of lanes, several tiles, the
+    # last of them not full, at every distance from a 16-byte boundary.
+    *(Case(c, rows=(300,), dtype=t, smoothing=0.1 * (c % 2)) for c in (8, 9, 16, 17)
+      for t in FLOATS[1:]),
+    *(Case(c, rows=(40,), dtype=torch.float16, weight=c % 2 == 0) for c in (32, 64, 65, 128, 256)),
+    *(Case(13, rows=(150,), dtype=t, layout=f"offset{i}", smoothing=0.1, weight=i == 2)
+      for t in FLOATS[1:] for i in (1, 2, 3)),
     # The same length without clusters, and longer than any cluster holds: read twice, or once where
     # a block to each row keeps the device busy.
     *(Case(c, rows=(3,), dtype=t, major=8, smoothing=s) for c in (8200, 16391) for t in FLOATS[1:]
       for s in (0.0, 0.1)),
     Case(262153, rows=(2,), dtype=torch.bfloat16),
     Case(8205, rows=(7,), dtype=torch.float16),
+    # Strided classes: kept, and read twice; threads beyond the last row, rows of one block in two
+    # images, and every kind of target.
+    *(Case(c, rows=(2, 11, 13), dtype=t, smoothing=0.1 * (c % 2)) for c in (2, 21, 32, 33, 70)
+      for t in FLOATS),
+    *(Case(c, rows=(3, 150), dtype=t, weight=True, reduction=r, smoothing=s) for c in (19, 50)
+      for t, r, s in ((torch.float16, "none", 0.2), (torch.float32, "sum", 0.0))),
+    *(Case(c, rows=(2, 40), target=t, weight=w, smoothing=0.1 * w, reduction="none")
+      for c in (9, 45) for t in (torch.float32, torch.float64) for w in (False, True)),
+    Case(300, rows=(70,), layout="transposed", dtype=torch.bfloat16, target=torch.int32),
     # More rows than blocks, and blocks that have none left.
     Case(3, rows=(1500,)), Case(1030, rows=(29,)),
 ]  # fmt: skip

@@ -26,13 +26,17 @@ struct BackwardRegime {
 bool serves_anything(const Problem&, const Device&) { return true; }
 
 constexpr std::array kForward = {
+    ForwardRegime{tile_rows_serves, tile_rows_blocks, tile_rows_forward},
     ForwardRegime{row_on_chip_serves, row_on_chip_blocks, row_on_chip_forward},
     ForwardRegime{streaming_serves, streaming_blocks, streaming_forward},
+    ForwardRegime{strided_serves, strided_blocks, strided_forward},
     ForwardRegime{serves_anything, two_read_blocks, two_read_forward},
 };
 
 constexpr std::array kBackward = {
+    BackwardRegime{tile_rows_serves, tile_rows_backward},
     BackwardRegime{elementwise_backward_serves, elementwise_backward},
+    BackwardRegime{strided_serves, strided_backward},
     BackwardRegime{serves_anything, two_read_backward},
 };
 

@@ -49,6 +49,16 @@ void two_read_forward(const Problem& p, const Result& result, const Device& devi
 void two_read_backward(const Problem& p, const Device& device, When when, Stream stream);
 void target_backward(const Problem& p, const Device& device, Stream stream);
 
+bool strided_serves(const Problem& p, const Device& device);
+int64_t strided_blocks(const Problem& p, const Device& device);
+void strided_forward(const Problem& p, const Result& result, const Device& device, Stream stream);
+void strided_backward(const Problem& p, const Device& device, When when, Stream stream);
+
+bool tile_rows_serves(const Problem& p, const Device& device);
+int64_t tile_rows_blocks(const Problem& p, const Device& device);
+void tile_rows_forward(const Problem& p, const Result& result, const Device& device, Stream stream);
+void tile_rows_backward(const Problem& p, const Device& device, When when, Stream stream);
+
 bool row_on_chip_serves(const Problem& p, const Device& device);
 int64_t row_on_chip_blocks(const Problem& p, const Device& device);
 void row_on_chip_forward(const Problem& p, const Result& result, const Device& device,
@@ -59,8 +69,7 @@ void row_on_chip_float16(const Problem& p, const Result& result, Stream stream);
 
 bool streaming_serves(const Problem& p, const Device& device);
 int64_t streaming_blocks(const Problem& p, const Device& device);
-void streaming_forward(const Problem& p, const Result& result, const Device& device,
-                       Stream stream);
+void streaming_forward(const Problem& p, const Result& result, const Device& device, Stream stream);
 
 bool elementwise_backward_serves(const Problem& p, const Device& device);
 void elementwise_backward(const Problem& p, const Device& device, When when, Stream stream);

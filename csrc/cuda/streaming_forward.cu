@@ -24,8 +24,7 @@ struct Shared {
 };
 
 template <class T, bool kSmoothed, int kThreads>
-__device__ __forceinline__ void add_row(const T* x, const VectorRow<T>& row,
-                                        RowSums<float>& sums) {
+__device__ __forceinline__ void add_row(const T* x, const VectorRow<T>& row, RowSums<float>& sums) {
   for (int first = threadIdx.x; first < row.packs; first += kThreads * kPacks) {
     Pack<T> packs[kPacks];
     float max = sums.max;

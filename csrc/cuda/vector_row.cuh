@@ -16,8 +16,6 @@ inline bool has_vector_rows(const Operand& operand) {
 constexpr int64_t kMaxVectorClasses = 1 << 30;
 constexpr int64_t kMaxVectorRows = 1 << 30;
 
-inline bool has_weighted_smoothing(const Problem& p) { return p.weight && p.label_smoothing > 0.0; }
-
 // Whether every row of the gradient is as far from a 16-byte boundary as the logits' is.
 inline bool has_aligned_gradient(const Problem& p) {
   if (!p.grad.data) return true;
@@ -29,11 +27,16 @@ inline bool has_aligned_gradient(const Problem& p) {
          0;
 }
 
-// What the kernels of such rows ask for.
-inline bool is_vector_problem(const Problem& p) {
+// What all kernels of such rows ask for.
+inline bool has_vector_operands(const Problem& p) {
   return p.rows > 0 && p.rows < kMaxVectorRows && p.row_dims <= 2 && !p.probabilities &&
-         !has_weighted_smoothing(p) && has_vector_rows(p.input) && has_vector_rows(p.grad) &&
+         has_vector_rows(p.input) && has_vector_rows(p.grad) && has_aligned_gradient(p) &&
          p.classes <= kMaxVectorClasses;
+}
+
+// Of those that take a row alone: weights of all classes would be as much to read as the logits.
+inline bool is_vector_problem(const Problem& p) {
+  return has_vector_operands(p) && !(p.weight && p.label_smoothing > 0.0);
 }
 
 // The classes of one row: `head` single ones, `packs` full packs, and single ones up to the end.
