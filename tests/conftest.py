@@ -1,6 +1,7 @@
 """Every test starts from the same random state and leaves the number of threads as it was."""
 
 import pytest
+import simulated
 import torch
 from devices import DEVICES
 
@@ -22,3 +23,10 @@ def device(request):
     torch.set_default_device(request.param)
     yield request.param
     torch.set_default_device(None)
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    """The CUDA kernels on the simulator."""
+    directory = tmp_path_factory.mktemp("simulator")
+    return simulated.Kernels(simulated.build(directory, "-O1"))
