@@ -3,7 +3,8 @@
 Each call is run three times: ours, stock PyTorch in the same dtype, and stock in float64 on the
 same (exactly converted) values. Ours may be no further from the float64 result than stock is,
 plus one ulp, where an ulp is the spacing of the tensor's dtype at the largest magnitude of the
-float64 result: for a loss scalar its own ulp, for a gradient that of its largest element.
+float64 result: for a loss scalar its own ulp, for a gradient that of its largest element. In
+float32 on CUDA it is three: there an exponential is one instruction, right to two.
 """
 
 import contextlib
@@ -22,6 +23,10 @@ MODES = {
     "in place": {"inplace": True},
     "no grad": {},
 }
+
+
+# Ulps in float32.
+SLACK = {"cpu": 1, "cuda": 3}
 
 
 class Outcome(NamedTuple):
@@ -142,13 +147,15 @@ def assert_as_accurate(ours, stock, reference, what="value", luck=1.0):
     if not finite.any():
         return
     spacing = ulp(reference[finite], ours.dtype)
+    if ours.dtype == torch.float32:
+        spacing *= SLACK[ours.device.type]
     errors = _errors(ours[finite], reference[finite])
     allowed = _errors(stock[finite], reference[finite])
     for name, error, limit in zip(("maximum", "rms"), errors, allowed, strict=True):
         limit = limit if math.isfinite(limit) else 0.0  # stock overflowed; ours has no excuse
         limit *= luck if name == "maximum" else 1.0
         assert error <= limit + spacing, (
-            f"{name} error of the {what}: {error:.3e}; stock's {limit:.3e}, one ulp {spacing:.3e}"
+            f"{name} error of the {what}: {error:.3e}; stock's {limit:.3e}, and {spacing:.3e}"
         )
 
 

@@ -162,7 +162,7 @@ def test_function_mode_does_not_see_our_function():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_gives_other_dtypes_or_numbers(autocast, weighted, mode, kind, dtype):
+def test_autocast_gives_other_dtypes_or_numbers(autocast, weighted, mode, kind, dtype, device):
     input = torch.randn(6, 5).to(dtype)
     target = target_of(kind, input.shape, dtype)
     plain = target.long() if kind == torch.int32 else target
@@ -173,7 +173,7 @@ def test_autocast_gives_other_dtypes_or_numbers(autocast, weighted, mode, kind, 
         (F.cross_entropy, plain, {}),
     ):
         leaf = same_layout(input).requires_grad_(mode != "no grad")
-        with torch.autocast("cpu", dtype=autocast):
+        with torch.autocast(device, dtype=autocast):
             loss = function(leaf, index, **options, **extra)
         if leaf.requires_grad:
             loss.backward()

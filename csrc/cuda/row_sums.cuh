@@ -56,9 +56,11 @@ struct RowSums {
       rest += exp_nonpositive(lead);
   }
 
-  // The same for its coefficient.
+  // The same for its coefficient, which may be infinite: nothing times that is nothing here, for
+  // raise() still has it in the mass.
   __device__ __forceinline__ void spread(A x, A base, A coefficient) {
-    gaps += coefficient * (base - x);
+    const A gap = base - x;
+    gaps += gap == A(0) ? A(0) : coefficient * gap;
     mass += coefficient;
   }
 
