@@ -92,10 +92,10 @@ def make(case):
 
 def reference(data, grad_output=1.0):
     """Loss and gradients of stock PyTorch in float64."""
-    input = data.input.double().contiguous().requires_grad_()
+    input = data.input.double().contiguous().clone().requires_grad_()
     target = data.target
     if target.is_floating_point():
-        target = target.double().contiguous().requires_grad_()
+        target = target.double().contiguous().clone().requires_grad_()
     else:
         target = target.long()
     options = dict(data.options)

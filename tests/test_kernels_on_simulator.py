@@ -67,7 +67,8 @@ CASES = [
 IDS = list(map(str, CASES))
 
 
-@pytest.mark.parametrize("mode", ["no grad", "statistics", "gradient", "in place"])
+# With a gradient there are row statistics too.
+@pytest.mark.parametrize("mode", ["no grad", "gradient", "in place"])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_forward_agrees_with_float64(kernels, case, mode):
     check_forward(kernels, case, mode)

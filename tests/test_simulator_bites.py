@@ -1,0 +1,276 @@
+"""Guards the simulator: a kernel with a fault in it must fail there, for each kind of fault.
+
+Each fault is made in a copy of the sources, which is compiled and run like the real ones. The same
+problems run on the unchanged kernels, in other tests and here under the sanitizers.
+"""
+
+import shutil
+import subprocess
+from typing import NamedTuple
+
+import pytest
+import simulated
+import torch
+from kernel_cases import Case, check_backward, check_forward
+from simulated import Kernels, SimulatorError
+from test_kernel_edges import REGIMES
+
+
+class Fault(NamedTuple):
+    file: str
+    old: str
+    new: str
+    unit: str  # that is compiled from it
+    case: Case
+    noticed: str | None = None  # in what is said of it
+    backward: bool = False
+
+
+BLOCK, CLUSTER, TILE = REGIMES["block"], REGIMES["cluster"], REGIMES["tile"]
+
+FAULTS = {
+    "barrier missing before a block's sums are read": Fault(
+        "row_on_chip.cuh",
+        "if (lane == 0) shared.parts[warp] = sums;\n    __syncthreads();",
+        "if (lane == 0) shared.parts[warp] = sums;",
+        "row_on_chip_bfloat16",
+        BLOCK,
+    ),
+    "barrier missing before a cluster's sums are read": Fault(
+        "row_on_chip.cuh",
+        "Peer::arrive();\n    Peer::await();",
+        "Peer::arrive();",
+        "row_on_chip_float32",
+        CLUSTER,
+    ),
+    "one class too few of a cluster's share": Fault(
+        "row_on_chip.cuh",
+        "(row.packs + Layout::kCluster - 1) / Layout::kCluster",
+        "row.packs / Layout::kCluster",
+        "row_on_chip_float32",
+        Case(17005, rows=(2,)),
+    ),
+    "last pack taken from beyond the row": Fault(
+        "streaming_forward.cu",
+        "packs[i] = pack < row.packs ?",
+        "packs[i] = pack <= row.packs ?",
+        "streaming_forward",
+        Case(4 * (4096 + 1500), rows=(3,), major=8),
+    ),
+    "single element off by one": Fault(
+        "vector_row.cuh",
+        "+ thread - kPack;",
+        "+ thread - kPack + 1;",
+        "elementwise_backward",
+        Case(1001),
+        backward=True,
+    ),
+    "target's logit read when it may be overwritten": Fault(
+        "row_on_chip.cuh",
+        "loss = index_loss(sums, target_logit, weight, k);",
+        "loss = index_loss(sums, widen(x[t]), weight, k);",
+        "row_on_chip_bfloat16",
+        BLOCK,
+    ),
+    "target's neighbour taken for it": Fault(
+        "vector_row.cuh",
+        "if (j == distance) values[j]",
+        "if (j == distance + 1) values[j]",
+        "row_on_chip_bfloat16",
+        BLOCK,
+    ),
+    "barrier missing after the copy of a tile": Fault(
+        "tile_rows_forward.cu",
+        "k.smoothing.smooth != 0;\n  __syncthreads();",
+        "k.smoothing.smooth != 0;",
+        "tile_rows_forward",
+        TILE,
+    ),
+    "barrier that some threads do not reach": Fault(
+        "tile_rows_forward.cu",
+        "k.smoothing.smooth != 0;\n  __syncthreads();",
+        "k.smoothing.smooth != 0;\n  if (tile.has_row()) __syncthreads();",
+        "tile_rows_forward",
+        TILE,
+        "deadlock",
+    ),
+    "shuffle that some lanes do not reach": Fault(
+        "tile_rows_forward.cu",
+        "sums.max = max_lanes<kLanes>(sums.max);",
+        "if (tile.has_row()) sums.max = max_lanes<kLanes>(sums.max);",
+        "tile_rows_forward",
+        Case(10, rows=(133,)),
+    ),
+    "classes of a rotated row counted wrong": Fault(
+        "row_tile.cuh",
+        "start_ + i < rounds_ ?",
+        "start_ + i <= rounds_ ?",
+        "tile_rows_forward",
+        TILE,
+    ),
+    "class too many": Fault(
+        "strided_forward.cu",
+        "if (c < p.classes) gradient.store",
+        "if (c <= p.classes) gradient.store",
+        "strided_forward",
+        REGIMES["kept"],
+    ),
+    "ticket drawn too early": Fault(
+        "block_sum.cuh",
+        "atomicAdd(ticket, 1u) == count - 1",
+        "atomicAdd(ticket, 1u) == count - 2",
+        "two_read_forward",
+        REGIMES["two reads by a block"],
+    ),
+    "ignored rows counted": Fault(
+        "totals.cu",
+        "if (!target.is_counted) continue;",
+        "if (!target.is_counted) counted += 1;\n    if (!target.is_counted) continue;",
+        "totals",
+        TILE,
+    ),
+    "sums that another warp is still reading": Fault(
+        "row_threads.cuh",
+        "__syncthreads();  // all are through with the row before",
+        "",
+        "two_read_forward",
+        Case(1030, rows=(60,), dtype=torch.float64),
+    ),
+    "gradient written beyond its row": Fault(
+        "any_row.cuh",
+        "grad[c * p.grad.class_stride] = narrow<T>(value);",
+        "grad[(c + 1) * p.grad.class_stride] = narrow<T>(value);",
+        "two_read_forward",
+        REGIMES["two reads"],
+    ),
+    "pack stored where no pack can be": Fault(
+        "row_on_chip.cuh",
+        ".store(grad + first);",
+        ".store(grad + first + 1);",
+        "row_on_chip_bfloat16",
+        BLOCK,
+        "not aligned",
+    ),
+    "lanes that add in an order of their own": Fault(
+        "block_sum.cuh",
+        "parts[index] = part;",
+        "parts[index * 0 + *ticket] = part;",
+        "two_read_forward",
+        Case(1030, rows=(29,), layout="every second class"),
+    ),
+}
+
+
+def run(kernels, fault_or_case, backward):
+    if backward:
+        check_backward(kernels, fault_or_case, in_place=True)
+    else:
+        check_forward(kernels, fault_or_case, "in place")
+        check_forward(kernels, fault_or_case, "gradient")
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_fault_is_caught(kernels, fault, tmp_path):
+    run(kernels, fault.case, fault.backward)  # without it
+    shutil.copytree(simulated.KERNELS, tmp_path / "csrc")
+    source = tmp_path / "csrc" / "cuda" / fault.file
+    text = source.read_text()
+    assert text.count(fault.old) >= 1, "the fault's place is gone: find it another"
+    source.write_text(text.replace(fault.old, fault.new))
+    program = simulated.build(
+        tmp_path,
+        "-O1",
+        sources=tmp_path / "csrc",
+        base=kernels.program.parent,
+        only=[fault.unit],
+    )
+    with pytest.raises((AssertionError, SimulatorError), match=fault.noticed):
+        run(Kernels(program), fault.case, fault.backward)
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    flags = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    return Kernels(simulated.build(tmp_path_factory.mktemp("sanitized"), *flags))
+
+
+# Each regime once more at an odd distance from 16 bytes, and with half the bytes to an element.
+SANITIZED = {
+    **REGIMES,
+    "tile at an offset": Case(13, rows=(150,), dtype=torch.bfloat16, layout="offset3"),
+    "block at an offset": Case(3001, dtype=torch.float16, layout="offset1", smoothing=0.1),
+    "cluster of halves": Case(50257, rows=(2,), dtype=torch.bfloat16),
+    "tile with weights": Case(100, weight=True, smoothing=0.1, reduction="none"),
+    "targets of a byte": Case(100, target=torch.uint8),
+    "six dimensions": Case(12, rows=(2, 1, 3, 2, 2), layout="classes last"),
+}
+
+
+@pytest.mark.parametrize("case", SANITIZED.values(), ids=SANITIZED)
+def test_sanitizers_have_nothing_to_say(sanitized, case):
+    check_forward(sanitized, case, "no grad")
+    check_forward(sanitized, case, "in place")
+    check_backward(sanitized, case)
+
+
+def test_sanitizers_watch_the_buffers(sanitized):
+    """A row of weights that ends one class too early is read beyond its end."""
+    input, target = torch.randn(4, 300), torch.full((4,), 299)
+    with pytest.raises(SimulatorError, match="heap-buffer-overflow"):
+        sanitized.forward(input, target, weight=torch.ones(299))
+
+
+def compile_and_run(directory, body):
+    """A kernel of one block of 64 threads, on its own."""
+    source = directory / "kernel.cpp"
+    source.write_text(f"""
+        #include <cuda_runtime.h>
+        int main() {{
+          simulator::run({{1, 64, 1, 1024}}, [] {{ {body} }});
+        }}
+    """)
+    program = directory / "kernel"
+    engine = simulated.SIMULATOR / "engine.cpp"
+    command = [simulated.COMPILER, *simulated.FLAGS, f"-I{simulated.SIMULATOR}"]
+    subprocess.run([*command, source, engine, "-o", program], check=True)
+    return subprocess.run([program], capture_output=True, text=True)
+
+
+MISUSES = {
+    "fewer threads at a barrier": ("if (threadIdx.x < 63) __syncthreads();", "deadlock"),
+    "a lane missing in a shuffle": (
+        "if (threadIdx.x != 5) __shfl_xor_sync(0xffffffff, 1, 1);",
+        "deadlock",
+    ),
+    "lanes that disagree": (
+        "if (threadIdx.x % 2) __syncwarp(); else __shfl_xor_sync(0xffffffff, 1, 1);",
+        "lanes of one warp",
+    ),
+    "a part of a warp": ("__syncwarp(0xffff);", "only whole warps"),
+    "a wait without arrival": ("__cluster_barrier_wait();", "without having arrived"),
+    "a peer that is not there": (
+        "__cluster_map_shared_rank(simulator::shared_memory(), 1);",
+        "no block 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("body, message", MISUSES.values(), ids=MISUSES)
+def test_misuse_ends_the_program(tmp_path, body, message):
+    done = compile_and_run(tmp_path, body)
+    assert done.returncode == 3 and message in done.stderr
+
+
+def test_shuffles_and_barriers_do_what_cuda_says(tmp_path):
+    body = """
+      int* shared = static_cast<int*>(simulator::shared_memory());
+      const int other = __shfl_xor_sync(0xffffffff, static_cast<int>(threadIdx.x), 3);
+      if (other != static_cast<int>(threadIdx.x ^ 3)) simulator::fail("xor");
+      if (__shfl_sync(0xffffffff, threadIdx.x, 7) % 32 != 7) simulator::fail("lane");
+      shared[threadIdx.x] = static_cast<int>(threadIdx.x);
+      __syncthreads();
+      const int opposite = 63 - static_cast<int>(threadIdx.x);
+      if (shared[opposite] != opposite) simulator::fail("barrier");
+    """
+    done = compile_and_run(tmp_path, body)
+    assert done.returncode == 0, done.stderr
