@@ -22,7 +22,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 LIBRARY := fused_ce/_C.so
-CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+CXX_FILES := $(wildcard $(foreach dir,csrc csrc/* tests/simulator,$(addprefix $(dir)/*.,h cpp cuh cu)))
 INSTALLED := $(VENV)/.installed-$(subst /,_,$(if $(TORCH),$(TORCH),pinned))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -1,12 +1,16 @@
 """Builds the operator library, fused_ce/_C, against the LibTorch stable ABI.
 
 The library holds no Python symbols and asks for nothing newer than torch 2.10, so one wheel serves
-every Python, free-threaded ones too, and every torch from there on; fused_ce.ops loads it.
+every Python, free-threaded ones too, and every torch from there on; fused_ce.ops loads it. It has
+CUDA kernels where torch has CUDA and nvcc is found. FUSED_CE_CUDA=1 asks for them beside any torch,
+which need not be the one that runs; FUSED_CE_CUDA=0 leaves them out.
 """
 
+import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -21,6 +25,7 @@ except ImportError:
 if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 10):
     sys.exit(f"fused_ce: torch 2.10 or newer is needed, found {torch.__version__}; upgrade torch.")
 
+from torch.utils import cpp_extension  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler  # noqa: E402
 
 if shutil.which(get_cxx_compiler()) is None:
@@ -36,12 +41,14 @@ SOURCES = [
     "csrc/cpu/register.cpp",
     "csrc/cpu/scale.cpp",
 ]
+CUDA_SOURCES = ["csrc/cuda/register.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))]
+DEFAULT_ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"
 
+COMMON_FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # NaN and infinity keep their meaning (no -ffast-math); what is given up here is errno, traps, the
 # sign of zero, and separate rounding of a product that is added to something.
 CXX_FLAGS = [
-    "-std=c++20",
-    "-O3",
+    *COMMON_FLAGS,
     "-fopenmp-simd",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -49,8 +56,60 @@ CXX_FLAGS = [
     "-ffp-contract=fast",
     "-fvisibility=hidden",
     "-g0",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
+# The assertion on a target out of range stays, whatever the flags that Python was built with say.
+NVCC_FLAGS = [*COMMON_FLAGS, "-UNDEBUG", "-Xcompiler=-fvisibility=hidden"]
+
+
+def cuda_home() -> Path | None:
+    """The toolkit that has nvcc: a CPU-only torch does not look for one."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    on_path = shutil.which("nvcc")
+    homes = [Path(named)] if named else [Path("/usr/local/cuda")]
+    if on_path and not named:
+        homes.insert(0, Path(on_path).resolve().parents[1])
+    # A script in place of nvcc may lie anywhere, but a toolkit has the runtime's header as well.
+    complete = (home for home in homes if (home / "include" / "cuda_runtime.h").exists())
+    return next((home for home in complete if (home / "bin" / "nvcc").exists()), None)
+
+
+def wanted_cuda_home() -> Path | None:
+    wish = os.environ.get("FUSED_CE_CUDA", "")
+    if wish not in ("", "0", "1"):
+        sys.exit(f"fused_ce: FUSED_CE_CUDA must be 0, 1 or empty, got {wish!r}; correct it.")
+    if wish == "0" or not (wish or torch.version.cuda):
+        return None
+    home = cuda_home()
+    if wish and home is None:
+        sys.exit(
+            "fused_ce: FUSED_CE_CUDA=1 asks for the CUDA kernels, but no CUDA toolkit with nvcc "
+            "was found; install one (12.8 or newer), name it in CUDA_HOME, or leave that out."
+        )
+    return home
+
+
+def extension() -> CppExtension:
+    home = wanted_cuda_home()
+    if home is None:
+        return CppExtension(
+            "fused_ce._C", SOURCES, extra_compile_args=CXX_FLAGS, py_limited_api=True
+        )
+    cpp_extension.CUDA_HOME = str(home)
+    # The runtime is linked statically and torch through its stable ABI: their versions may differ.
+    cpp_extension._check_cuda_version = lambda *_: None
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+    return CppExtension(
+        "fused_ce._C",
+        SOURCES + CUDA_SOURCES,
+        include_dirs=[str(home / "include")],
+        library_dirs=[str(home / "lib64")],
+        libraries=["cudart_static", "rt", "dl", "pthread"],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        # Nothing in libtorch is used directly, but it brings along torch's CUDA part where there is
+        # one, in which the weak symbol is to be found.
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
+        py_limited_api=True,
+    )
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -62,9 +121,9 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[
-        CppExtension("fused_ce._C", SOURCES, extra_compile_args=CXX_FLAGS, py_limited_api=True)
-    ],
+    # What is up to date is for ninja to say: it knows the headers, the flags and the wish for CUDA.
+    options={"build_ext": {"force": True}},
+    ext_modules=[extension()],
     cmdclass={
         "bdist_wheel": AnyPythonWheel,
         "build_ext": BuildExtension.with_options(no_python_abi_suffix=True),

@@ -1,4 +1,4 @@
-"""The cases of the benchmark: one table of plain data, each with the reason it is there.
+"""The cases of the benchmark: a table of plain data for each device, each with its reason.
 
 A case is logits, a target and the options of the loss; its name says what it is and is what
 `--cases` selects by. Nothing in the project may be tuned to a shape of this table, so a change that
@@ -28,6 +28,7 @@ class Case:
     probabilities: bool = False  # targets are a distribution over the classes for each row
     weighted: bool = False  # class weights, ignored rows and label smoothing, all at once
     grad_output: float = 1.0
+    graph: bool = False  # each call replays a CUDA graph
 
     @property
     def name(self) -> str:
@@ -36,6 +37,7 @@ class Case:
         parts += ["probabilities"] if self.probabilities else []
         parts += ["weighted"] if self.weighted else []
         parts += [f"grad-{self.grad_output:g}"] if self.grad_output != 1.0 else []
+        parts += ["graph"] if self.graph else []
         parts += [self.dtype] if self.dtype != "fp32" else []
         return "-".join(parts)
 
@@ -81,20 +83,68 @@ CASES = (
 )
 
 
+# What a GPU needs to be filled, and where its kernels and those of its peers hand over to others.
+CUDA_CASES = (
+    # A row shorter than a warp, a million times: stock's sum over rows runs on one multiprocessor.
+    Case((1_048_576, 10)),
+    Case((262_144, 100), "bf16"),
+    # Rows that one warp or one block holds: what is done once a row decides.
+    Case((65536, 256), "bf16"),
+    Case((65536, 512), "bf16"),
+    Case((65536, 1024), "bf16"),
+    Case((32768, 2048), "bf16"),
+    Case((16384, 4096), "bf16"),
+    Case((16384, 8192), "bf16"),
+    Case((8192, 8192)),
+    # Vocabularies, for which stock reads the logits three times before it writes anything.
+    Case((8192, 32000), "bf16"),
+    Case((8192, 32000)),
+    Case((8192, 32000), "fp16"),
+    # An odd number of classes, and the next multiple of a vector.
+    Case((8192, 50257), "bf16"),
+    Case((8192, 50264), "bf16"),
+    Case((4096, 50257)),
+    # The largest in wide use; with float32 a row is as much as eight blocks hold.
+    Case((4096, 128256), "bf16"),
+    Case((4096, 128256)),
+    Case((2048, 262144), "bf16"),
+    # Segmentation, the class dimension strided and not.
+    Case((8, 19, 1024, 1024)),
+    Case((8, 19, 1024, 1024), "bf16"),
+    Case((8, 19, 1024, 1024), channels_last=True),
+    Case((16, 150, 256, 256)),
+    # Every option of the loss in one pass, and targets as large as the logits.
+    Case((8192, 32000), "bf16", weighted=True),
+    Case((8192, 32000), "bf16", probabilities=True),
+    # Gradient accumulation: the gradient computed ahead was for a grad_output of 1.
+    Case((8192, 32000), "bf16", grad_output=0.25),
+    Case((8192, 128256), "bf16", grad_output=0.25),
+    # Fewer rows than multiprocessors.
+    Case((8, 128256), "bf16"),
+    # Nothing to compute: the cost of the call, and of its kernels alone.
+    Case((8, 10)),
+    Case((8, 10), graph=True),
+    Case((64, 1000), graph=True),
+)
+
+TABLES = {"cpu": CASES, "cuda": CUDA_CASES}
+
+
 class NoSuchCase(ValueError):
     pass
 
 
-def select(patterns: Sequence[str] | None, dtype: str | None) -> list[Case]:
-    """The cases that any of the names or globs matches, in the table's order; `dtype` replaces
-    their own. Two that become the same by it are one."""
-    chosen = list(CASES)
+def select(patterns: Sequence[str] | None, dtype: str | None, device: str = "cpu") -> list[Case]:
+    """The device's cases that any of the names or globs matches, in the table's order; `dtype`
+    replaces their own. Two that become the same by it are one."""
+    table = TABLES[device]
+    chosen = list(table)
     if patterns:
         for pattern in patterns:
-            if not any(fnmatchcase(case.name, pattern) for case in CASES):
-                names = " ".join(case.name for case in CASES)
+            if not any(fnmatchcase(case.name, pattern) for case in table):
+                names = " ".join(case.name for case in table)
                 raise NoSuchCase(f"no case matches {pattern!r}; there are: {names}")
-        chosen = [case for case in CASES if any(fnmatchcase(case.name, p) for p in patterns)]
+        chosen = [case for case in table if any(fnmatchcase(case.name, p) for p in patterns)]
     if dtype:
         chosen = [replace(case, dtype=dtype) for case in chosen]
     return list(dict.fromkeys(chosen))

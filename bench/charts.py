@@ -25,6 +25,8 @@ MARKS = {
     "recompute": ("#e8a33d", "v", 36),
     "fused": ("#c2410c", "o", 52),
     "inplace": ("#15803d", "D", 36),
+    "liger": ("#7c3aed", "P", 40),
+    "quack": ("#0e7490", "X", 40),
     "copy": ("#6b7280", "|", 110),
 }
 LABELS = {
@@ -33,6 +35,8 @@ LABELS = {
     "recompute": "fused_ce, recompute",
     "fused": "fused_ce",
     "inplace": "fused_ce, in place",
+    "liger": "Liger",
+    "quack": "quack",
     "copy": "copying the logits",
 }
 BAND = "#f5f7f9"

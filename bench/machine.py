@@ -52,6 +52,7 @@ def describe(device: Device) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device.name,
         "model": device.model(),
+        **device.facts(),
         "architecture": platform.machine(),
         "system": platform.system(),
         "threads": torch.get_num_threads(),
@@ -67,13 +68,14 @@ def describe(device: Device) -> dict[str, Any]:
 
 
 def headline(facts: dict[str, Any]) -> str:
-    parts = [
-        facts["model"] or facts["architecture"],
-        f"{facts['threads']} threads",
-        facts["fused_ce"]["instruction_set"] or facts["torch_instruction_set"].lower(),
-        f"torch {facts['torch']}",
-    ]
-    if facts["huge_pages"]:
+    parts = [facts["model"] or facts["architecture"]]
+    if facts["device"] == "cpu":
+        parts.append(f"{facts['threads']} threads")
+        parts.append(facts["fused_ce"]["instruction_set"] or facts["torch_instruction_set"].lower())
+    else:
+        parts.append(f"driver {facts['driver'] or 'unknown'}")
+    parts.append(f"torch {facts['torch']}")
+    if facts["device"] == "cpu" and facts["huge_pages"]:
         parts.append(f"huge pages {facts['huge_pages']}")
     return ", ".join(parts)
 

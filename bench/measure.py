@@ -9,6 +9,7 @@ in single precision: a wrong answer is not a fast one, and gets no figure.
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -21,10 +22,6 @@ from bench.fresh_process import Notice, first_line
 from bench.problem import BOTH, Problem
 from bench.providers import PROVIDERS, fused, make_call, passes_of, path
 from bench.record import Record, Result
-
-# Logits so small that a call is over before a stray interrupt or the clock itself stops mattering
-# are timed in bursts.
-SMALL, BURST = 64 * 1024, 32
 
 # Only faults that no rounding explains; the parity suite is what judges the last digits.
 TOLERANCES = {"fp64": 1e-8, "fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
@@ -43,13 +40,13 @@ class Subject:
     """One provider in one pass; after its first exception it is left alone and has no figures."""
 
     def __init__(self, name: str, which: str, problem: Problem, device: Device) -> None:
-        calls = BURST if problem.case.logits_bytes < SMALL else 1
+        calls = device.calls(problem.case.logits_bytes)
         self.result = Result(name, which, problem.traffic(which), calls)
         self.problem, self.device = problem, device
 
     def prepare(self, reference: Sequence[Tensor]) -> None:
         name, which = self.result.provider, self.result.which
-        self.call = make_call(name, which, self.problem)
+        self.call = make_call(name, which, self.problem, self.result.calls)
         (logits,) = self.problem.inputs(1)
         with torch.set_grad_enabled(which == BOTH):
             self.result.path = path(name, self.problem, logits)
@@ -63,6 +60,14 @@ class Subject:
         inputs = self.problem.inputs(calls)
         with torch.set_grad_enabled(self.result.which == BOTH):
             self.result.samples.append(self.device.milliseconds(self.call, inputs) / calls)
+
+    def weigh(self) -> None:
+        if self.problem.case.graph:
+            self.result.reason = "memory: a graph keeps its own between replays"
+            return
+        (logits,) = self.problem.inputs(1)
+        with torch.set_grad_enabled(self.result.which == BOTH):
+            self.result.peak = self.device.rise(partial(self.call, logits))
 
     def attempt(self, step: Callable[..., None], *arguments: object) -> None:
         if self.result.reason:
@@ -114,6 +119,9 @@ def measure_here(
             break
         for subject in order.sample(subjects, len(subjects)):
             subject.attempt(subject.sample)
+    if device.counts_memory:
+        for subject in subjects:
+            subject.attempt(subject.weigh)
     return Record(case, torch.get_num_threads(), [subject.result for subject in subjects])
 
 

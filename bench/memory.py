@@ -1,4 +1,4 @@
-"""Fills in the memory: the most that a call takes beyond what it is given.
+"""Fills in the memory on the CPU: the most that a call takes beyond what it is given.
 
 A fresh process for each provider, since what one has freed would hide what the next one takes. The
 same call goes before the one that is measured: it compiles, loads code and starts threads.

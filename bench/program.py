@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench import charts, fresh_process, linear, scaling
-from bench.cases import CASES, DTYPES, Case, NoSuchCase, select
+from bench.cases import DTYPES, TABLES, Case, NoSuchCase, select
 from bench.devices import DEVICES
 from bench.fresh_process import Notice
 from bench.machine import busy, describe, headline
 from bench.measure import Effort, measure, notices
 from bench.memory import measure_peaks
-from bench.providers import PROVIDERS
+from bench.providers import PROVIDERS, usual
 from bench.record import Record, write_json
 from bench.tables import details, reasons, summary
 
@@ -35,7 +35,10 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Cas
     parser = argparse.ArgumentParser(
         prog="bench",
         description="measure fused_ce, stock PyTorch and a copy of the logits side by side",
-        epilog="cases: " + " ".join(case.name for case in CASES),
+        epilog=" ".join(
+            f"cases on {device}: {' '.join(case.name for case in table)}."
+            for device, table in TABLES.items()
+        ),
     )
     parser.add_argument("--device", choices=list(DEVICES), default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), help="in place of each case's own")
@@ -45,13 +48,19 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Cas
         nargs="+",
         choices=list(PROVIDERS),
         metavar="NAME",
-        help="of " + ", ".join(PROVIDERS) + "; default: all",
+        help="of " + ", ".join(PROVIDERS) + "; default: all that are installed for the device",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("build/bench"), help="folder; default: %(default)s"
     )
     parser.add_argument(
         "--seconds", type=float, default=8.0, help="of timing for a case; default: %(default)s"
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="begin no case after that; default: none",
     )
     parser.add_argument("--threads", type=int, help="default: as many as torch chooses")
     parser.add_argument("--quick", action="store_true", help="two rounds: to see that all runs")
@@ -66,11 +75,12 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Cas
         help="instead of the cases: heads of language models, and linear_cross_entropy",
     )
     options = parser.parse_args(arguments)
-    default = scaling.PROVIDERS if options.scaling else PROVIDERS
+    default = scaling.PROVIDERS if options.scaling else usual(options.device)
     # In the table's order, whatever the order asked for, and nobody twice.
     options.providers = [name for name in PROVIDERS if name in (options.providers or default)]
-    if not DEVICES[options.device].is_here():
-        parser.error(f"there is no {options.device} device here")
+    missing = DEVICES[options.device].missing()
+    if missing:
+        parser.error(missing)
     if options.threads is not None and options.threads < 1:
         parser.error("--threads must be at least 1")
     if options.scaling and options.cases:
@@ -78,7 +88,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Cas
     if options.linear and (options.cases or options.providers != list(default) or options.scaling):
         parser.error("--linear has sizes and providers of its own; leave the others' options out")
     try:
-        return options, select(options.cases, options.dtype)
+        return options, select(options.cases, options.dtype, options.device)
     except NoSuchCase as error:
         parser.error(str(error))
 
@@ -100,19 +110,24 @@ def progress(console: Console, total: int) -> Iterator[Notice]:
 
 def run_cases(
     console: Console, options: argparse.Namespace, cases: Sequence[Case], effort: Effort
-) -> list[Record]:
+) -> Iterator[Record]:
     device, names = DEVICES[options.device], options.providers
-    records = []
-    total = sum(notices(case, names) + len(names) for case in cases)
+    start = perf_counter()
+    elsewhere = 0 if device.counts_memory else len(names)
+    total = sum(notices(case, names) + elsewhere for case in cases)
     with progress(console, total) as notice:
-        for case in cases:
+        for done, case in enumerate(cases):
+            if options.budget is not None and perf_counter() - start > options.budget:
+                left = " ".join(case.name for case in cases[done:])
+                console.print(f"[yellow]no time left for {left}[/]", highlight=False)
+                return
             record = measure(case, names, device, effort, notice)
-            measure_peaks(record, names, device, notice)
+            if elsewhere:
+                measure_peaks(record, names, device, notice)
             console.print(details(record))
             for reason in reasons(record):
                 console.print(f"  {reason}", highlight=False, soft_wrap=True)
-            records.append(record)
-    return records
+            yield record
 
 
 def run_linear(
@@ -154,12 +169,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if busy(facts):
         console.print(f"[yellow]{busy(facts)}[/]", highlight=False, soft_wrap=True)
 
+    kind = "linear" if options.linear else "scaling" if options.scaling else "bench"
     start = perf_counter()
+
+    def write(records: Sequence[Record | linear.Figures]) -> None:
+        data = {
+            "kind": kind,
+            "machine": facts,
+            "effort": asdict(effort),
+            "providers": list(linear.PROVIDERS) if options.linear else options.providers,
+            "seconds": round(perf_counter() - start, 1),
+            "cases": [record.as_data() for record in records],
+        }
+        write_json(out / f"{kind}.json", data)
+
     if options.linear:
-        kind = "linear"
         records = run_linear(console, options, effort, note)
     elif options.scaling:
-        kind = "scaling"
         sizes = scaling.sizes(options.dtype or "fp32", options.quick)
         total = scaling.notices_of(sizes, options.providers, device)
         with progress(console, total) as notice:
@@ -167,20 +193,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(*scaling.tables(records))
         scaling.draw(records, note, out / "scaling.png")
     else:
-        kind = "bench"
-        records = run_cases(console, options, cases, effort)
+        records = []
+        for record in run_cases(console, options, cases, effort):
+            records.append(record)
+            write(records)  # a run that is stopped leaves what it has measured
         console.print(summary(records, options.providers))
         charts.draw_speed(records, note, out / "speed.png")
         charts.draw_memory(records, note, out / "memory.png")
-    seconds = perf_counter() - start
-    data = {
-        "kind": kind,
-        "machine": facts,
-        "effort": asdict(effort),
-        "providers": list(linear.PROVIDERS) if options.linear else options.providers,
-        "seconds": round(seconds, 1),
-        "cases": [record.as_data() for record in records],
-    }
-    write_json(out / f"{kind}.json", data)
-    console.print(f"{seconds:.0f} s; JSON and charts are in {out}", highlight=False)
+    write(records)
+    console.print(f"{perf_counter() - start:.0f} s; JSON and charts are in {out}", highlight=False)
     return 0

@@ -1,4 +1,4 @@
-"""Who is measured: stock PyTorch, stock compiled, the modes of fused_ce, and the copy.
+"""Who is measured: stock PyTorch, stock compiled, the modes of fused_ce, its peers, and the copy.
 
 A provider gives the call of a pass: logits in, loss (and gradient) out, nothing between the two
 that is not the provider's own work. Forward runs without a gradient. Forward+backward is the loss
@@ -9,6 +9,8 @@ it: a fresh tensor in every call, nothing accumulated.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from bench.cases import Case
 from bench.problem import BOTH, COPY, FORWARD, Problem
 
 Call = Callable[[Tensor], Any]
+
+WARM_UPS = 3  # of a call before it is captured
 
 
 def stock() -> Callable[..., Tensor]:
@@ -36,11 +40,24 @@ def fused() -> Callable[..., Tensor]:
     return fused_ce.cross_entropy
 
 
+def liger() -> Callable[..., Tensor]:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return liger_cross_entropy
+
+
+def quack() -> Callable[..., Tensor]:
+    from quack.cross_entropy import cross_entropy
+
+    return cross_entropy
+
+
 @dataclass(frozen=True)
 class Provider:
     function: Callable[[], Callable[..., Tensor]] | None  # none for the copy
     mode: Mapping[str, bool] = field(default_factory=dict)
     passes: tuple[str, ...] = (FORWARD, BOTH)
+    package: str = ""  # of a peer, which may not be installed and has kernels for CUDA alone
 
 
 # Recompute and in place differ from the default by when the gradient is computed; without one they
@@ -51,8 +68,20 @@ PROVIDERS = {
     "fused": Provider(fused),
     "recompute": Provider(fused, {"grad_in_forward": False}, (BOTH,)),
     "inplace": Provider(fused, {"inplace": True}, (BOTH,)),
+    # Liger writes its gradient over the logits it is given; all get logits that nobody else needs.
+    "liger": Provider(liger, package="liger_kernel"),
+    "quack": Provider(quack, package="quack"),
     "copy": Provider(None, passes=(COPY,)),
 }
+
+
+def usual(device: str) -> list[str]:
+    """Who is measured if nobody says: the peers where they are installed and have kernels."""
+    return [
+        name
+        for name, provider in PROVIDERS.items()
+        if not provider.package or (device == "cuda" and find_spec(provider.package))
+    ]
 
 
 def passes_of(name: str, case: Case) -> tuple[str, ...]:
@@ -61,11 +90,18 @@ def passes_of(name: str, case: Case) -> tuple[str, ...]:
     return passes if case.grad_output == 1.0 else tuple(p for p in passes if p != FORWARD)
 
 
-def make_call(name: str, which: str, problem: Problem) -> Call:
+def make_call(name: str, which: str, problem: Problem, calls: int = 1) -> Call:
+    """For `calls` calls in a row, each with logits of its own."""
+    call = make_eager_call(name, which, problem, calls)
+    return replayed(call, problem) if problem.case.graph else call
+
+
+def make_eager_call(name: str, which: str, problem: Problem, calls: int) -> Call:
     provider = PROVIDERS[name]
     if provider.function is None:
         # Touched before, so that the copy pays for its traffic and not for its pages.
-        return torch.zeros_like(problem.original).copy_
+        destinations = cycle([torch.zeros_like(problem.original) for _ in range(calls)])
+        return lambda logits: next(destinations).copy_(logits)
     loss = partial(provider.function(), target=problem.target, **problem.options, **provider.mode)
     if which == FORWARD:
         return loss
@@ -76,6 +112,33 @@ def make_call(name: str, which: str, problem: Problem) -> Call:
         return value, torch.autograd.grad(value, logits, grad_output)[0]
 
     return forward_and_backward
+
+
+def replayed(call: Call, problem: Problem) -> Call:
+    """The call as a CUDA graph, which has logits of its own and answers for those."""
+    logits = torch.empty_like(problem.original).requires_grad_()
+
+    def write() -> None:
+        with torch.no_grad():
+            logits.copy_(problem.original)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            write()
+            call(logits)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        answer = call(logits)
+    write()  # in place the first replay overwrites them, and only its answer is looked at
+
+    def replay(_: Tensor) -> Any:
+        graph.replay()
+        return answer
+
+    return replay
 
 
 def path(name: str, problem: Problem, logits: Tensor) -> str:

@@ -90,11 +90,6 @@ DType checked_dtype(const Facts& tensor, bool floating, const char* name) {
   return *dtype;
 }
 
-void check_device(const Facts& tensor, const Facts& input, const char* name) {
-  FCE_CHECK(tensor.device_type == input.device_type && tensor.device_index == input.device_index,
-            std::string(name) + " must be on the input's device");
-}
-
 // The dimensions with more than one element, those of the smallest strides first.
 std::vector<std::pair<int64_t, int64_t>> by_stride(const Facts& tensor) {
   std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
@@ -208,9 +203,22 @@ Elements elements_of(const Tensor& tensor) {
   return e;
 }
 
-ProblemBuilder::ProblemBuilder(const Arguments& a) {
+Operand scalar_of(const Tensor& grad_output, const Tensor& grad) {
+  const Facts value(grad_output), elements(grad);
+  checked_dtype(value, true, "grad_output");
+  FCE_CHECK(value.numel == 1, "grad_output must hold one value");
+  FCE_CHECK(
+      value.device_type == elements.device_type && value.device_index == elements.device_index,
+      "grad_output must be on the gradient's device");
+  return single_operand(value, "grad_output");
+}
+
+ProblemBuilder::ProblemBuilder(const Arguments& a, bool finds_totals)
+    : finds_totals_(finds_totals) {
   Problem& p = problem_;
   const Facts input(a.input), target(a.target);
+  device_type_ = input.device_type;
+  device_index_ = input.device_index;
   FCE_CHECK(input.dim() >= 1 && input.dim() <= kMaxRowDims + 1,
             "input must have 1 to " + std::to_string(kMaxRowDims + 1) + " dimensions, got " +
                 std::to_string(input.dim()));
@@ -227,7 +235,7 @@ ProblemBuilder::ProblemBuilder(const Arguments& a) {
   set_class_operand(p.input, input, "input");
   stats_dtype_ = p.accumulates_in_double() ? ScalarType::Double : ScalarType::Float;
 
-  check_device(target, input, "target");
+  check_device(target, "target");
   p.probabilities = is_floating(dtype_of(target.type).value_or(DType::kInt64));
   if (p.probabilities) {
     set_class_operand(p.target, target, "target");
@@ -242,7 +250,7 @@ ProblemBuilder::ProblemBuilder(const Arguments& a) {
 
   if (a.weight) {
     const Facts weight(*a.weight);
-    check_device(weight, input, "weight");
+    check_device(weight, "weight");
     FCE_CHECK(weight.dim() == 1 && weight.numel == p.classes,
               "weight must be 1-D with one value for each of the " + std::to_string(p.classes) +
                   " classes, got shape " + to_string(weight.sizes));
@@ -260,6 +268,11 @@ ProblemBuilder::ProblemBuilder(const Arguments& a) {
   p.ignore_index = a.ignore_index;
   FCE_CHECK(!(a.label_smoothing > 1.0), "label_smoothing must be at most 1");
   p.label_smoothing = a.label_smoothing > 0.0 ? a.label_smoothing : 0.0;
+}
+
+void ProblemBuilder::check_device(const Facts& tensor, const char* name) const {
+  FCE_CHECK(tensor.device_type == device_type_ && tensor.device_index == device_index_,
+            std::string(name) + " must be on the input's device");
 }
 
 void ProblemBuilder::set_class_operand(Operand& operand, const Facts& tensor, const char* name) {
@@ -295,6 +308,7 @@ void ProblemBuilder::set_logical(Operand& operand, void* data, ScalarType dtype)
 
 void ProblemBuilder::set_grad(const Tensor& tensor) {
   const Facts grad(tensor);
+  check_device(grad, "grad");
   set_class_operand(problem_.grad, grad, "grad");
   FCE_CHECK(!overlaps_itself(grad), "grad must not have elements that share memory");
   FCE_CHECK(problem_.grad.dtype == problem_.input.dtype, "grad must have the input's type");
@@ -315,19 +329,24 @@ void ProblemBuilder::set_loss(const Tensor& tensor) {
 
 void ProblemBuilder::set_stats(const Tensor& tensor) {
   const Facts stats(tensor);
-  FCE_CHECK(stats.type == stats_dtype_ && tensor.is_contiguous() && tensor.is_cpu() &&
-                equal(stats.sizes, stats_sizes()),
-            "stats must be what the forward operator returned for the same arguments");
+  check_device(stats, "stats");
+  FCE_CHECK(
+      stats.type == stats_dtype_ && tensor.is_contiguous() && equal(stats.sizes, stats_sizes()),
+      "stats must be what the forward operator returned for the same arguments");
   auto* data = static_cast<std::byte*>(checked_data(stats, "stats"));
+  const int64_t columns = stats.sizes[1];
   set_logical(problem_.row_max, data, stats_dtype_);
-  const int64_t plane = problem_.rows * stats.item_bytes;
-  set_logical(problem_.row_rest, data + plane, stats_dtype_);
+  set_logical(problem_.row_rest, data + columns * stats.item_bytes, stats_dtype_);
+  if (!finds_totals_) return;
+  problem_.totals.data = data + problem_.rows * stats.item_bytes;
+  problem_.totals.dtype = *dtype_of(stats_dtype_);
+  problem_.totals.class_stride = columns;
 }
 
 void ProblemBuilder::set_grad_output(const Tensor& tensor) {
   const Facts grad_output(tensor);
   checked_dtype(grad_output, true, "grad_output");
-  FCE_CHECK(tensor.is_cpu(), "grad_output must be on the input's device");
+  check_device(grad_output, "grad_output");
   if (problem_.reduction == Reduction::kNone) {
     set_row_operand(problem_.grad_output, grad_output, "grad_output");
   } else {

@@ -41,19 +41,20 @@ struct Facts;
 // Collects the operands of one call, checks each against the input, and lays them out as a Problem.
 class ProblemBuilder {
  public:
-  explicit ProblemBuilder(const Arguments& arguments);
+  // With `finds_totals` the statistics have room for what a backend finds on the device.
+  ProblemBuilder(const Arguments& arguments, bool finds_totals);
 
   void set_grad(const Tensor& grad);                // [N, C, ...]
   void set_target_grad(const Tensor& target_grad);  // [N, C, ...]
   void set_loss(const Tensor& loss);                // [N, ...] or []
-  void set_stats(const Tensor& stats);              // [2, rows]
+  void set_stats(const Tensor& stats);              // [2, stats_sizes()[1]]
   void set_grad_output(const Tensor& grad_output);  // [N, ...] or []
 
   // Sizes of the row dimensions, in the input's order.
   Sizes row_sizes() const { return {row_sizes_.data(), static_cast<size_t>(row_dims_)}; }
   bool has_probabilities() const { return problem_.probabilities; }
   ScalarType stats_dtype() const { return stats_dtype_; }
-  std::array<int64_t, 2> stats_sizes() const { return {2, problem_.rows}; }
+  std::array<int64_t, 2> stats_sizes() const { return {2, problem_.rows + finds_totals_}; }
 
   // Merges and orders the row dimensions. The builder must outlive the problem.
   Problem& build();
@@ -62,8 +63,11 @@ class ProblemBuilder {
   void set_class_operand(Operand& operand, const Facts& tensor, const char* name);
   void set_row_operand(Operand& operand, const Facts& tensor, const char* name);
   void set_logical(Operand& operand, void* data, ScalarType dtype);
+  void check_device(const Facts& tensor, const char* name) const;
 
   Problem problem_;
+  int32_t device_type_, device_index_;  // of the input
+  bool finds_totals_;
   int64_t class_dim_ = 0;
   Sizes sizes_;                                 // of the input
   std::array<int64_t, kMaxRowDims> row_sizes_;  // without the class dimension
@@ -85,6 +89,9 @@ void check_apart(const Tensor& written, const Tensor& read);
 
 // The elements of a tensor of a floating type, with its dimensions merged as far as they go.
 Elements elements_of(const Tensor& tensor);
+
+// The one value of `grad_output`, which must be on the device of `grad`.
+Operand scalar_of(const Tensor& grad_output, const Tensor& grad);
 
 [[noreturn]] inline void fail(const std::string& message) {
   throw std::runtime_error("fused_ce: " + message);

@@ -53,6 +53,9 @@ struct Problem {
   Operand grad_output;  // like the loss, strides 0 for a scalar; no data means 1
   Operand row_max;      // [rows] the maximum logit of the row, in the accumulation type
   Operand row_rest;     // [rows] sum of exp(x - row_max) over all classes but one of the largest
+  // [2], class_stride apart: weight_sum and denominator in the accumulation type, from a backend
+  // that finds them on the device; where there are any, they stand in for the numbers below.
+  Operand totals;
 
   const void* weight = nullptr;  // [classes] in the accumulation type, contiguous
   bool probabilities = false;

@@ -211,6 +211,10 @@ class OverwriteInForward(_Overwriting):
     @staticmethod
     def backward(ctx, grad_output):
         (input,) = _Overwriting.begin_backward(ctx, grad_output)
+        if torch.compiler.is_compiling():
+            # A graph holds no operator that returns what it was given. As the operator has it, a
+            # zero stays one even times nan.
+            return torch.where(input == 0, input, input * grad_output), None, *_NO_MORE
         grad = input.detach()
         ops.scale_(grad, grad_output)
         increment_version(input)
@@ -232,8 +236,9 @@ class OverwriteInBackward(_Overwriting):
     @staticmethod
     def backward(ctx, grad_output):
         saved = input, target, stats, *weight = _Overwriting.begin_backward(ctx, grad_output)
-        if input.untyped_storage()._cdata != ctx.storage:
-            # A hook on saved tensors gave a copy back, which others may have been given too.
+        if torch.compiler.is_compiling() or input.untyped_storage()._cdata != ctx.storage:
+            # A graph holds no operator that returns what it was given. And a hook on saved tensors
+            # may have given a copy back, which others may have been given too.
             return _fused_gradients(ctx, grad_output, saved)
         arguments = (target, stats, grad_output, *weight, *ctx.options)
         target_grad = None

@@ -69,7 +69,8 @@ def cross_entropy(
 
     Raises:
         Exception: what torch raises for the same call, among it ``IndexError`` for a target that is
-            no class. Nothing has been written by then.
+            no class. Nothing has been written by then. On CUDA such a target is torch's device-side
+            assertion, noticed when the device is next waited for.
         RuntimeError: with ``inplace=True``, for logits whose elements share memory, for a second
             backward, and for a backward with ``create_graph=True``.
 
@@ -131,8 +132,9 @@ def explain(
 ) -> str:
     """Says how :func:`cross_entropy` would take this call, without computing anything.
 
-    Returns ``"fused: "`` with the moment the gradient is computed and the instruction set in use,
-    or ``"stock: "`` with the reason why stock PyTorch's function takes the call.
+    Returns ``"fused: "`` with the moment the gradient is computed and the instruction set in use
+    (on CUDA the GPU's compute capability), or ``"stock: "`` with the reason why stock PyTorch's
+    function takes the call.
 
     Example::
 
@@ -152,7 +154,13 @@ def explain(
     if reason:
         return f"stock: {reason}"
     mode = _mode(input, target, reduction, grad_in_forward, inplace)
-    return f"fused: {mode}, {ops.instruction_set()}"
+    return f"fused: {mode}, {_instructions(input)}"
+
+
+def _instructions(input: Tensor) -> str:
+    if input.is_cpu:
+        return ops.instruction_set()
+    return "cuda {}.{}".format(*torch.cuda.get_device_capability(input.device))
 
 
 def _overrides(argument: object) -> bool:
@@ -216,7 +224,9 @@ def _stock_reason(input, target, weight, ignore_index, reduction, label_smoothin
     if torch.compiler._is_exporting_flag:  # is_exporting() holds in any graph of torch 2.10
         return "torch.export is recording"
     if not input.is_cpu:
-        return f"there are no kernels for {input.device.type}"
+        reason = ops.lacking(input.device.type, input.get_device())
+        if reason is not None:
+            return reason
     if input.dtype not in _LOGIT_DTYPES:
         return f"there are no kernels for {input.dtype} logits"
     if _is_invalid(input, target, weight, ignore_index, reduction, label_smoothing):
@@ -253,7 +263,7 @@ def _is_invalid(input, target, weight, ignore_index, reduction, label_smoothing)
         return True
     if reduction not in ("mean", "sum", "none", "elementwise_mean"):
         return True
-    if not target.is_cpu:
+    if _is_elsewhere(target, input):
         return True
     classes = shape[1 if dims > 1 else 0]
     if classes == 0:
@@ -272,12 +282,19 @@ def _is_invalid(input, target, weight, ignore_index, reduction, label_smoothing)
         return True
     if weight is None:
         return False
-    if not weight.is_cpu or weight.dtype not in _LOGIT_DTYPES:
+    if _is_elsewhere(weight, input) or weight.dtype not in _LOGIT_DTYPES:
         return True
     if weight.shape != (classes,):
         return True
     mixes = weight.dtype != input.dtype and target_dtype in _INDEX_DTYPES
     return mixes and _computed_dtype(weight) != _computed_dtype(input)
+
+
+def _is_elsewhere(tensor: Tensor, input: Tensor) -> bool:
+    """Whether the tensor is on another device than the logits, in the cheapest way to ask."""
+    if input.is_cpu:
+        return not tensor.is_cpu
+    return tensor.device != input.device
 
 
 def _computed_dtype(tensor: Tensor) -> torch.dtype:
@@ -320,8 +337,8 @@ def _mode(input, target, reduction: str, grad_in_forward: bool, inplace: bool) -
     if not input.requires_grad:
         return "recomputed in backward"
     defers = reduction == "none" or target.requires_grad
-    # An operator without a result cannot write to a negative view: torch materialises the view, and
-    # then looks for what to copy back among the results.
+    # For an operator that writes to a negative view torch materialises the view, and expects to
+    # find it as the first result, where forward_grad_ has the loss.
     if inplace and not input.is_neg():
         if defers or input.dtype == torch.float16:
             return "in place in backward"

@@ -52,6 +52,7 @@ graph_backward_target = torch.ops.fused_ce.graph_backward_target.default
 rescale_ = torch.ops.fused_ce.rescale_.default
 scale_ = torch.ops.fused_ce.scale_.default
 check_overwritable = torch.ops.fused_ce.check_overwritable.default
+has_cuda_code = torch.ops.fused_ce.has_cuda_code.default
 instruction_set = torch.ops.fused_ce.instruction_set.default
 
 # Some of them without OpOverload's method in front, which only a graph of torch.compile has to see.
@@ -67,6 +68,27 @@ eager = SimpleNamespace(
 DEFAULTS = tuple(argument.default_value for argument in forward._schema.arguments[3:6])
 
 
+# A build for NVIDIA's CUDA is no use to a torch that calls AMD's GPUs cuda.
+has_cuda_kernels = torch.version.hip is None and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "fused_ce::forward", "CUDA"
+)
+_cuda_devices: dict[int, bool] = {}
+
+
+@torch.compiler.assume_constant_result
+def lacking(kind: str, index: int) -> str | None:
+    """Why there are no kernels for a device other than the CPU; None if there are."""
+    if kind != "cuda":
+        return f"there are no kernels for {kind}"
+    if not has_cuda_kernels:
+        return "there are no kernels for cuda in this build of fused_ce"
+    if index not in _cuda_devices:
+        _cuda_devices[index] = has_cuda_code(index)
+    if not _cuda_devices[index]:
+        return "there are no kernels for this GPU's architecture in this build of fused_ce"
+    return None
+
+
 def _row_shape(input: Tensor) -> tuple[int, ...]:
     shape = tuple(input.shape)
     return shape[:1] + shape[2:] if len(shape) > 1 else ()
@@ -79,11 +101,13 @@ def _fake_loss(
 
 
 def _fake_stats(input: Tensor) -> Tensor:
-    rows = 1
+    columns = 1
     for size in _row_shape(input):
-        rows *= size
+        columns *= size
+    if input.device.type != "cpu":
+        columns += 1  # for the totals
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return input.new_empty((2, rows), dtype=dtype)
+    return input.new_empty((2, columns), dtype=dtype)
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -135,12 +159,12 @@ def _(input, target, stats, grad_output, *options):
 
 @torch.library.register_fake("fused_ce::backward_")
 def _(input, target, stats, grad_output, *options):
-    return None
+    return input
 
 
 @torch.library.register_fake("fused_ce::rescale_")
 def _(grad, grad_output, input, target, stats, *options):
-    return None
+    return grad
 
 
 @torch.library.register_fake("fused_ce::check_overwritable")
@@ -150,4 +174,4 @@ def _(input, target, weight=None):
 
 @torch.library.register_fake("fused_ce::scale_")
 def _(grad, grad_output):
-    return None
+    return grad

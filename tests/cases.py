@@ -129,8 +129,8 @@ def lay_out(values, layout):
 
 def gaps_are_untouched(view):
     """Whether every element of the view's storage that is not the view's own is still nan."""
-    everything = torch.empty(0, dtype=view.dtype).set_(view.untyped_storage())
-    own = torch.zeros(everything.shape, dtype=torch.bool)
+    everything = torch.empty(0, dtype=view.dtype, device=view.device).set_(view.untyped_storage())
+    own = torch.zeros(everything.shape, dtype=torch.bool, device=view.device)
     own.as_strided(view.size(), view.stride(), view.storage_offset()).fill_(True)
     return bool(everything[~own].isnan().all())
 
@@ -150,14 +150,14 @@ def is_dense(tensor):
 KINDS = (torch.int64, torch.int32, torch.int16, torch.uint8, "probability")
 
 
-def target_of(kind, shape, dtype, *, ignore_index=None, generator=None):
+def target_of(kind, shape, dtype, *, ignore_index=None):
     """Targets for logits of `shape`; every third one is `ignore_index` where that is given."""
     positions = shape[:0] if len(shape) == 1 else shape[:1] + shape[2:]
     classes = shape[0] if len(shape) == 1 else shape[1]
     if kind == "probability":
         axis = 0 if len(shape) == 1 else 1
-        return torch.randn(shape, generator=generator).softmax(axis).to(dtype)
-    target = torch.randint(0, min(classes, 256), positions, generator=generator)
+        return torch.randn(shape).softmax(axis).to(dtype)
+    target = torch.randint(0, min(classes, 256), positions)
     if ignore_index is not None and positions:
         target.view(-1)[1::3] = ignore_index
     return target.to(kind)

@@ -1,7 +1,9 @@
 """Every test starts from the same random state and leaves the number of threads as it was."""
 
 import pytest
+import simulated
 import torch
+from devices import DEVICES
 
 
 @pytest.fixture(autouse=True)
@@ -10,3 +12,21 @@ def fixed_seed_and_threads():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=DEVICES, scope="module")
+def device(request):
+    """The device of everything that a test creates without naming one."""
+    if request.param == "cpu":
+        yield "cpu"  # and no mode of torch's in the way of each call
+        return
+    torch.set_default_device(request.param)
+    yield request.param
+    torch.set_default_device(None)
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    """The CUDA kernels on the simulator."""
+    directory = tmp_path_factory.mktemp("simulator")
+    return simulated.Kernels(simulated.build(directory, "-O1"))

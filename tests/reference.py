@@ -44,7 +44,7 @@ def one_thread():
 def same_layout(tensor):
     """A detached copy with the same strides and storage offset, gaps and overlaps included."""
     storage = tensor.detach().untyped_storage().clone()
-    copy = torch.empty(0, dtype=tensor.dtype)
+    copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return copy.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
@@ -56,7 +56,7 @@ def incoming_gradient(loss, scale):
     """
     if loss.dim() == 0:
         return torch.full_like(loss, scale)
-    multiples = torch.arange(loss.numel()).remainder(5) - 1.5
+    multiples = torch.arange(loss.numel(), device=loss.device).remainder(5) - 1.5
     return (multiples * scale).to(loss.dtype).view(loss.shape)
 
 

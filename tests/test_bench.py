@@ -7,12 +7,24 @@ raises, answers wrongly or hands the call to stock has to show a dash and a reas
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from programs import ROOT, is_png, run
 
-from bench import cases, charts, fresh_process, linear, measure, program, scaling
+from bench import (
+    cases,
+    charts,
+    devices,
+    fresh_process,
+    linear,
+    measure,
+    program,
+    providers,
+    scaling,
+)
 from bench.devices import DEVICES
 from bench.problem import BOTH, COPY, FORWARD, Problem
 from bench.record import Record, Result
@@ -128,7 +140,7 @@ def test_a_case_that_cannot_be_made_has_a_reason_and_no_figure():
     ("options", "message"),
     [
         (["--cases", "8x10", "7x7"], "no case matches '7x7'"),
-        (["--providers", "liger"], "invalid choice: 'liger'"),
+        (["--providers", "apex"], "invalid choice: 'apex'"),
         (["--threads", "0"], "at least 1"),
     ],
 )
@@ -139,9 +151,88 @@ def test_what_is_not_there_is_named(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_names_are_unique_and_select():
-    names = [case.name for case in cases.CASES]
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_one_sentence(capsys):
+    with pytest.raises(SystemExit):
+        program.parse(["--device", "cuda"])
+    assert "there is no GPU here that torch" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_sample_on_cuda_outgrows_the_cache():
+    megabyte = 2**20
+    assert devices.ring(320, 50 * megabyte) == devices.BURST
+    for size, calls in ((megabyte, devices.BURST), (20 * megabyte, 10), (1000 * megabyte, 1)):
+        assert devices.ring(size, 50 * megabyte) == calls
+
+
+def test_peers_are_measured_where_they_are_installed(monkeypatch):
+    monkeypatch.setattr(providers, "find_spec", lambda package: package == "quack" or None)
+    assert "quack" in providers.usual("cuda") and "liger" not in providers.usual("cuda")
+    assert providers.usual("cpu") == [*UNCOMPILED[:1], "compile", *UNCOMPILED[1:]]
+    assert set(charts.MARKS) == set(charts.LABELS) == set(providers.PROVIDERS)
+
+
+def test_memory_that_a_device_counts_needs_no_process_of_its_own():
+    class Counting(type(DEVICES["cpu"])):
+        counts_memory = True
+
+        def rise(self, call):
+            loss, gradient = call()
+            return gradient.nbytes
+
+    effort = measure.Effort(0, least=1, most=1)
+    case = cases.Case((8, 10))
+    record = measure.measure_here(case, ["inplace"], Counting(), effort, lambda text: None)
+    assert [result.peak for result in record.results] == [8 * 10 * 4]
+
+
+def test_a_run_out_of_time_names_what_it_left(tmp_path):
+    options = ("--quick", "--cases", "8x10", "65536x10", "--budget", "0", "--providers", "stock")
+    printed = run("-m", "bench", *options, "--out", str(tmp_path))
+    assert "no time left for 65536x10 8x10" in printed
+
+
+def test_the_driver_is_read_or_unknown(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert devices.driver_version() is None
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 580.159.03\necho 580.159.03\n")
+    program.chmod(0o755)
+    assert devices.driver_version() == "580.159.03"
+
+
+def test_report_without_a_gpu_is_one_sentence(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    command = [ROOT / "bench" / "gpu_report.sh", tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "no torch that can use a GPU here" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("broken", ["", "pytest"])
+def test_report_stops_at_a_failure_or_hides_it(tmp_path, broken):
+    # A Python that agrees to everything, but for the module that is broken.
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase " $* " in *" -m {broken} "*) exit 1 ;; esac\necho "$*"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python)}
+    command = [ROOT / "bench" / "gpu_report.sh", tmp_path / "out"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == (1 if broken else 0), done.stdout
+    assert ("failed: test_cuda test_parity" in done.stdout) == bool(broken)
+    logs = {path.stem for path in (tmp_path / "out").glob("*.log")}
+    assert logs == {"machine", "test_cuda", "test_parity", "bench"}
+    assert "-m bench --device cuda" in (tmp_path / "out" / "bench.log").read_text()
+
+
+@pytest.mark.parametrize("table", cases.TABLES.values(), ids=cases.TABLES.keys())
+def test_names_are_unique(table):
+    names = [case.name for case in table]
     assert len(set(names)) == len(names)
+
+
+def test_names_select():
     assert [case.name for case in cases.select(["8192x1000", "*-fp16"], None)] == [
         "8192x1000",
         "1024x32000-fp16",

@@ -33,6 +33,79 @@ def test_build_without_a_compiler_says_what_to_install():
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    "wish, sentence",
+    [
+        (
+            "1",
+            "no CUDA toolkit with nvcc was found; install one (12.8 or newer), name it in",
+        ),
+        ("yes", "FUSED_CE_CUDA must be 0, 1 or empty, got 'yes'; correct it"),
+    ],
+)
+def test_build_with_cuda_that_is_not_there_says_what_to_do(wish, sentence, tmp_path):
+    result = run("setup.py", "--version", cwd=ROOT, FUSED_CE_CUDA=wish, CUDA_HOME=str(tmp_path))
+    assert result.returncode != 0
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("wish", ["", "0"])
+def test_build_without_cuda_needs_a_toolkit(wish, tmp_path):
+    result = run("setup.py", "--version", cwd=ROOT, FUSED_CE_CUDA=wish, CUDA_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+
+
+# What setup() is told, with a torch and a toolkit that are there or not.
+DESCRIBE = """
+import runpy, setuptools, torch
+torch.version.cuda = {cuda!r}
+setuptools.setup = lambda **told: print(*told["ext_modules"][0].sources)
+runpy.run_path("setup.py")
+"""
+
+
+@pytest.mark.parametrize(
+    "torch_cuda, toolkit, wish, expected",
+    [
+        ("12.8", True, "", True),
+        ("12.8", False, "", False),  # explain() then says what is missing
+        ("12.8", True, "0", False),
+        (None, True, "", False),
+        (None, True, "1", True),
+    ],
+)
+def test_kernels_are_built_where_nobody_asks(torch_cuda, toolkit, wish, expected, tmp_path):
+    for name in ("include/cuda_runtime.h", "bin/nvcc") if toolkit else ():
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.touch()
+    code = DESCRIBE.format(cuda=torch_cuda)
+    result = run("-c", code, cwd=ROOT, FUSED_CE_CUDA=wish, CUDA_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    sources = result.stdout.split()
+    assert "csrc/cpu/register.cpp" in sources
+    kernels = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu")}
+    assert kernels
+    assert kernels & set(sources) == (kernels if expected else set())
+
+
+def has_cuda_kernels():
+    from fused_ce import ops
+
+    return ops.has_cuda_kernels
+
+
+@pytest.mark.skipif(not has_cuda_kernels(), reason="this build has no CUDA kernels")
+def test_library_does_not_find_torch_s_stream_or_drops_the_assertion():
+    # The weak symbol for the stream is looked for in what the library itself depends on.
+    library = ROOT / "fused_ce" / "_C.so"
+    listed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
+    assert "[libtorch.so]" in listed.stdout
+    assert "libcudart" not in listed.stdout
+    assert b"t >= 0 && t < n_classes" in library.read_bytes()
+
+
 def test_build_against_an_old_torch_names_the_version_that_is_needed(tmp_path):
     package = tmp_path / "torch" / "utils"
     package.mkdir(parents=True)

@@ -12,6 +12,7 @@ from reference import MODES, differentiate, same_layout
 from torch.overrides import TorchFunctionMode
 
 import fused_ce
+from fused_ce import ops
 
 ALL_OPTIONS = {
     "weight": torch.rand(5),
@@ -52,6 +53,26 @@ def test_stock_has_no_reason():
     for text in reasons:
         assert text.startswith("stock: ")
         assert len(text) > len("stock: ")
+
+
+@pytest.mark.parametrize(
+    "kind, built, runs, reason",
+    [
+        ("xpu", True, True, "no kernels for xpu"),
+        ("cuda", False, True, "no kernels for cuda in this build"),
+        ("cuda", True, False, "no kernels for this GPU's architecture"),
+        ("cuda", True, True, None),
+    ],
+)
+def test_device_without_kernels_is_used_or_has_no_reason(kind, built, runs, reason, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ops, "has_cuda_kernels", built)
+    monkeypatch.setattr(ops, "has_cuda_code", lambda index: asked.append(index) or runs)
+    monkeypatch.setattr(ops, "_cuda_devices", {})
+    for _ in range(2):
+        said = ops.lacking(kind, 1)
+        assert said is None if reason is None else reason in said
+    assert asked == ([1] if kind == "cuda" and built else [])  # once for each device
 
 
 def test_explaining_computes_or_writes_something():

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, KINDS, SHAPES, target_of
+from devices import every_device, on_cpu
 from reference import (
     MODES,
     assert_as_accurate,
@@ -23,6 +24,8 @@ from reference import (
 )
 
 import fused_ce
+
+pytestmark = every_device
 
 REDUCTIONS = ("mean", "sum", "none")
 NAN, INF = math.nan, math.inf
@@ -415,6 +418,7 @@ def test_negative_ignore_index_is_refused_with_probabilities(reduction, mode):
     check_against_stock(input, target, mode=mode, reduction=reduction, ignore_index=-1)
 
 
+@on_cpu
 @every_mode
 @pytest.mark.parametrize("kind", ["numpy", "tensor"])
 def test_numbers_of_other_libraries_are_refused(kind, mode):

@@ -14,10 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import lay_out, target_of
+from devices import every_device, on_cpu
 from reference import MODES, assert_as_accurate, float64, same_layout, stock, ulp
 from torch.utils.checkpoint import checkpoint
 
 import fused_ce
+
+pytestmark = every_device
 
 REDUCTIONS = ("mean", "sum", "none")
 # The modes in which a graph may be walked more than once.
@@ -37,6 +40,7 @@ def index_problem(classes=5, dtype=torch.float64):
     return input, target, torch.rand(classes, dtype=dtype) + 0.5
 
 
+@on_cpu
 @modes(REPEATABLE)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])  # off, usual, nothing but smoothing
@@ -59,6 +63,7 @@ def test_gradient_is_not_the_slope_of_the_loss(reduction, smoothing, weighted, o
         assert torch.autograd.gradgradcheck(loss, input)
 
 
+@on_cpu
 @modes(REPEATABLE)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
@@ -274,14 +279,14 @@ def test_batched_incoming_gradients_fail(reduction, options):
 
 @pytest.mark.parametrize("target_kind", ["ignored", "counted"])
 @modes(REPEATABLE)
-def test_small_fp16_gradients_vanish_under_a_scaler(target_kind, options):
+def test_small_fp16_gradients_vanish_under_a_scaler(target_kind, options, device):
     # A mean over 4096 rows: many gradients are below fp16's smallest number, 6e-8, and are
     # carried only if the scaler's factor is applied before they are rounded.
     input = torch.randn(4096, 64).mul(3).half()
     target = torch.randint(0, 64, (4096,))
     if target_kind == "ignored":
         target[::2] = -100
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**15)
     leaf = same_layout(input).requires_grad_()
     scaler.scale(fused_ce.cross_entropy(leaf, target, **options)).backward()
     exact = float64(input, target, scale=2.0**15).grad_input
@@ -291,13 +296,13 @@ def test_small_fp16_gradients_vanish_under_a_scaler(target_kind, options):
 
 
 @modes(DIFFERENTIATING)
-def test_small_fp16_gradients_vanish_under_autocast_and_a_scaler(options):
+def test_small_fp16_gradients_vanish_under_autocast_and_a_scaler(options, device):
     # Autocast makes the loss a float, which can take the scaler's 65536 that fp16 cannot hold.
     input = torch.randn(4096, 64).mul(3).half()
     target = torch.randint(0, 64, (4096,))
-    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    scaler = torch.amp.GradScaler(device, init_scale=65536.0)
     leaf = same_layout(input).requires_grad_()
-    with torch.autocast("cpu", dtype=torch.float16):
+    with torch.autocast(device, dtype=torch.float16):
         loss = fused_ce.cross_entropy(leaf, target, **options)
     assert loss.dtype == torch.float32
     scaler.scale(loss).backward()
@@ -326,7 +331,7 @@ def assert_every_element_is_rounded_once(gradient, exact):
 
 
 @modes(REPEATABLE)
-def test_scaler_steps_part_from_stock(options):
+def test_scaler_steps_part_from_stock(options, device):
     # Scale, unscale, step: the weights after three steps, one of them with accumulation.
     inputs, targets = torch.randn(4, 8, 6), torch.randint(0, 5, (4, 8))
     finals = []
@@ -334,7 +339,7 @@ def test_scaler_steps_part_from_stock(options):
         torch.manual_seed(1)
         model = torch.nn.Linear(6, 5)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = torch.amp.GradScaler(device, init_scale=1024.0)
         for step, (x, y) in enumerate(zip(inputs, targets, strict=True)):
             scaler.scale(function(model(x), y, **extra) / 2).backward()
             if step != 0:
@@ -451,6 +456,7 @@ def test_in_place_under_saved_tensor_hooks_is_silently_wrong(hooks, reduction):
 SHARED_WORK = ((5000, 10), (33, 4097), (2, 21, 65, 67), (2, 400003))
 
 
+@on_cpu
 @pytest.mark.parametrize("shape", SHARED_WORK, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
@@ -477,6 +483,7 @@ def test_bits_depend_on_the_threads_or_the_run(shape, dtype, kind, options):
                 assert (value is None and expected is None) or torch.equal(value, expected)
 
 
+@on_cpu
 @pytest.mark.parametrize("shape", SHARED_WORK, ids=str)
 def test_statistics_depend_on_the_threads(shape):
     # Also those of ignored rows, which nothing reads: an operator's results are compared whole.
@@ -490,6 +497,7 @@ def test_statistics_depend_on_the_threads(shape):
         torch.testing.assert_close(stats, results[0], rtol=0, atol=0, equal_nan=True)
 
 
+@on_cpu
 @modes(DIFFERENTIATING)
 def test_concurrent_losses_disturb_each_other(options):
     def run(seed):

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_ce
+from fused_ce import ops
 
 # name: (options of both functions, options of ours alone)
 CALLS = {
@@ -661,9 +662,25 @@ def test_negative_view_is_read_with_the_wrong_sign(which, call):
     compare(body, call)
 
 
+def test_operator_loses_what_it_writes_to_a_negative_view():
+    # Torch hands it a copy and copies its first result back; without one, memory it does not own.
+    input, target = torch.randn(6, 5), torch.arange(6) % 5
+    _, stats, grad = ops.forward_grad(input, target)
+    half = torch.tensor(0.5)
+    for operator, values, arguments in (
+        (ops.backward_, input, (target, stats, half)),
+        (ops.rescale_, grad, (half, input, target, stats)),
+        (ops.scale_, grad, (half,)),
+    ):
+        view = torch.complex(values, -values).conj().imag
+        assert view.is_neg()
+        assert operator(view, *arguments).data_ptr() == view.data_ptr()
+        torch.testing.assert_close(view.resolve_neg(), grad / 2)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_negative_view_is_written_in_place(reduction):
-    # Torch would copy back what it finds beyond the operator's results: memory it does not own.
+    # The operator that computes the loss has no result but that for torch to copy back.
     values = torch.randn(6, 5, requires_grad=True)
     logits = torch.complex(values, -values).conj().imag
     how = fused_ce.explain(logits, torch.arange(6) % 5, reduction=reduction, inplace=True)

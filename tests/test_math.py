@@ -18,7 +18,13 @@ FLAGS = (
 ).split()
 
 # In ulp, as stated in cpu/math.h.
-BOUNDS = {"exp_float": 1.2, "exp_normal_float": 1.2, "exp_double": 1.0, "log1p_double": 2.0}
+BOUNDS = {
+    "exp_float": 1.2,
+    "exp_normal_float": 1.2,
+    "exp_double": 1.0,
+    "log1p_double": 2.0,
+    "log1p_float": 2.0,
+}
 
 
 @pytest.fixture(scope="module")

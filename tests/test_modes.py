@@ -11,9 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, GEOMETRIES, OVERLAPPING, SHAPES, lay_out, target_of
+from devices import every_device
 from reference import MODES, assert_as_accurate, float64, ours, same_layout, stock
 
 import fused_ce
+
+pytestmark = every_device
 
 REDUCTIONS = ("mean", "sum", "none")
 DIFFERENTIATING = ("default", "recompute", "in place")

@@ -53,52 +53,6 @@ void with_accumulation_type(const Problem& p, const F& f) {
     f(float{});
 }
 
-template <class A>
-void run_forward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end,
-                 double* tile_losses) {
-  if (prefers_lanes(p)) {
-    LaneKernel<A> kernel(p, tiling);
-    for (int64_t t = begin; t < end; t++) tile_losses[t] = kernel.forward(Tile(p, tiling, t));
-    return;
-  }
-  RowKernel<A> kernel(p, tiling);
-  for (int64_t t = begin; t < end; t++) tile_losses[t] = kernel.forward(Tile(p, tiling, t));
-}
-
-template <class A>
-void run_backward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {
-  if (prefers_lanes(p)) {
-    LaneKernel<A> kernel(p, tiling);
-    for (int64_t t = begin; t < end; t++) kernel.backward(Tile(p, tiling, t));
-    return;
-  }
-  RowKernel<A> kernel(p, tiling);
-  for (int64_t t = begin; t < end; t++) kernel.backward(Tile(p, tiling, t));
-}
-
-template <class A>
-void run_backward_target(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {
-  RowKernel<A> kernel(p, tiling);
-  for (int64_t t = begin; t < end; t++) kernel.backward_target(Tile(p, tiling, t));
-}
-
-}  // namespace
-
-Tiling scan_tiling(const Problem& p) {
-  constexpr int64_t kScanRows = 4096;
-  return make_tiling(p, kScanRows, 4);
-}
-
-Tiling row_tiling(const Problem& p) {
-  constexpr int64_t kTileElements = 4096;
-  const int64_t rows = prefers_lanes(p)
-                           ? lanes_per_tile(p)
-                           : std::min(kMaxBatch, kTileElements / std::max<int64_t>(1, p.classes));
-  return make_tiling(p, rows, p.classes);
-}
-
-namespace {
-
 // How many rows count; a row that counts but is out of range is looked for only if there is one.
 template <class Index>
 TargetScan scan_run(const Problem& p, const Index* targets, int64_t stride, int64_t n) {
@@ -130,22 +84,61 @@ double add_weights(const Problem& p, const Index* targets, int64_t stride, int64
   return total.value();
 }
 
+TargetScan scan_tile(const Problem& p, const Tile& tile) {
+  const Run run = tile.run(p.target);
+  TargetScan scan;
+  with_index_pointer(p.target, run.first, [&](const auto* targets) {
+    scan = scan_run(p, targets, run.stride, tile.rows);
+    if (!p.weight || scan.has_bad_index) return;
+    with_accumulation_type(p, [&](auto zero) {
+      scan.weights = add_weights<decltype(zero)>(p, targets, run.stride, tile.rows);
+    });
+  });
+  return scan;
+}
+
+template <class Kernel>
+void run_forward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end,
+                 double* tile_losses, TargetScan* scans) {
+  Kernel kernel(p, tiling);
+  for (int64_t t = begin; t < end; t++) {
+    const Tile tile(p, tiling, t);
+    if (scans) scans[t] = scan_tile(p, tile);
+    tile_losses[t] = kernel.forward(tile);
+  }
+}
+
+template <class Kernel>
+void run_backward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {
+  Kernel kernel(p, tiling);
+  for (int64_t t = begin; t < end; t++) kernel.backward(Tile(p, tiling, t));
+}
+
+template <class A>
+void run_backward_target(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {
+  RowKernel<A> kernel(p, tiling);
+  for (int64_t t = begin; t < end; t++) kernel.backward_target(Tile(p, tiling, t));
+}
+
 }  // namespace
+
+Tiling scan_tiling(const Problem& p) {
+  constexpr int64_t kScanRows = 4096;
+  return make_tiling(p, kScanRows, 4);
+}
+
+Tiling row_tiling(const Problem& p) {
+  constexpr int64_t kTileElements = 4096;
+  const int64_t rows = prefers_lanes(p)
+                           ? lanes_per_tile(p)
+                           : std::min(kMaxBatch, kTileElements / std::max<int64_t>(1, p.classes));
+  return make_tiling(p, rows, p.classes);
+}
 
 void scan_targets(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end,
                   TargetScan* scans) {
   simd::run([&] {
-    for (int64_t t = begin; t < end; t++) {
-      const Tile tile(p, tiling, t);
-      const Run run = tile.run(p.target);
-      with_index_pointer(p.target, run.first, [&](const auto* targets) {
-        scans[t] = scan_run(p, targets, run.stride, tile.rows);
-        if (!p.weight || scans[t].has_bad_index) return;
-        with_accumulation_type(p, [&](auto zero) {
-          scans[t].weights = add_weights<decltype(zero)>(p, targets, run.stride, tile.rows);
-        });
-      });
-    }
+    for (int64_t t = begin; t < end; t++) scans[t] = scan_tile(p, Tile(p, tiling, t));
   });
 }
 
@@ -160,17 +153,27 @@ double sum_weights(const Problem& p) {
 }
 
 void forward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end,
-             double* tile_losses) {
+             double* tile_losses, TargetScan* scans) {
   with_accumulation_type(p, [&](auto zero) {
     using A = decltype(zero);
-    simd::run([&] { run_forward<A>(p, tiling, begin, end, tile_losses); });
+    simd::run([&] {
+      if (prefers_lanes(p))
+        run_forward<LaneKernel<A>>(p, tiling, begin, end, tile_losses, scans);
+      else
+        run_forward<RowKernel<A>>(p, tiling, begin, end, tile_losses, scans);
+    });
   });
 }
 
 void backward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {
   with_accumulation_type(p, [&](auto zero) {
     using A = decltype(zero);
-    simd::run([&] { run_backward<A>(p, tiling, begin, end); });
+    simd::run([&] {
+      if (prefers_lanes(p))
+        run_backward<LaneKernel<A>>(p, tiling, begin, end);
+      else
+        run_backward<RowKernel<A>>(p, tiling, begin, end);
+    });
   });
 }
 

@@ -24,9 +24,11 @@ void scan_targets(const Problem& p, const Tiling& tiling, int64_t begin, int64_t
 double sum_weights(const Problem& p);
 
 // Losses, and where the problem has memory for them the row statistics and the gradient for a
-// grad_output of 1. tile_losses[tile] receives the sum of the tile's losses.
+// grad_output of 1. tile_losses[tile] receives the sum of the tile's losses, and scans[tile],
+// unless `scans` is null, what scan_targets would find: an index out of range counts as ignored
+// till then.
 void forward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end,
-             double* tile_losses);
+             double* tile_losses, TargetScan* scans);
 
 // The gradient with respect to the logits, from the logits and the row statistics.
 void backward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end);

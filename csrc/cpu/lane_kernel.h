@@ -67,6 +67,8 @@ class LaneKernel {
   static constexpr int64_t kPad = 16;
   // Classes that a loop over the lanes takes at a time.
   static constexpr int kGroup = 4;
+  // Terms of at most this many classes are summed in the accumulation type, then in double.
+  static constexpr int64_t kSumClasses = 64;
 
   int64_t lane_stride(const Operand& operand) const { return operand.row_strides[p_.row_dims - 1]; }
 
@@ -222,6 +224,7 @@ class LaneKernel {
   void sum_terms() {
     if (batch_.spreads()) sum_gaps();
     std::fill(batch_.rest, batch_.rest + n_, 0.0);
+    std::fill(sums_, sums_ + n_, A(0));
     std::fill(ones_, ones_ + n_, A(-1));
     for_classes([&](int64_t c, auto count) {
       const Classes x = logits(c, count);
@@ -231,8 +234,19 @@ class LaneKernel {
         keep_terms<true>(x, terms, count);
       else
         keep_terms<false>(x, terms, count);
+      if ((c + count) % kSumClasses == 0) add_sums();
     });
+    add_sums();
+#pragma omp simd
     for (int64_t l = 0; l < n_; l++) batch_.rest[l] += ones_[l];
+  }
+
+  void add_sums() {
+#pragma omp simd
+    for (int64_t l = 0; l < n_; l++) {
+      batch_.rest[l] += sums_[l];
+      sums_[l] = A(0);
+    }
   }
 
   // Asks for as much of the next tile as is being computed of this one.
@@ -254,7 +268,7 @@ class LaneKernel {
                                            : stride_;
     const A* max = batch_.max;
     A* ones = ones_;
-    double* rest = batch_.rest;
+    A* sums = sums_;
 #pragma omp simd
     for (int64_t l = 0; l < n; l++) {
       A sum = A(0), lane_ones = A(0);
@@ -265,7 +279,7 @@ class LaneKernel {
         sum += lead == A(0) ? A(0) : e;
         lane_ones += lead == A(0) ? A(1) : A(0);
       }
-      rest[l] += sum;
+      sums[l] += sum;
       ones[l] += lane_ones;
     }
   }
@@ -301,6 +315,7 @@ class LaneKernel {
 
   void write_gradient(bool has_terms) {
     const A* max = batch_.max;
+#pragma omp simd
     for (int64_t l = 0; l < n_; l++) {
       factor_[l] = static_cast<A>(batch_.exp_factor[l]);
       scale_[l] = static_cast<A>(batch_.scale[l]);
@@ -365,7 +380,8 @@ class LaneKernel {
   bool loaded_ = false;
   bool is_normal_ = false;  // no exp of the tile comes near to being subnormal
 
-  alignas(kLine) A min_[kMaxBatch], ones_[kMaxBatch], factor_[kMaxBatch], scale_[kMaxBatch];
+  alignas(kLine) A min_[kMaxBatch], sums_[kMaxBatch], ones_[kMaxBatch];
+  alignas(kLine) A factor_[kMaxBatch], scale_[kMaxBatch];
   alignas(kLine) A probability_buffer_[kMaxBatch];
   alignas(kLine) A buffer_[kGroup * (kMaxBatch + kPad)], terms_[kGroup * kMaxBatch];
 };

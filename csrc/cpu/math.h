@@ -85,8 +85,30 @@ inline double exp_nonpositive(double x) {
 
 inline double exp_normal(double x) { return exp_nonpositive(x); }
 
-// log1p(y) for 0 <= y < inf, or NaN: log(m) = 2 atanh(s) with s = (m - 1) / (m + 1), as a series.
-// `inverse` is 1 / (1 + y), which callers have.
+// log1p(y) for 0 <= y < inf, or NaN; `inverse` is 1 / (1 + y), which callers have. In float the
+// polynomial is Cephes' logf's.
+inline float log1p_nonnegative(float y, float inverse) {
+  constexpr uint32_t kSqrtHalf = 0x3f3504f3u;
+  float u = 1.0f + y;
+  uint32_t offset = bits_as<uint32_t>(u) - kSqrtHalf;  // m is in [sqrt(1/2), sqrt(2))
+  float n = static_cast<float>(static_cast<int32_t>(offset >> 23));
+  float f = bits_as<float>((offset & 0x007fffffu) + kSqrtHalf) - 1.0f;
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  p = p * f - 0.5f;
+  float lost = (y - (u - 1.0f)) * inverse;
+  float log = p * (f * f) + (lost - n * 2.12194440e-4f) + f + n * 0.693359375f;
+  return y == y ? log : y;
+}
+
+// In double, log(m) = 2 atanh(s) with s = (m - 1) / (m + 1), as a series.
 inline double log1p_nonnegative(double y, double inverse) {
   constexpr uint64_t kSqrtHalf = 0x3fe6a09e667f3bcdull;
   double u = 1.0 + y;

@@ -2,8 +2,8 @@
 //
 // A row costs two divisions and a logarithm whatever its length, which for few classes would be
 // most of its time; here it is done for many rows at once. The kernels fill in what takes a walk
-// over the logits and read back what the gradient needs. All of it is in double: these few numbers
-// go into every element of the row.
+// over the logits and read back what the gradient needs. What goes into every element of a gradient
+// is in double; a loss, whose terms do not cancel, has all digits of its own type without.
 #pragma once
 
 #include <algorithm>
@@ -13,6 +13,7 @@
 #include "../formula.h"
 #include "math.h"
 #include "scratch.h"
+#include "simd.h"
 #include "span.h"
 #include "targets.h"
 #include "tiles.h"
@@ -54,7 +55,6 @@ class RowBatch {
   // Takes over what another batch of the same problem knows.
   void copy(const RowBatch& from) {
     size = from.size;
-    has_ignored = from.has_ignored;
     const auto copy_rows = [&](const auto& source, auto& rows) { std::copy_n(source, size, rows); };
     copy_rows(from.target_class, target_class);
     copy_rows(from.max, max);
@@ -89,9 +89,9 @@ class RowBatch {
   // returns the sum of the losses.
   double write_losses(const Tile& tile) {
     if (p_.grad.data)
-      solve<true, true>();
+      run<true, true>();
     else
-      solve<true, false>();
+      run<true, false>();
     if (p_.reduction == Reduction::kNone) {
       const Run losses = tile.run(p_.loss);
       store_span(loss_, size, p_.loss, losses.first, losses.stride);
@@ -108,12 +108,12 @@ class RowBatch {
   }
 
   // From the statistics to exp_factor and target_grad.
-  void find_gradients() { solve<false, true>(); }
+  void find_gradients() { run<false, true>(); }
 
   // log(sum_c exp(x_c - M)); a row whose largest logit is infinite has none.
-  double log_total(int64_t r) const {
-    const double defined = defined_rest(r);
-    return math::log1p_nonnegative(defined, 1.0 / (1.0 + defined));
+  A log_total(int64_t r) const {
+    const A defined = defined_rest<A>(r);
+    return math::log1p_nonnegative(defined, A(1) / (A(1) + defined));
   }
 
   int64_t size = 0;
@@ -137,6 +137,7 @@ class RowBatch {
   void read_targets(const Run run) {
     with_index_pointer(p_.target, run.first, [&](const auto* targets) {
       const int64_t ignored = p_.ignore_index, classes = p_.classes, stride = run.stride;
+      if (stride == 1) prefetch(p_.target, run.first + size, size);
 #pragma omp simd
       for (int64_t r = 0; r < size; r++) {
         const int64_t index = targets[r * stride];
@@ -161,19 +162,30 @@ class RowBatch {
   }
 
   // A row whose largest logit is infinite has no softmax.
-  double defined_rest(int64_t r) const {
-    const double defined = rest[r];
+  template <class R>
+  R defined_rest(int64_t r) const {
     const A zero_or_nan = max[r] - max[r];
-    return zero_or_nan == A(0) ? defined : std::numeric_limits<double>::quiet_NaN();
+    return zero_or_nan == A(0) ? static_cast<R>(rest[r]) : std::numeric_limits<R>::quiet_NaN();
   }
 
-  IndexRow<double> index_row(int64_t r) const {
+  template <class R>
+  IndexRow<R> index_row(int64_t r) const {
     const A lead = target_logit_[r] - max[r];
-    const double gap = static_cast<double>(max[r]) - target_logit_[r];
-    return {defined_rest(r), gap, math::exp_nonpositive(lead), target_weight_[r]};
+    const R gap = static_cast<R>(max[r]) - static_cast<R>(target_logit_[r]);
+    return {defined_rest<R>(r), gap, static_cast<R>(math::exp_nonpositive(lead)),
+            static_cast<R>(target_weight_[r])};
   }
 
-  ProbabilityRow<double> probability_row(int64_t r) const { return {defined_rest(r), mass[r]}; }
+  template <class R>
+  ProbabilityRow<R> probability_row(int64_t r) const {
+    return {defined_rest<R>(r), static_cast<R>(mass[r])};
+  }
+
+  // As a function of its own: inlined into a whole kernel the loops are not always vectorised.
+  template <bool kLoss, bool kGradient>
+  void run() {
+    simd::run([this] { solve<kLoss, kGradient>(); });
+  }
 
   template <bool kLoss, bool kGradient>
   void solve() {
@@ -185,10 +197,11 @@ class RowBatch {
       }
     } else {
       const double weight_sum = p_.weight_sum;
+      const Smoothing<A> loss_smoothing(p_.label_smoothing, p_.classes);
       const Smoothing<double> smoothing = smoothing_;
 #pragma omp simd
       for (int64_t r = 0; r < size; r++) {
-        const double loss = kLoss ? index_loss(r, weight_sum, smoothing) : 0.0;
+        const A loss = kLoss ? index_loss(r, static_cast<A>(weight_sum), loss_smoothing) : A(0);
         const double factor = kGradient ? index_factor(r, weight_sum, smoothing) : 0.0;
         const double grad = kGradient ? scaled_target_grad(r, weight_sum, smoothing) : 0.0;
         if (kLoss) loss_[r] = loss;
@@ -201,32 +214,31 @@ class RowBatch {
   // One function for each result of a row: the variables of a function that is inlined into a loop
   // stay in registers, those of the loop itself may become arrays, which GCC does not vectorise.
   // What they have in common is computed once.
-  double index_loss(int64_t r, double weight_sum, Smoothing<double> smoothing) const {
-    const IndexRow<double> row = index_row(r);
-    const double loss = row.loss(log_total(r), gaps[r], weight_sum, smoothing);
-    return target_class[r] < 0 ? 0.0 : loss;
+  A index_loss(int64_t r, A weight_sum, Smoothing<A> smoothing) const {
+    const IndexRow<A> row = index_row<A>(r);
+    const A loss = row.loss(log_total(r), static_cast<A>(gaps[r]), weight_sum, smoothing);
+    return target_class[r] < 0 ? A(0) : loss;
   }
 
   double index_factor(int64_t r, double weight_sum, Smoothing<double> smoothing) const {
-    const double factor = index_row(r).exp_factor(weight_sum, smoothing);
+    const double factor = index_row<double>(r).exp_factor(weight_sum, smoothing);
     return smoothing.smooth == 0.0 ? scale[r] * factor : factor;
   }
 
   double scaled_target_grad(int64_t r, double weight_sum, Smoothing<double> smoothing) const {
-    return scale[r] * index_row(r).target_grad(weight_sum, smoothing);
+    return scale[r] * index_row<double>(r).target_grad(weight_sum, smoothing);
   }
 
-  double probability_loss(int64_t r) const {
-    return probability_row(r).loss(log_total(r), gaps[r]);
+  A probability_loss(int64_t r) const {
+    return probability_row<A>(r).loss(log_total(r), static_cast<A>(gaps[r]));
   }
 
-  double probability_factor(int64_t r) const { return probability_row(r).exp_factor(); }
+  double probability_factor(int64_t r) const { return probability_row<double>(r).exp_factor(); }
 
   const Problem& p_;
   const Smoothing<double> smoothing_;
   const bool spreads_, scales_vary_;
-  alignas(kLine) A target_logit_[kMaxBatch], target_weight_[kMaxBatch];
-  alignas(kLine) double loss_[kMaxBatch];
+  alignas(kLine) A target_logit_[kMaxBatch], target_weight_[kMaxBatch], loss_[kMaxBatch];
 };
 
 }  // namespace fused_ce::cpu

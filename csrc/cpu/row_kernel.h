@@ -87,8 +87,8 @@ class RowKernel {
     for (int64_t r = 0; r < tile.rows; r++) write_target_gradient(r, tile.run(p_.target_grad));
   }
 
-  // What forward and backward consist of, for the classes [first, last) of row r, both multiples of
-  // kRowBlock or the end. `blocks` holds the whole row's blocks.
+  // What forward and backward consist of. Classes [first, last) of row r begin and end at multiples
+  // of kRowBlock or the row's end; `blocks` holds the whole row's blocks.
   void begin(const Tile& tile) {
     input_ = tile.run(p_.input);
     target_ = tile.run(p_.target);
@@ -422,7 +422,7 @@ class RowKernel {
   }
 
   void write_target_gradient(int64_t r, const Run& target_grad) {
-    const A log_total = static_cast<A>(batch_.log_total(r));
+    const A log_total = batch_.log_total(r);
     const A scale = static_cast<A>(batch_.scale[r]), max = batch_.max[r];
     const A* weight = static_cast<const A*>(p_.weight);
     for (int64_t b = 0; b < p_.classes; b += kRowBlock) {

@@ -15,13 +15,13 @@ enum class Level { kBaseline, kAvx2, kAvx512 };
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-#define FCE_AVX2 "avx2,fma,f16c,bmi,bmi2,lzcnt,movbe"
+#define FCE_AVX2 "avx2,fma,f16c,bmi,bmi2"
 #define FCE_AVX512 FCE_AVX2 ",avx512f,avx512bw,avx512dq,avx512vl,avx512cd,prefer-vector-width=512"
 
 inline Level detect() {
   const char* cap = std::getenv("ATEN_CPU_CAPABILITY");
   if (cap && !std::strcmp(cap, "default")) return Level::kBaseline;
-  // Every CPU with AVX2 and FMA has the other extensions of FCE_AVX2 too.
+  // Every CPU with AVX2 has F16C too, which not all compilers can ask for.
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -100,4 +100,13 @@ int main(int, char** argv) {
                bits += step;
                return y < 1e38;
              }));
+  bits = 0;
+  report("log1p_float",
+         sweep<float>(
+             [](float y) { return fused_ce::math::log1p_nonnegative(y, 1.0f / (1.0f + y)); }, log1p,
+             [&](float& y) {
+               y = bits_as<float>(static_cast<uint32_t>(bits));
+               bits += step;
+               return y < 1e38f;
+             }));
 }

@@ -1,0 +1,75 @@
+// One row of any layout, its logits read one by one.
+#pragma once
+
+#include "coefficients.cuh"
+#include "row_threads.cuh"
+
+namespace fused_ce::cuda {
+
+template <class T>
+struct AnyRow {
+  const T* x;
+  int64_t stride;
+
+  __device__ __forceinline__ AnyRow(const Problem& p, const RowIndex& row)
+      : x(static_cast<const T*>(p.input.data) + row.offset(p, p.input)),
+        stride(p.input.class_stride) {}
+
+  __device__ __forceinline__ Accumulation<T> operator[](int64_t c) const {
+    return widen(x[c * stride]);
+  }
+};
+
+// One thread's part of the sums: the classes first, first + step, ...
+template <bool kProbabilities, class T, class A>
+__device__ __forceinline__ void add_row(const AnyRow<T>& row,
+                                        const Coefficients<kProbabilities, A>& a, int64_t first,
+                                        int64_t step, int64_t classes, RowSums<A>& sums) {
+  constexpr int kUnroll = 4;  // logits on their way at a time
+  for (int64_t c = first; c < classes; c += step * kUnroll) {
+    A x[kUnroll];
+    A max = sums.max;
+#pragma unroll
+    for (int i = 0; i < kUnroll; i++) {
+      x[i] = c + i * step < classes ? row[c + i * step] : -kInfinity<A>;
+      max = larger(max, x[i]);
+    }
+    sums.template raise<true>(max);
+    const A base = base_of(max);
+#pragma unroll
+    for (int i = 0; i < kUnroll; i++) {
+      sums.add(x[i], base);
+      if (a.spread() && c + i * step < classes) sums.spread(x[i], base, a(c + i * step));
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void write_zeros(const Problem& p, const RowIndex& row, int64_t first,
+                                            int64_t step) {
+  T* grad = static_cast<T*>(p.grad.data) + row.offset(p, p.grad);
+  for (int64_t c = first; c < p.classes; c += step) grad[c * p.grad.class_stride] = T{};
+}
+
+// One thread's part of the gradient. It reads no logit but those whose places it writes.
+template <class T, bool kProbabilities, class A>
+__device__ __forceinline__ void write_gradient(const Problem& p, const RowIndex& row,
+                                               const RowTarget& target, A max, A rest, A mass,
+                                               const Constants<A>& k, int64_t first, int64_t step) {
+  const AnyRow<T> logits(p, row);
+  const Coefficients<kProbabilities, A> a(p, row, k.smoothing);
+  const A scale = row_scale(p, row, k), weight = target.weight<A>(p);
+  const RowGradient<A> gradient = kProbabilities ? probability_gradient(max, rest, mass, scale)
+                                                 : index_gradient(max, rest, weight, scale, k);
+  T* grad = static_cast<T*>(p.grad.data) + row.offset(p, p.grad);
+#pragma unroll 2
+  for (int64_t c = first; c < p.classes; c += step) {
+    const A x = logits[c];
+    A value = a.spread() ? gradient.of(x, a(c)) : gradient.of(x);
+    if (!kProbabilities && c == target.index)
+      value = target_gradient(max, rest, x, weight, scale, k);
+    grad[c * p.grad.class_stride] = narrow<T>(value);
+  }
+}
+
+}  // namespace fused_ce::cuda

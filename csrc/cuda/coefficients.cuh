@@ -1,0 +1,35 @@
+// The coefficients a_c of a row, as the formula defines them.
+#pragma once
+
+#include "row.cuh"
+
+namespace fused_ce::cuda {
+
+template <bool kProbabilities, class A>
+class Coefficients {
+ public:
+  __device__ __forceinline__ Coefficients(const Problem& p, const RowIndex& row,
+                                          const Smoothing<A>& smoothing)
+      : p_(p), smoothing_(smoothing), offset_(kProbabilities ? row.offset(p, p.target) : 0) {}
+
+  // Whether classes other than the target have one.
+  __device__ __forceinline__ bool spread() const {
+    return kProbabilities || smoothing_.smooth != A(0);
+  }
+
+  // The coefficient of class c, or the class weight, which smoothing shares out, where the target
+  // is an index.
+  __device__ __forceinline__ A operator()(int64_t c) const {
+    const A weight = class_weight<A>(p_, c);
+    if constexpr (!kProbabilities) return weight;
+    const A probability = load_value<A>(p_.target, offset_ + c * p_.target.class_stride);
+    return probability_coefficient(probability, weight, smoothing_);
+  }
+
+ private:
+  const Problem& p_;
+  const Smoothing<A>& smoothing_;
+  int64_t offset_;
+};
+
+}  // namespace fused_ce::cuda

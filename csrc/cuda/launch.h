@@ -1,0 +1,46 @@
+// The CUDA kernels as their callers see them: plain data in, work put on a stream.
+//
+// Nothing here synchronises with the host, reads device memory on the host or allocates, so every
+// call may be captured in a CUDA graph. Errors of a launch stay with the runtime: the caller asks
+// cudaGetLastError() once it has queued all its work.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+
+#include "../problem.h"
+
+namespace fused_ce::cuda {
+
+using Stream = cudaStream_t;
+
+// What a call needs to know of the device it runs on.
+struct Device {
+  int multiprocessors = 0;
+  int major = 0, minor = 0;  // compute capability
+};
+
+// Device memory that forward() needs besides its tensors, aligned to 16 bytes. Its contents may be
+// undefined: the first launch of a call sets what needs setting.
+size_t workspace_bytes(const Problem& p, const Device& device);
+
+// The loss, and where `p` has memory for them the row statistics, their totals, and the gradient
+// for a grad_output of 1 (p.grad may be p.input's memory). A target out of range is a device-side
+// assertion, with the text of PyTorch's own.
+void forward(const Problem& p, const Device& device, void* workspace, Stream stream);
+
+enum class When { kAlways, kUnlessGradOutputIsOne };
+
+// The gradient with respect to the logits, from the logits, the row statistics and their totals.
+// With kUnlessGradOutputIsOne p.grad stays as it is where the device finds a grad_output of 1.
+void backward(const Problem& p, const Device& device, When when, Stream stream);
+
+// The gradient with respect to probability targets.
+void backward_target(const Problem& p, const Device& device, Stream stream);
+
+// Multiplies every element by *factor, a device scalar, unless that is 1. A zero stays one, even
+// times nan: it may be the gradient of an ignored row.
+void scale(const Elements& elements, const Operand& factor, const Device& device, Stream stream);
+
+}  // namespace fused_ce::cuda

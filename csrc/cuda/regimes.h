@@ -1,0 +1,89 @@
+// The kernels by the kind of problem that each is for; launch.cu picks.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "kernel_launch.h"
+#include "result.cuh"
+
+namespace fused_ce::cuda {
+
+template <class Use>
+void with_floating_type(DType dtype, const Use& use) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return use(double{});
+    case DType::kFloat32:
+      return use(float{});
+    case DType::kBFloat16:
+      return use(BFloat16{});
+    default:
+      return use(Float16{});
+  }
+}
+
+template <class Use>
+void with_logits_type(const Problem& p, const Use& use) {
+  with_floating_type(p.input.dtype, use);
+}
+
+// Of the types that have packs.
+template <class Use>
+void with_vector_type(const Problem& p, const Use& use) {
+  switch (p.input.dtype) {
+    case DType::kFloat32:
+      return use(float{});
+    case DType::kBFloat16:
+      return use(BFloat16{});
+    default:
+      return use(Float16{});
+  }
+}
+
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // of a launch
+
+// The blocks of a forward launch, each of which leaves one number in Result::losses.
+int64_t two_read_blocks(const Problem& p, const Device& device);
+void two_read_forward(const Problem& p, const Result& result, const Device& device, Stream stream);
+void two_read_backward(const Problem& p, const Device& device, When when, Stream stream);
+void target_backward(const Problem& p, const Device& device, Stream stream);
+
+bool strided_serves(const Problem& p, const Device& device);
+int64_t strided_blocks(const Problem& p, const Device& device);
+void strided_forward(const Problem& p, const Result& result, const Device& device, Stream stream);
+void strided_backward(const Problem& p, const Device& device, When when, Stream stream);
+
+bool tile_rows_serves(const Problem& p, const Device& device);
+int64_t tile_rows_blocks(const Problem& p, const Device& device);
+void tile_rows_forward(const Problem& p, const Result& result, const Device& device, Stream stream);
+void tile_rows_backward(const Problem& p, const Device& device, When when, Stream stream);
+
+bool row_on_chip_serves(const Problem& p, const Device& device);
+int64_t row_on_chip_blocks(const Problem& p, const Device& device);
+void row_on_chip_forward(const Problem& p, const Result& result, const Device& device,
+                         Stream stream);
+void row_on_chip_float32(const Problem& p, const Result& result, Stream stream);
+void row_on_chip_bfloat16(const Problem& p, const Result& result, Stream stream);
+void row_on_chip_float16(const Problem& p, const Result& result, Stream stream);
+
+bool streaming_serves(const Problem& p, const Device& device);
+int64_t streaming_blocks(const Problem& p, const Device& device);
+void streaming_forward(const Problem& p, const Result& result, const Device& device, Stream stream);
+
+bool elementwise_backward_serves(const Problem& p, const Device& device);
+void elementwise_backward(const Problem& p, const Device& device, When when, Stream stream);
+
+// Sets the tickets to zero, and where `count` says so finds the totals.
+struct TotalsWork {
+  Operand totals;       // [2] double, to be found
+  Operand kept_totals;  // the same in the row statistics, where there are any
+  BlockSum weights;     // with tickets of its own
+  unsigned* tickets;    // of the launch that follows
+  int64_t ticket_count;
+};
+bool needs_totals(const Problem& p);
+int64_t totals_blocks(const Problem& p);
+void find_totals(const Problem& p, const TotalsWork& work, Stream stream);
+
+}  // namespace fused_ce::cuda

@@ -1,0 +1,111 @@
+// The operators on CUDA: the device, the stream and the memory of a call, for the kernels to use.
+//
+// Nothing waits for the device and nothing is read from it, so every call may be captured in a
+// graph. The library has a CUDA runtime of its own, linked statically, and takes from torch only
+// what the stable ABI offers; it loads where torch has no CUDA as well.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <vector>
+
+#include "../calls.h"
+#include "launch.h"
+#include "support.h"
+
+// Weak, because a torch without CUDA has none.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace fused_ce::cuda {
+
+namespace {
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error));
+}
+
+Device describe(int index) {
+  const auto attribute = [index](cudaDeviceAttr name) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, name, index));
+    return value;
+  };
+  Device device;
+  device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  device.major = attribute(cudaDevAttrComputeCapabilityMajor);
+  device.minor = attribute(cudaDevAttrComputeCapabilityMinor);
+  return device;
+}
+
+const Device& device_at(int index) {
+  static const std::vector<Device> devices = [] {
+    int count = 0;
+    check(cudaGetDeviceCount(&count));
+    std::vector<Device> found;
+    for (int i = 0; i < count; i++) found.push_back(describe(i));
+    return found;
+  }();
+  return devices.at(index);
+}
+
+class Cuda {
+ public:
+  static constexpr bool kFindsTotals = true;
+
+  explicit Cuda(const Tensor& input) : input_(input), guard_(input.get_device_index()) {
+    const int index = input.get_device_index();
+    FCE_CHECK(aoti_torch_get_current_cuda_stream,
+              "this torch has CUDA tensors but names no CUDA stream; install another build of it");
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    stream_ = static_cast<Stream>(stream);
+    check(cudaSetDevice(index));  // this library's runtime has not seen the guard
+    device_ = &device_at(index);
+  }
+
+  void forward(Problem& p) {
+    const auto bytes = static_cast<int64_t>(workspace_bytes(p, *device_));
+    const Tensor workspace = empty(Sizes(&bytes, 1), ScalarType::Byte, input_);
+    cuda::forward(p, *device_, workspace.data_ptr(), stream_);
+    check(cudaGetLastError());
+  }
+
+  void backward(Problem& p) { backward(p, When::kAlways); }
+  void rescale(Problem& p) { backward(p, When::kUnlessGradOutputIsOne); }
+
+  void backward_target(Problem& p) {
+    cuda::backward_target(p, *device_, stream_);
+    check(cudaGetLastError());
+  }
+
+  void scale(const Elements& elements, const Operand& factor) {
+    cuda::scale(elements, factor, *device_, stream_);
+    check(cudaGetLastError());
+  }
+
+  static bool is_known_to_be_one(const Operand&) { return false; }
+  static void prepare(const Tensor&) {}
+
+ private:
+  void backward(Problem& p, When when) {
+    cuda::backward(p, *device_, when, stream_);
+    check(cudaGetLastError());
+  }
+
+  const Tensor& input_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  Stream stream_;
+  const Device* device_;
+};
+
+}  // namespace
+
+}  // namespace fused_ce::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(fused_ce, CUDA, m) { fused_ce::register_calls<fused_ce::cuda::Cuda>(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {
+  m.impl("has_cuda_code", TORCH_BOX(&fused_ce::cuda::has_code_for));
+}

@@ -1,0 +1,40 @@
+// Where a forward kernel leaves what it found: losses row by row, or their sum, which the last
+// block divides and rounds, once.
+#pragma once
+
+#include "block_sum.cuh"
+#include "row.cuh"
+
+namespace fused_ce::cuda {
+
+// What a forward kernel is given besides the problem.
+struct Result {
+  BlockSum losses;
+  Operand totals;  // also to be stored here, where nobody has found them on the device
+};
+
+// For each row, by one thread.
+template <class A, class Index>
+__device__ __forceinline__ void store_row(const Problem& p, const Index& row, A loss,
+                                          const RowSums<A>& sums) {
+  store_statistics(p, row, sums.max, sums.rest);
+  if (p.reduction == Reduction::kNone) store_value(loss, p.loss, row.offset(p, p.loss));
+}
+
+// For each block, by its first warp, with the sum of the block's losses in lane 0.
+__device__ __forceinline__ void store_block(const Problem& p, const Result& result, double losses,
+                                            int64_t block, int64_t blocks) {
+  if (block == 0 && threadIdx.x % kWarp == 0 && result.totals.data) {
+    store_value(p.weight_sum, result.totals, 0);
+    store_value(p.denominator, result.totals, result.totals.class_stride);
+  }
+  if (p.reduction == Reduction::kNone) return;
+  double total;
+  if (!add_blocks(result.losses, losses, block, blocks, total)) return;
+  if (threadIdx.x % kWarp == 0) {
+    const Constants<double> k(p);
+    store_value(total / k.denominator, p.loss, 0);
+  }
+}
+
+}  // namespace fused_ce::cuda

@@ -1,0 +1,221 @@
+// One row of a problem: where its elements lie, its target, and the formula applied to its sums.
+#pragma once
+
+#undef NDEBUG  // a target out of range is reported in every build
+#include <cassert>
+
+#include "../formula.h"
+#include "row_sums.cuh"
+
+namespace fused_ce::cuda {
+
+__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
+  // Far fewer instructions, where it will do.
+  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
+}
+
+// Where a row's elements lie.
+class RowIndex {
+ public:
+  __device__ __forceinline__ RowIndex(const Problem& p, int64_t row) : last_(p.row_dims - 1) {
+    outer_ = last_ == 0 ? 0 : divide(row, p.row_sizes[last_]);
+    inner_ = last_ == 0 ? row : row - outer_ * p.row_sizes[last_];
+  }
+
+  // Of the row's first element in an operand.
+  __device__ __forceinline__ int64_t offset(const Problem& p, const Operand& operand) const {
+    const int64_t offset = inner_ * operand.row_strides[last_];
+    if (last_ > 1) return offset + outer_offset(p, operand);
+    return offset + outer_ * operand.row_strides[0];
+  }
+
+ private:
+  // Rarely needed, and then not worth a copy of its divisions wherever there is an operand.
+  __device__ __noinline__ int64_t outer_offset(const Problem& p, const Operand& operand) const {
+    int64_t offset = 0, rest = outer_;
+    for (int d = last_ - 1; d > 0; d--) {
+      const int64_t next = divide(rest, p.row_sizes[d]);
+      offset += (rest - next * p.row_sizes[d]) * operand.row_strides[d];
+      rest = next;
+    }
+    return offset + rest * operand.row_strides[0];
+  }
+
+  int last_;
+  int64_t inner_, outer_;
+};
+
+// The same for problems with fewer rows than 2^31 in at most two dimensions: without calls, which
+// would cost a kernel that fills its registers dearly.
+class ShortRowIndex {
+ public:
+  __device__ __forceinline__ ShortRowIndex(const Problem& p, int64_t row)
+      : last_(p.row_dims - 1), inner_(static_cast<unsigned>(row)), outer_(0) {
+    if (last_ == 0) return;
+    const unsigned size = static_cast<unsigned>(p.row_sizes[1]);
+    outer_ = inner_ / size;
+    inner_ -= outer_ * size;
+  }
+
+  __device__ __forceinline__ int64_t offset(const Problem&, const Operand& operand) const {
+    return inner_ * operand.row_strides[last_] + outer_ * operand.row_strides[0];
+  }
+
+ private:
+  int last_;
+  unsigned inner_, outer_;
+};
+
+// The row's class; not counted where it is the ignored one.
+struct RowTarget {
+  int64_t index;
+  bool is_counted;
+
+  template <class Index>
+  __device__ __forceinline__ RowTarget(const Problem& p, const Index& row)
+      : index(p.probabilities ? -1 : load_index(p.target, row.offset(p, p.target))),
+        is_counted(p.probabilities || index != p.ignore_index) {}
+
+  // Stops the kernel where the index is out of range. One thread of the row's calls this, before
+  // it reads what lies there.
+  __device__ __forceinline__ void check(const Problem& p) const {
+    const int64_t t = index, n_classes = p.classes;
+    assert(t >= 0 && t < n_classes);  // as PyTorch words it
+  }
+
+  __device__ __forceinline__ bool in_range(const Problem& p) const {
+    return static_cast<uint64_t>(index) < static_cast<uint64_t>(p.classes);
+  }
+
+  // For all threads of the row.
+  template <class A>
+  __device__ __forceinline__ A weight(const Problem& p) const {
+    return p.weight && in_range(p) ? static_cast<const A*>(p.weight)[index] : A(1);
+  }
+};
+
+// What the whole problem shares: the same in all threads.
+template <class A>
+struct Constants {
+  Smoothing<A> smoothing;
+  A weight_sum, denominator;
+
+  __device__ __forceinline__ explicit Constants(const Problem& p)
+      : smoothing(p.label_smoothing, p.classes),
+        weight_sum(static_cast<A>(p.weight_sum)),
+        denominator(static_cast<A>(p.denominator)) {
+    if (p.totals.data) {
+      weight_sum = load_value<A>(p.totals, 0);
+      denominator = load_value<A>(p.totals, p.totals.class_stride);
+    }
+  }
+};
+
+template <class A>
+__device__ __forceinline__ A class_weight(const Problem& p, int64_t c) {
+  return p.weight ? static_cast<const A*>(p.weight)[c] : A(1);
+}
+
+// A row whose largest logit is infinite has no softmax.
+template <class A>
+__device__ __forceinline__ A defined_rest(A rest, A max) {
+  return max - max == A(0) ? rest : kNan<A>;
+}
+
+__device__ __forceinline__ float log1p_nonnegative(float x) { return log1pf(x); }
+__device__ __forceinline__ double log1p_nonnegative(double x) { return log1p(x); }
+
+template <class A>
+__device__ __forceinline__ IndexRow<A> index_row(A max, A rest, A target_logit, A target_weight) {
+  return {defined_rest(rest, max), max - target_logit, exp_nonpositive(target_logit - max),
+          target_weight};
+}
+
+template <class A>
+__device__ __forceinline__ A index_loss(const RowSums<A>& sums, A target_logit, A target_weight,
+                                        const Constants<A>& k) {
+  const IndexRow<A> row = index_row(sums.max, sums.rest, target_logit, target_weight);
+  return row.loss(log1p_nonnegative(row.rest), sums.gaps, k.weight_sum, k.smoothing);
+}
+
+template <class A>
+__device__ __forceinline__ A probability_loss(const RowSums<A>& sums) {
+  const ProbabilityRow<A> row(defined_rest(sums.rest, sums.max), sums.mass);
+  return row.loss(log1p_nonnegative(row.rest), sums.gaps);
+}
+
+// The gradient of a row, from what is the same for all its classes.
+template <class A>
+struct RowGradient {
+  A base;    // what logits are relative to
+  A factor;  // of exp(x_c - base); where classes do not spread, with the scale in it
+  A scale;   // grad_output / denominator
+  A part;    // of the coefficients
+
+  // For a class other than the target.
+  __device__ __forceinline__ A of(A x) const { return factor * exp_nonpositive(x - base); }
+
+  // The difference comes before the scale, so that equal terms cancel.
+  __device__ __forceinline__ A of(A x, A coefficient) const {
+    return scale * (of(x) - part * coefficient);
+  }
+};
+
+template <class A>
+__device__ __forceinline__ RowGradient<A> index_gradient(A max, A rest, A target_weight, A scale,
+                                                         const Constants<A>& k) {
+  // Which class is the target makes no difference here.
+  const IndexRow<A> row = index_row(max, rest, max, target_weight);
+  const A factor = row.exp_factor(k.weight_sum, k.smoothing);
+  const bool spreads = k.smoothing.smooth != A(0);
+  return {base_of(max), spreads ? factor : scale * factor, scale, k.smoothing.smooth};
+}
+
+// For the target itself.
+template <class A>
+__device__ __forceinline__ A target_gradient(A max, A rest, A target_logit, A target_weight,
+                                             A scale, const Constants<A>& k) {
+  const IndexRow<A> row = index_row(max, rest, target_logit, target_weight);
+  return scale * row.target_grad(k.weight_sum, k.smoothing);
+}
+
+template <class A>
+__device__ __forceinline__ RowGradient<A> probability_gradient(A max, A rest, A mass, A scale) {
+  const ProbabilityRow<A> row(defined_rest(rest, max), mass);
+  return {base_of(max), row.exp_factor(), scale, A(1)};
+}
+
+// What the row's gradient is multiplied by.
+template <class A, class Index>
+__device__ __forceinline__ A row_scale(const Problem& p, const Index& row, const Constants<A>& k) {
+  const A grad_output =
+      p.grad_output.data ? load_value<A>(p.grad_output, row.offset(p, p.grad_output)) : A(1);
+  return grad_output / k.denominator;
+}
+
+// By one thread of the row's.
+template <class A, class Index>
+__device__ __forceinline__ void store_statistics(const Problem& p, const Index& row, A max,
+                                                 A rest) {
+  if (!p.row_max.data) return;
+  static_cast<A*>(p.row_max.data)[row.offset(p, p.row_max)] = max;
+  static_cast<A*>(p.row_rest.data)[row.offset(p, p.row_rest)] = rest;
+}
+
+template <class A, class Index>
+__device__ __forceinline__ A load_max(const Problem& p, const Index& row) {
+  return static_cast<const A*>(p.row_max.data)[row.offset(p, p.row_max)];
+}
+
+template <class A, class Index>
+__device__ __forceinline__ A load_rest(const Problem& p, const Index& row) {
+  return static_cast<const A*>(p.row_rest.data)[row.offset(p, p.row_rest)];
+}
+
+// Whether a gradient that is there already is the one asked for.
+__device__ __forceinline__ bool grad_output_is_one(const Problem& p) {
+  return load_value<double>(p.grad_output, 0) == 1.0;
+}
+
+}  // namespace fused_ce::cuda

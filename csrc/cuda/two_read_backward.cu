@@ -1,0 +1,81 @@
+// The gradient of any problem at all, from the logits and the row statistics.
+//
+// With probability targets a row is read twice: its coefficients must be summed first.
+#include "any_row.cuh"
+#include "regimes.h"
+
+namespace fused_ce::cuda {
+
+namespace {
+
+template <class T, bool kProbabilities>
+__global__ void __launch_bounds__(RowThreads::kBlock, 2)
+    two_read_backward_kernel(const __grid_constant__ Problem p, When when,
+                             RowThreads::Shape shape) {
+  using A = Accumulation<T>;
+  if (when == When::kUnlessGradOutputIsOne && grad_output_is_one(p)) return;
+  auto& shared = *static_cast<RowThreads::Shared<A>*>(shared_memory());
+  const RowThreads threads(shape);
+  const Constants<A> k(p);
+  for (int64_t r = threads.first_row(); r < p.rows; r += threads.row_step()) {
+    const RowIndex row(p, r);
+    const RowTarget target(p, row);
+    if (!target.is_counted) {
+      write_zeros<T>(p, row, threads.rank, shape.threads);
+      continue;
+    }
+    RowSums<A> sums;
+    if constexpr (kProbabilities) {
+      const Coefficients<kProbabilities, A> a(p, row, k.smoothing);
+      for (int64_t c = threads.rank; c < p.classes; c += shape.threads) sums.mass += a(c);
+      threads.add(sums, shared);
+    } else if (threads.rank == 0) {
+      target.check(p);
+    }
+    write_gradient<T, kProbabilities>(p, row, target, load_max<A>(p, row), load_rest<A>(p, row),
+                                      sums.mass, k, threads.rank, shape.threads);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(RowThreads::kBlock, 2)
+    target_backward_kernel(const __grid_constant__ Problem p, RowThreads::Shape shape) {
+  using A = Accumulation<T>;
+  const RowThreads threads(shape);
+  const Constants<A> k(p);
+  for (int64_t r = threads.first_row(); r < p.rows; r += threads.row_step()) {
+    const RowIndex row(p, r);
+    const AnyRow<T> logits(p, row);
+    const A max = load_max<A>(p, row);
+    const A log_total = log1p_nonnegative(defined_rest(load_rest<A>(p, row), max));
+    const A scale = row_scale(p, row, k);
+    const int64_t offset = row.offset(p, p.target_grad);
+    for (int64_t c = threads.rank; c < p.classes; c += shape.threads) {
+      const A value =
+          probability_grad(max - logits[c], log_total, class_weight<A>(p, c), k.smoothing);
+      store_value(scale * value, p.target_grad, offset + c * p.target_grad.class_stride);
+    }
+  }
+}
+
+}  // namespace
+
+void two_read_backward(const Problem& p, const Device& device, When when, Stream stream) {
+  with_logits_type(p, [&](auto zero) {
+    using T = decltype(zero);
+    const Grid grid{row_blocks(p, device), RowThreads::kBlock,
+                    sizeof(RowThreads::Shared<Accumulation<T>>)};
+    const auto kernel =
+        p.probabilities ? two_read_backward_kernel<T, true> : two_read_backward_kernel<T, false>;
+    launch_kernel(kernel, grid, stream, p, when, row_shape(p));
+  });
+}
+
+void target_backward(const Problem& p, const Device& device, Stream stream) {
+  with_logits_type(p, [&](auto zero) {
+    const Grid grid{row_blocks(p, device), RowThreads::kBlock};
+    launch_kernel(target_backward_kernel<decltype(zero)>, grid, stream, p, row_shape(p));
+  });
+}
+
+}  // namespace fused_ce::cuda

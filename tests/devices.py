@@ -1,0 +1,28 @@
+"""Which devices the tests run on, and why one is left out.
+
+A module that has `pytestmark = every_device` runs all its tests on each: what they create without
+naming a device is then on that one. `make test` skips the CUDA half where there is no GPU;
+`pytest -m cuda` is that half alone.
+"""
+
+import pytest
+import torch
+
+from fused_ce import ops
+
+
+def missing_for_cuda():
+    """What keeps the CUDA tests from running here; empty if nothing does."""
+    if not torch.cuda.is_available():
+        return "there is no GPU that this torch can use"
+    return ops.lacking("cuda", torch.cuda.current_device()) or ""
+
+
+needs_cuda = (
+    pytest.mark.cuda,
+    pytest.mark.skipif(bool(missing_for_cuda()), reason=missing_for_cuda() or "it can run"),
+)
+DEVICES = ("cpu", pytest.param("cuda", marks=needs_cuda))
+every_device = pytest.mark.usefixtures("device")
+# For a test of such a module that is about the CPU: its threads, or stock's order of additions.
+on_cpu = pytest.mark.parametrize("device", ["cpu"], indirect=True)
