@@ -169,10 +169,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if busy(facts):
         console.print(f"[yellow]{busy(facts)}[/]", highlight=False, soft_wrap=True)
 
-    kind = "scaling" if options.scaling else "linear" if options.linear else "bench"
+    kind = "linear" if options.linear else "scaling" if options.scaling else "bench"
     start = perf_counter()
 
-    def write(records: Sequence[Record]) -> None:
+    def write(records: Sequence[Record | linear.Figures]) -> None:
         data = {
             "kind": kind,
             "machine": facts,

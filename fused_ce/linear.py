@@ -86,8 +86,8 @@ def linear_cross_entropy(
             sum of the weight's) apart. A row is the least. Default: 64 MiB on the CPU and 1 GiB on
             CUDA, or as much as the fewest rows take that are efficient there, 256 and 2048.
         grad_in_forward (bool): compute the gradients along with the loss, for a ``grad_output`` of
-            1; they are scaled if something else arrives. ``False`` keeps a few numbers a row
-            instead of gradients until the backward, which computes the logits anew. So it always is
+            1; they are scaled if something else arrives. ``False`` keeps nothing until the
+            backward, which computes the logits anew. So it always is
             with ``reduction='none'`` and in float16. Default: ``True``
 
     Shape:
@@ -362,7 +362,7 @@ def _fused(
     ahead = grad_in_forward and reduction != "none" and dtype != torch.float16
     if ahead and any(needs):
         return _forward_grad(*arguments, *options, *needs)[0]
-    return _forward(*arguments, *options)[0]
+    return _forward(*arguments, *options)
 
 
 # The chunks.
@@ -401,14 +401,22 @@ class _Problem:
             _check_range(target, self.classes, ignore_index)
         if reduction == _MEAN:
             self.weight, self.unit = self._mean_weight(weight, probabilities, ignore_index)
-        # The arguments that all operators of a chunk share.
-        self.options = (
-            self.weight,
-            _NONE if reduction == _NONE else _SUM,
-            ignore_index,
-            label_smoothing,
-        )
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         self.rows = self._chunk_rows(chunk_size, max_chunk_bytes)
+
+    @property
+    def options(self) -> tuple:
+        """The arguments that all operators of a chunk share."""
+        reduction = _NONE if self.reduction == _NONE else _SUM
+        return self.weight, reduction, self.ignore_index, self.label_smoothing
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiplies a reduced loss, through the class weights: before any gradient is rounded."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        weight = self.weight
+        if weight is None:
+            weight = torch.ones(self.classes, dtype=wide, device=factor.device)
+        self.weight = weight.to(wide) * factor.to(wide)
 
     def _mean_weight(self, weight, probabilities, ignore_index) -> tuple[Tensor, Tensor]:
         """The class weights over the mean's denominator, and 1 over it; no number visits the
@@ -473,13 +481,6 @@ class _Problem:
 
     def shaped(self, logits: Tensor) -> Tensor:
         return logits.view(-1, self.classes, *self.positions)
-
-    def stats_of(self, stats: Tensor, rows: slice) -> Tensor:
-        """The part of all statistics that is this chunk's."""
-        inner = math.prod(self.positions)
-        part = stats[:, rows.start * inner : rows.stop * inner]
-        columns = ops.totals_columns(self.input)
-        return torch.cat((part, stats[:, -columns:]), 1) if columns else part.contiguous()
 
     def total(self, losses: list[Tensor]) -> Tensor:
         """The loss, from those of the chunks in float64."""
@@ -620,20 +621,18 @@ def _operator(name: str, arguments: str, returns: str) -> Callable:
     return custom_op(f"fused_ce::{name}", mutates_args=(), schema=schema)
 
 
-@_operator("linear_forward", _CALL.format(""), "Tensor loss, Tensor stats")
+@_operator("linear_forward", _CALL.format(""), "Tensor")
 def _forward(*arguments):
     with _no_autocast(arguments[0]):
         problem = _Problem(*arguments)
-        columns = ops.totals_columns(problem.input)
-        losses, stats, totals = [], [], _empty_stats(problem.input, columns)
-        for rows, _, logits in problem.chunks():
-            loss, part = ops.forward_stats(
-                problem.shaped(logits), problem.target[rows], *problem.options, torch.float64
-            )
-            losses.append(loss)
-            part, totals = part.tensor_split([part.shape[1] - columns], dim=1)
-            stats.append(part)  # the totals are those of a sum: the same in every chunk
-        return problem.total(losses), torch.cat((*stats, totals), 1)
+        return problem.total(
+            [
+                ops.forward(
+                    problem.shaped(logits), problem.target[rows], *problem.options, torch.float64
+                )
+                for rows, _, logits in problem.chunks()
+            ]
+        )
 
 
 @_operator(
@@ -657,24 +656,25 @@ def _forward_grad(*arguments):
 
 @_operator(
     "linear_backward",
-    f"{_CALL.format('Tensor stats, Tensor grad_output,')}, {_NEEDS}",
+    f"{_CALL.format('Tensor grad_output,')}, {_NEEDS}",
     "Tensor, Tensor, Tensor",
 )
 def _backward(*arguments):
-    call = (*arguments[:_TENSORS], *arguments[_TENSORS + 2 : -3])
-    stats, grad_output = arguments[_TENSORS : _TENSORS + 2]
+    call = (*arguments[:_TENSORS], *arguments[_TENSORS + 1 : -3])
+    grad_output = arguments[_TENSORS]
     with _no_autocast(arguments[0]):
         problem = _Problem(*call)
         gradients = _Gradients(problem, _layer(call), arguments[-3:])
-        for rows, input, logits in problem.chunks():
-            ops.backward_(
-                problem.shaped(logits),
-                problem.target[rows],
-                problem.stats_of(stats, rows),
-                grad_output[rows] if grad_output.dim() else grad_output,
-                *problem.options,
-            )
-            gradients.add(rows, input, logits)
+        if problem.reduction != _NONE:
+            problem.scale(grad_output)
+        for rows, input, part in problem.chunks():
+            logits, target = problem.shaped(part), problem.target[rows]
+            if problem.reduction == _NONE:
+                _, stats = ops.forward_stats(logits, target, *problem.options)
+                ops.backward_(logits, target, stats, grad_output[rows], *problem.options)
+            else:
+                ops.forward_grad_(logits, target, *problem.options)
+            gradients.add(rows, input, part)
         return tuple(gradients.result())
 
 
@@ -696,17 +696,10 @@ def _layer(call: tuple) -> tuple[Tensor, Tensor, Tensor | None]:
     return input, linear_weight, linear_bias
 
 
-def _empty_stats(input: Tensor, columns: int) -> Tensor:
-    wide = torch.promote_types(input.dtype, torch.float32)
-    return input.new_empty((2, columns), dtype=wide)
-
-
-def _fake_forward(*arguments):
+def _fake_loss(*arguments) -> Tensor:
     input, _, target, _, _, reduction, _, _, _, loss_dtype, *_ = arguments
     inner = target.shape[2 if target.is_floating_point() else 1 :]
-    shape = (input.shape[0], *inner)
-    stats = _empty_stats(input, math.prod(shape) + ops.totals_columns(input))
-    return input.new_empty(shape if reduction == _NONE else (), dtype=loss_dtype), stats
+    return input.new_empty((len(input), *inner) if reduction == _NONE else (), dtype=loss_dtype)
 
 
 def _fake_gradients(layer: tuple, needs: tuple) -> list[Tensor]:
@@ -720,12 +713,12 @@ def _fake_gradients(layer: tuple, needs: tuple) -> list[Tensor]:
 
 @_forward.register_fake
 def _(*arguments):
-    return _fake_forward(*arguments)
+    return _fake_loss(*arguments)
 
 
 @_forward_grad.register_fake
 def _(*arguments):
-    return _fake_forward(*arguments[:-3])[0], *_fake_gradients(_layer(arguments), arguments[-3:])
+    return _fake_loss(*arguments[:-3]), *_fake_gradients(_layer(arguments), arguments[-3:])
 
 
 @_backward.register_fake
@@ -742,8 +735,8 @@ def _(*arguments):
 # itself, or that a transform has reached, is the unfused formula's.
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
-    _, *more = output
+def _save(ctx: Any, inputs: tuple, output: Tensor | tuple) -> None:
+    more = output[1:] if isinstance(output, tuple) else ()
     ctx.mark_non_differentiable(*more)
     ctx.set_materialize_grads(False)  # of what is not differentiable, they would be made of zeros
     ctx.save_for_backward(*inputs[:_TENSORS], *more)
@@ -754,10 +747,10 @@ def _recompute(ctx: Any, grad_output: Tensor, *_) -> tuple:
     """Logits and gradients are computed in the backward."""
     if grad_output is None:
         return (None,) * len(ctx.needs_input_grad)
-    *tensors, stats = ctx.saved_tensors
+    tensors = ctx.saved_tensors
     if autograd._needs_stock(grad_output):
         return _unfused_gradients(ctx, grad_output, tensors)
-    gradients = _backward(*tensors, stats, grad_output, *ctx.options, *_needs(ctx))
+    gradients = _backward(*tensors, grad_output, *ctx.options, *_needs(ctx))
     return _in_place_of_arguments(ctx, gradients)
 
 

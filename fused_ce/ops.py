@@ -100,16 +100,12 @@ def _fake_loss(
     return input.new_empty(_row_shape(input) if reduction == 0 else (), dtype=dtype)
 
 
-def totals_columns(input: Tensor) -> int:
-    """How many columns statistics have beyond those of the rows: the same for all rows' totals."""
-    return 0 if input.device.type == "cpu" else 1
-
-
 def _fake_stats(input: Tensor) -> Tensor:
-    rows = 1
+    columns = 1
     for size in _row_shape(input):
-        rows *= size
-    columns = rows + totals_columns(input)
+        columns *= size
+    if input.device.type != "cpu":
+        columns += 1  # for the totals
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return input.new_empty((2, columns), dtype=dtype)
 

@@ -119,7 +119,7 @@ def chunk_sizes():
 
         return record
 
-    names = ("forward_stats", "forward_grad_", "backward_")
+    names = ("forward", "forward_stats", "forward_grad_")
     with contextlib.ExitStack() as stack:
         for name in names:
             stack.enter_context(mock.patch.object(ops, name, spy(getattr(ops, name))))

@@ -227,7 +227,7 @@ def test_gradient_for_target_or_weight_is_lost():
 def test_small_fp16_gradients_vanish_under_a_scaler(reduction, autocast):
     rows, classes, factor = 64, 500, 32768.0  # float16 ends at 65504
     torch.manual_seed(0)
-    wide = [torch.randn(rows, 8) * 1e-3, torch.randn(classes, 8) * 1e-3]
+    wide = [torch.randn(rows, 8) * 1e-5, torch.randn(classes, 8) * 1e-5]
     target = torch.randint(classes, (rows,))
     leaves = [t.to(torch.float32 if autocast else torch.float16).requires_grad_() for t in wide]
     exact = [t.detach().double().requires_grad_() for t in leaves]
@@ -341,6 +341,18 @@ def test_gradient_does_not_reach_what_made_the_input():
         return torch.autograd.grad(value, leaves)
 
     torch.testing.assert_close(*outcomes(body))
+
+
+def test_backward_fills_memory_with_zeros():
+    # Of the gradients that the forward has computed, none is made anew, not even of zeros.
+    (input, linear_weight, _), target, _ = problem()
+    loss = lce(input, linear_weight.requires_grad_(), target)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        loss.backward()
+    shape = list(linear_weight.shape)
+    called = {event.name for event in profile.events() if shape in event.input_shapes}
+    assert called  # the weight's gradient is seen on its way
+    assert not any("fill" in name or "zero" in name for name in called)
 
 
 def test_gradient_keeps_the_graph_alive():
