@@ -38,6 +38,8 @@ STABLE_TORCH_LIBRARY(fused_ce, m) {
   m.def("scale_(Tensor(a!) grad, Tensor grad_output) -> Tensor(a!)");
   // Raises unless the logits may be overwritten.
   m.def("check_overwritable(Tensor input, Tensor target, Tensor? weight=None) -> ()");
+  // For memory that nobody has touched yet; of no effect where it is not the CPU's, or small.
+  m.def("advise_huge_pages(Tensor memory) -> ()");
   m.def("instruction_set() -> str");
   // Only in a build with CUDA kernels.
   m.def("has_cuda_code(int device_index) -> bool");

@@ -468,7 +468,7 @@ class _Problem:
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Which rows, these rows of the input, and their logits in memory that all chunks share."""
         count, classes = self.input.shape[0], self.linear_weight.shape[0]
-        memory = self.input.new_empty((min(self.rows, count), classes), dtype=self.dtype)
+        memory = _fresh((min(self.rows, count), classes), self.input, self.dtype)
         for start in range(0, count, self.rows):
             rows = slice(start, min(start + self.rows, count))
             input = self.input[rows].to(self.dtype)
@@ -493,6 +493,13 @@ class _Problem:
         if self.reduction == _MEAN:
             loss += 0 * self.unit  # nan if nothing was counted
         return loss.to(self.loss_dtype)
+
+
+def _fresh(shape: tuple, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory that a GEMM writes whole; on the CPU without most of its page faults."""
+    memory = like.new_empty(shape, dtype=dtype)
+    ops.advise_huge_pages(memory)
+    return memory
 
 
 def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
@@ -548,7 +555,7 @@ class _Gradients:
         problem, first = self.problem, self.linear_weight is None
         if first:
             shape = problem.linear_weight.shape
-            self.linear_weight = input.new_empty(shape, dtype=self.sum_dtype)
+            self.linear_weight = _fresh(shape, input, self.sum_dtype)
         total = self.linear_weight
         if problem.has_tiles and (not first or total.dtype != problem.dtype):
             for tile in problem.tiles():

@@ -53,6 +53,7 @@ rescale_ = torch.ops.fused_ce.rescale_.default
 scale_ = torch.ops.fused_ce.scale_.default
 check_overwritable = torch.ops.fused_ce.check_overwritable.default
 has_cuda_code = torch.ops.fused_ce.has_cuda_code.default
+advise_huge_pages = torch.ops.fused_ce.advise_huge_pages.default
 instruction_set = torch.ops.fused_ce.instruction_set.default
 
 # Some of them without OpOverload's method in front, which only a graph of torch.compile has to see.
@@ -169,6 +170,11 @@ def _(grad, grad_output, input, target, stats, *options):
 
 @torch.library.register_fake("fused_ce::check_overwritable")
 def _(input, target, weight=None):
+    return None
+
+
+@torch.library.register_fake("fused_ce::advise_huge_pages")
+def _(memory):
     return None
 
 

@@ -137,6 +137,10 @@ class Cpu {
   }
 };
 
+void advise_huge_pages_cpu(const Tensor& memory) {
+  if (memory.is_cpu()) Cpu::prepare(memory);
+}
+
 std::string instruction_set_cpu() { return instruction_set(); }
 
 }  // namespace
@@ -147,5 +151,6 @@ STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) { fused_ce::register_calls<fused_ce:
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {
   m.impl("check_overwritable", TORCH_BOX(&fused_ce::check_overwritable));
+  m.impl("advise_huge_pages", TORCH_BOX(&fused_ce::cpu::advise_huge_pages_cpu));
   m.impl("instruction_set", TORCH_BOX(&fused_ce::cpu::instruction_set_cpu));
 }
