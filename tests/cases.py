@@ -150,14 +150,14 @@ def is_dense(tensor):
 KINDS = (torch.int64, torch.int32, torch.int16, torch.uint8, "probability")
 
 
-def target_of(kind, shape, dtype, *, ignore_index=None):
+def target_of(kind, shape, dtype, *, ignore_index=None, generator=None):
     """Targets for logits of `shape`; every third one is `ignore_index` where that is given."""
     positions = shape[:0] if len(shape) == 1 else shape[:1] + shape[2:]
     classes = shape[0] if len(shape) == 1 else shape[1]
     if kind == "probability":
         axis = 0 if len(shape) == 1 else 1
-        return torch.randn(shape).softmax(axis).to(dtype)
-    target = torch.randint(0, min(classes, 256), positions)
+        return torch.randn(shape, generator=generator).softmax(axis).to(dtype)
+    target = torch.randint(0, min(classes, 256), positions, generator=generator)
     if ignore_index is not None and positions:
         target.view(-1)[1::3] = ignore_index
     return target.to(kind)
