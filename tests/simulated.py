@@ -7,6 +7,7 @@ process of its own, so that a kernel that fails takes no test with it but its ow
 import ctypes
 import math
 import os
+import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -202,6 +203,8 @@ class _Calls:
             if storage.nbytes():
                 message.append(bytes(torch.empty(0, dtype=torch.uint8).set_(storage).numpy()))
         done = subprocess.run([program], input=b"".join(message), capture_output=True, timeout=300)
+        if done.returncode == -signal.SIGSEGV:
+            raise SimulatorError("memory outside of a buffer was touched")
         if done.returncode != 0:
             raise SimulatorError(done.stderr.decode()[-4000:] or f"exit {done.returncode}")
         at = 4

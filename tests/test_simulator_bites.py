@@ -56,6 +56,7 @@ FAULTS = {
         "packs[i] = pack <= row.packs ?",
         "streaming_forward",
         Case(4 * (4096 + 1500), rows=(3,), major=8),
+        "outside of a buffer",
     ),
     "single element off by one": Fault(
         "vector_row.cuh",
@@ -150,13 +151,6 @@ FAULTS = {
         "row_on_chip_bfloat16",
         BLOCK,
         "not aligned",
-    ),
-    "lanes that add in an order of their own": Fault(
-        "block_sum.cuh",
-        "parts[index] = part;",
-        "parts[index * 0 + *ticket] = part;",
-        "two_read_forward",
-        Case(1030, rows=(29,), layout="every second class"),
     ),
 }
 

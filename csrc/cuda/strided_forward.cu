@@ -35,7 +35,7 @@ __device__ __forceinline__ void add_classes(const A* x, int64_t first, int64_t c
 }
 
 template <class T, bool kProbabilities, bool kKeeps>
-__global__ void __launch_bounds__(kStridedBlock, 2)
+__global__ void __launch_bounds__(kStridedBlock, kProbabilities && !kKeeps ? 1 : 2)
     strided_forward_kernel(const __grid_constant__ Problem p,
                            const __grid_constant__ Result result) {
   using A = Accumulation<T>;

@@ -7,7 +7,7 @@ namespace fused_ce::cuda {
 namespace {
 
 template <class T, int kLanes, int kTerms>
-__global__ void __launch_bounds__(256, 5)
+__global__ void __launch_bounds__(256, 4)
     tile_rows_backward_kernel(const __grid_constant__ Problem p, When when, int64_t tiles) {
   if (when == When::kUnlessGradOutputIsOne && grad_output_is_one(p)) return;
   using Tile = RowTile<T, kLanes, kTerms>;

@@ -7,7 +7,7 @@ namespace fused_ce::cuda {
 namespace {
 
 template <class T, int kLanes, int kTerms>
-__global__ void __launch_bounds__(256, 5)
+__global__ void __launch_bounds__(256, 4)
     tile_rows_forward_kernel(const __grid_constant__ Problem p,
                              const __grid_constant__ Result result) {
   using Tile = RowTile<T, kLanes, kTerms>;
