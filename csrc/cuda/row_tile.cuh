@@ -103,12 +103,12 @@ class RowTile {
 template <class Tile>
 __device__ __forceinline__ void differentiate_tile(const Problem& p, const Tile& tile,
                                                    const RowTarget& target, float max, float rest,
-                                                   float scale, const Constants<float>& k) {
+                                                   double scale, const Constants& k) {
   const float weight = target.weight<float>(p);
   const RowGradient<float> gradient = index_gradient(max, rest, weight, scale, k);
   const float target_value =
       target_gradient(max, rest, tile.target_logit(p, target), weight, scale, k);
-  const bool spreads = k.smoothing.smooth != 0;
+  const bool spreads = k.spreads();
   __syncwarp();  // all lanes have read the target's logit
   tile.for_classes([&](int c) {
     const float x = tile.logit(c);
