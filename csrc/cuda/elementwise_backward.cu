@@ -77,7 +77,6 @@ __global__ void __launch_bounds__(kBlock, kBlocksPerMultiprocessor)
     const float max = load_max<float>(p, index), rest = load_rest<float>(p, index);
     const float weight = target.weight<float>(p);
     const double scale = row_scale(p, index, k);
-    const RowGradient<float> gradient = index_gradient(max, rest, weight, scale, k);
     const int t = static_cast<int>(target.index);
     // Seen from the first of this thread's packs.
     const int distance = t - row.first(begin), step = stretches.threads * kPack;
@@ -87,6 +86,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksPerMultiprocessor)
       const float target_logit = single == t ? own : element(packs, distance, step);
       target_value = target_gradient(max, rest, target_logit, weight, scale, k);
     }
+    const RowGradient<float> gradient = index_gradient(max, rest, weight, scale, k);
     if (single >= 0) {
       const float value = kSmoothed ? gradient.of(own, 1.0f) : gradient.of(own);
       grad[single] = narrow<T>(single == t ? target_value : value);
