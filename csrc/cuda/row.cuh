@@ -157,7 +157,7 @@ struct RowGradient {
 
   // The difference comes before the scale, so that equal terms cancel.
   __device__ __forceinline__ A of(A x, A coefficient) const {
-    return scale * (of(x) - part * coefficient);
+    return scale * fma(factor, exp_nonpositive(x - base), -(part * coefficient));
   }
 };
 
