@@ -57,7 +57,7 @@ class RowTile {
   // those of a stride of many banks would be in each other's way.
   template <class Use>
   __device__ __forceinline__ void for_classes(const Use& use) const {
-#pragma unroll
+#pragma unroll 4  // all of them would take more registers than there are
     for (int i = 0; i < kTerms; i++) {
       if (i >= rounds_) break;
       const int round = start_ + i < rounds_ ? start_ + i : start_ + i - rounds_;
