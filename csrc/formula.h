@@ -25,6 +25,10 @@ struct Smoothing {
   FCE_HOST_DEVICE Smoothing(double label_smoothing, int64_t classes)
       : hard(static_cast<A>(1.0 - label_smoothing)),
         smooth(static_cast<A>(label_smoothing / static_cast<double>(classes))) {}
+
+  template <class B>
+  FCE_HOST_DEVICE explicit Smoothing(const Smoothing<B>& s)
+      : hard(static_cast<A>(s.hard)), smooth(static_cast<A>(s.smooth)) {}
 };
 
 template <class A>
@@ -44,11 +48,15 @@ struct IndexRow {
   A inverse_total;
 
   FCE_HOST_DEVICE IndexRow(A rest, A target_gap, A target_exp, A target_weight)
+      : IndexRow(rest, target_gap, target_exp, target_weight, A(1) / (A(1) + rest)) {}
+
+  // For a backend with a cheaper way to `inverse_total`, 1 / (1 + rest).
+  FCE_HOST_DEVICE IndexRow(A rest, A target_gap, A target_exp, A target_weight, A inverse_total)
       : rest(rest),
         target_gap(target_gap),
         target_exp(target_exp),
         target_weight(target_weight),
-        inverse_total(A(1) / (A(1) + rest)) {}
+        inverse_total(inverse_total) {}
 
   // The sum of exp(x_c - M) over every class but the target.
   FCE_HOST_DEVICE A others() const {
@@ -80,7 +88,10 @@ struct ProbabilityRow {
   A inverse_total;
 
   FCE_HOST_DEVICE ProbabilityRow(A rest, A mass)
-      : rest(rest), mass(mass), inverse_total(A(1) / (A(1) + rest)) {}
+      : ProbabilityRow(rest, mass, A(1) / (A(1) + rest)) {}
+
+  FCE_HOST_DEVICE ProbabilityRow(A rest, A mass, A inverse_total)
+      : rest(rest), mass(mass), inverse_total(inverse_total) {}
 
   // `gaps` is sum_c a_c (M - x_c).
   FCE_HOST_DEVICE A loss(A log_total, A gaps) const { return gaps + mass * log_total; }

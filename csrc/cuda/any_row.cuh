@@ -55,10 +55,11 @@ __device__ __forceinline__ void write_zeros(const Problem& p, const RowIndex& ro
 template <class T, bool kProbabilities, class A>
 __device__ __forceinline__ void write_gradient(const Problem& p, const RowIndex& row,
                                                const RowTarget& target, A max, A rest, A mass,
-                                               const Constants<A>& k, int64_t first, int64_t step) {
+                                               const Constants& k, int64_t first, int64_t step) {
   const AnyRow<T> logits(p, row);
   const Coefficients<kProbabilities, A> a(p, row, k.smoothing);
-  const A scale = row_scale(p, row, k), weight = target.weight<A>(p);
+  const double scale = row_scale(p, row, k);
+  const A weight = target.weight<A>(p);
   const RowGradient<A> gradient = kProbabilities ? probability_gradient(max, rest, mass, scale)
                                                  : index_gradient(max, rest, weight, scale, k);
   T* grad = static_cast<T*>(p.grad.data) + row.offset(p, p.grad);

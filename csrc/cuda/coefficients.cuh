@@ -9,13 +9,14 @@ template <bool kProbabilities, class A>
 class Coefficients {
  public:
   __device__ __forceinline__ Coefficients(const Problem& p, const RowIndex& row,
-                                          const Smoothing<A>& smoothing)
-      : p_(p), smoothing_(smoothing), offset_(kProbabilities ? row.offset(p, p.target) : 0) {}
+                                          const Smoothing<double>& smoothing)
+      : p_(p),
+        spread_(kProbabilities || smoothing.smooth != 0.0),
+        smoothing_(smoothing),
+        offset_(kProbabilities ? row.offset(p, p.target) : 0) {}
 
   // Whether classes other than the target have one.
-  __device__ __forceinline__ bool spread() const {
-    return kProbabilities || smoothing_.smooth != A(0);
-  }
+  __device__ __forceinline__ bool spread() const { return spread_; }
 
   // The coefficient of class c, or the class weight, which smoothing shares out, where the target
   // is an index.
@@ -28,7 +29,8 @@ class Coefficients {
 
  private:
   const Problem& p_;
-  const Smoothing<A>& smoothing_;
+  bool spread_;
+  Smoothing<A> smoothing_;
   int64_t offset_;
 };
 

@@ -42,7 +42,6 @@ __global__ void __launch_bounds__(kBlock, kBlocksPerMultiprocessor)
                                 const Unpacking unpacking) {
   if (when == When::kUnlessGradOutputIsOne && grad_output_is_one(p)) return;
   constexpr int kPack = Pack<T>::kSize;
-  const Constants<float> k(p);
   const int thread = threadIdx.x % stretches.threads;
   const int per_block = kBlock / stretches.threads;
   for (int64_t s = blockIdx.x * int64_t{per_block} + threadIdx.x / stretches.threads;
@@ -74,9 +73,10 @@ __global__ void __launch_bounds__(kBlock, kBlocksPerMultiprocessor)
       packs[i] = pack < row.packs ? Pack<T>::load(x + row.first(pack)) : Pack<T>::filled(0);
     }
     const float own = single >= 0 ? widen(x[single]) : 0.0f;
+    const Constants k(p);
     const float max = load_max<float>(p, index), rest = load_rest<float>(p, index);
-    const float weight = target.weight<float>(p), scale = row_scale(p, index, k);
-    const RowGradient<float> gradient = index_gradient(max, rest, weight, scale, k);
+    const float weight = target.weight<float>(p);
+    const double scale = row_scale(p, index, k);
     const int t = static_cast<int>(target.index);
     // Seen from the first of this thread's packs.
     const int distance = t - row.first(begin), step = stretches.threads * kPack;
@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksPerMultiprocessor)
       const float target_logit = single == t ? own : element(packs, distance, step);
       target_value = target_gradient(max, rest, target_logit, weight, scale, k);
     }
+    const RowGradient<float> gradient = index_gradient(max, rest, weight, scale, k);
     if (single >= 0) {
       const float value = kSmoothed ? gradient.of(own, 1.0f) : gradient.of(own);
       grad[single] = narrow<T>(single == t ? target_value : value);

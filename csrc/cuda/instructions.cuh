@@ -11,6 +11,7 @@
 #if !defined(__CUDACC__)
 #include <bit>
 #include <cmath>
+#include <limits>
 #endif
 
 namespace fused_ce::cuda {
@@ -25,6 +26,13 @@ struct alignas(16) Bits128 {
 __device__ __forceinline__ float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x, within 2 ulp, for normal results.
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
@@ -86,9 +94,24 @@ __device__ __forceinline__ void* shared_memory() {
 
 #else
 
-inline float exp2_approximate(float x) { return std::exp2(x); }
 inline float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
+
+// `exact` with an error of up to 2 ulp, which only `x` decides: what an approximation of the
+// hardware may leave.
+inline float approximate(double exact, float x) {
+  const float nearest = static_cast<float>(exact);
+  if (nearest == exact || !std::isfinite(nearest)) return nearest;
+  if (nearest < std::numeric_limits<float>::min()) return 0.0f;
+  const double ulp = std::ldexp(1.0, std::ilogb(exact) - 23);
+  const double error = bits_of(x) * 0x9e3779b1u / 4294967296.0 * 3.0 - 1.5;  // and a rounding
+  return static_cast<float>(exact + error * ulp);
+}
+
+inline float exp2_approximate(float x) { return approximate(std::exp2(static_cast<double>(x)), x); }
+inline float reciprocal_approximate(float x) {
+  return approximate(1.0 / static_cast<double>(x), x);
+}
 
 inline float half_to_float(uint16_t bits) {
   return static_cast<float>(std::bit_cast<_Float16>(bits));

@@ -32,8 +32,7 @@ __device__ __forceinline__ void store_block(const Problem& p, const Result& resu
   double total;
   if (!add_blocks(result.losses, losses, block, blocks, total)) return;
   if (threadIdx.x % kWarp == 0) {
-    const Constants<double> k(p);
-    store_value(total / k.denominator, p.loss, 0);
+    store_value(total / denominator(p), p.loss, 0);
   }
 }
 

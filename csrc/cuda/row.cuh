@@ -95,21 +95,24 @@ struct RowTarget {
   }
 };
 
+// What the losses or the gradients of all rows are divided by.
+__device__ __forceinline__ double denominator(const Problem& p) {
+  return p.totals.data ? load_value<double>(p.totals, p.totals.class_stride) : p.denominator;
+}
+
 // What the whole problem shares: the same in all threads.
-template <class A>
 struct Constants {
-  Smoothing<A> smoothing;
-  A weight_sum, denominator;
+  Smoothing<double> smoothing;
+  double weight_sum;
+  double unit_scale;  // 1 / denominator
 
   __device__ __forceinline__ explicit Constants(const Problem& p)
       : smoothing(p.label_smoothing, p.classes),
-        weight_sum(static_cast<A>(p.weight_sum)),
-        denominator(static_cast<A>(p.denominator)) {
-    if (p.totals.data) {
-      weight_sum = load_value<A>(p.totals, 0);
-      denominator = load_value<A>(p.totals, p.totals.class_stride);
-    }
-  }
+        weight_sum(p.totals.data ? load_value<double>(p.totals, 0) : p.weight_sum),
+        unit_scale(1.0 / denominator(p)) {}
+
+  // Whether classes other than the target have a coefficient where the target is an index.
+  __device__ __forceinline__ bool spreads() const { return smoothing.smooth != 0.0; }
 };
 
 template <class A>
@@ -127,16 +130,12 @@ __device__ __forceinline__ float log1p_nonnegative(float x) { return log1pf(x); 
 __device__ __forceinline__ double log1p_nonnegative(double x) { return log1p(x); }
 
 template <class A>
-__device__ __forceinline__ IndexRow<A> index_row(A max, A rest, A target_logit, A target_weight) {
-  return {defined_rest(rest, max), max - target_logit, exp_nonpositive(target_logit - max),
-          target_weight};
-}
-
-template <class A>
 __device__ __forceinline__ A index_loss(const RowSums<A>& sums, A target_logit, A target_weight,
-                                        const Constants<A>& k) {
-  const IndexRow<A> row = index_row(sums.max, sums.rest, target_logit, target_weight);
-  return row.loss(log1p_nonnegative(row.rest), sums.gaps, k.weight_sum, k.smoothing);
+                                        const Constants& k) {
+  const IndexRow<A> row(defined_rest(sums.rest, sums.max), sums.max - target_logit,
+                        exp_nonpositive(target_logit - sums.max), target_weight);
+  return row.loss(log1p_nonnegative(row.rest), sums.gaps, static_cast<A>(k.weight_sum),
+                  Smoothing<A>(k.smoothing));
 }
 
 template <class A>
@@ -158,40 +157,61 @@ struct RowGradient {
 
   // The difference comes before the scale, so that equal terms cancel.
   __device__ __forceinline__ A of(A x, A coefficient) const {
-    return scale * (of(x) - part * coefficient);
+    return scale * fma(factor, exp_nonpositive(x - base), -(part * coefficient));
   }
 };
 
+// 1 / (1 + rest). What was summed in float is not too large for one, and from a float it takes
+// fewer instructions, with no call among them, than to divide.
+__device__ __forceinline__ double inverse_of_total(float rest) {
+  const double total = 1.0 + static_cast<double>(rest);
+  const double inverse = reciprocal_approximate(static_cast<float>(total));
+  return fma(inverse, fma(-total, inverse, 1.0), inverse);
+}
+__device__ __forceinline__ double inverse_of_total(double rest) { return 1.0 / (1.0 + rest); }
+
+// What goes into every element of a gradient is computed in double and rounded once: the rounding
+// of a float for each step would add up to more than an ulp.
 template <class A>
-__device__ __forceinline__ RowGradient<A> index_gradient(A max, A rest, A target_weight, A scale,
-                                                         const Constants<A>& k) {
+__device__ __forceinline__ IndexRow<double> index_row(A max, A rest, A target_logit,
+                                                      A target_weight) {
+  const A defined = defined_rest(rest, max);
+  return {defined, max - target_logit, exp_nonpositive(target_logit - max), target_weight,
+          inverse_of_total(defined)};
+}
+
+template <class A>
+__device__ __forceinline__ RowGradient<A> index_gradient(A max, A rest, A target_weight,
+                                                         double scale, const Constants& k) {
   // Which class is the target makes no difference here.
-  const IndexRow<A> row = index_row(max, rest, max, target_weight);
-  const A factor = row.exp_factor(k.weight_sum, k.smoothing);
-  const bool spreads = k.smoothing.smooth != A(0);
-  return {base_of(max), spreads ? factor : scale * factor, scale, k.smoothing.smooth};
+  const IndexRow<double> row = index_row(max, rest, max, target_weight);
+  const double factor = row.exp_factor(k.weight_sum, k.smoothing);
+  return {base_of(max), static_cast<A>(k.spreads() ? factor : scale * factor),
+          static_cast<A>(scale), static_cast<A>(k.smoothing.smooth)};
 }
 
 // For the target itself.
 template <class A>
 __device__ __forceinline__ A target_gradient(A max, A rest, A target_logit, A target_weight,
-                                             A scale, const Constants<A>& k) {
-  const IndexRow<A> row = index_row(max, rest, target_logit, target_weight);
-  return scale * row.target_grad(k.weight_sum, k.smoothing);
+                                             double scale, const Constants& k) {
+  const IndexRow<double> row = index_row(max, rest, target_logit, target_weight);
+  return static_cast<A>(scale * row.target_grad(k.weight_sum, k.smoothing));
 }
 
 template <class A>
-__device__ __forceinline__ RowGradient<A> probability_gradient(A max, A rest, A mass, A scale) {
-  const ProbabilityRow<A> row(defined_rest(rest, max), mass);
-  return {base_of(max), row.exp_factor(), scale, A(1)};
+__device__ __forceinline__ RowGradient<A> probability_gradient(A max, A rest, A mass,
+                                                               double scale) {
+  const A defined = defined_rest(rest, max);
+  const ProbabilityRow<double> row(defined, mass, inverse_of_total(defined));
+  return {base_of(max), static_cast<A>(row.exp_factor()), static_cast<A>(scale), A(1)};
 }
 
 // What the row's gradient is multiplied by.
-template <class A, class Index>
-__device__ __forceinline__ A row_scale(const Problem& p, const Index& row, const Constants<A>& k) {
-  const A grad_output =
-      p.grad_output.data ? load_value<A>(p.grad_output, row.offset(p, p.grad_output)) : A(1);
-  return grad_output / k.denominator;
+template <class Index>
+__device__ __forceinline__ double row_scale(const Problem& p, const Index& row,
+                                            const Constants& k) {
+  if (!p.grad_output.data) return k.unit_scale;
+  return load_value<double>(p.grad_output, row.offset(p, p.grad_output)) * k.unit_scale;
 }
 
 // By one thread of the row's.

@@ -161,13 +161,13 @@ __global__ void __launch_bounds__(Layout::kBlock, Layout::kMinBlocks)
       exchange<kSmoothed, Layout>(shared, sums);
       sums.close();
 
-      const Constants<float> k(p);
+      const Constants k(p);
       if (leads) {
         loss = index_loss(sums, target_logit, weight, k);
         store_row(p, index, loss, sums);
       }
       if (p.grad.data) {
-        const float scale = 1 / k.denominator;
+        const double scale = k.unit_scale;
         const RowGradient<float> gradient = index_gradient(sums.max, sums.rest, weight, scale, k);
         const float target_value =
             target_gradient(sums.max, sums.rest, target_logit, weight, scale, k);

@@ -57,7 +57,7 @@ class RowTile {
   // those of a stride of many banks would be in each other's way.
   template <class Use>
   __device__ __forceinline__ void for_classes(const Use& use) const {
-#pragma unroll
+#pragma unroll 4  // all of them would take more registers than there are
     for (int i = 0; i < kTerms; i++) {
       if (i >= rounds_) break;
       const int round = start_ + i < rounds_ ? start_ + i : start_ + i - rounds_;
@@ -103,12 +103,12 @@ class RowTile {
 template <class Tile>
 __device__ __forceinline__ void differentiate_tile(const Problem& p, const Tile& tile,
                                                    const RowTarget& target, float max, float rest,
-                                                   float scale, const Constants<float>& k) {
+                                                   double scale, const Constants& k) {
   const float weight = target.weight<float>(p);
   const RowGradient<float> gradient = index_gradient(max, rest, weight, scale, k);
   const float target_value =
       target_gradient(max, rest, tile.target_logit(p, target), weight, scale, k);
-  const bool spreads = k.smoothing.smooth != 0;
+  const bool spreads = k.spreads();
   __syncwarp();  // all lanes have read the target's logit
   tile.for_classes([&](int c) {
     const float x = tile.logit(c);

@@ -84,14 +84,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kThreads>)
     add_parts<kThreads / kWarp, kSmoothed>(shared.parts, sums);
     sums.close();
 
-    const Constants<float> k(p);
+    const Constants k(p);
     const float weight = target.weight<float>(p);
     if (thread == 0) {
       loss = index_loss(sums, target_logit, weight, k);
       store_row(p, index, loss, sums);
     }
     if constexpr (kGradient) {
-      const float scale = 1 / k.denominator;
+      const double scale = k.unit_scale;
       const RowGradient<float> gradient = index_gradient(sums.max, sums.rest, weight, scale, k);
       const float target_value =
           target_gradient(sums.max, sums.rest, target_logit, weight, scale, k);

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kStridedBlock, 2)
     strided_backward_kernel(const __grid_constant__ Problem p, When when) {
   using A = Accumulation<T>;
   if (when == When::kUnlessGradOutputIsOne && grad_output_is_one(p)) return;
-  const Constants<A> k(p);
+  const Constants k(p);
   const int64_t step = gridDim.x * int64_t{kStridedBlock};
   for (int64_t r = blockIdx.x * int64_t{kStridedBlock} + threadIdx.x; r < p.rows; r += step) {
     const RowIndex row(p, r);

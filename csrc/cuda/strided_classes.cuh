@@ -42,7 +42,7 @@ class ColumnGradient {
  public:
   __device__ __forceinline__ ColumnGradient(const Problem& p, const RowIndex& row,
                                             const RowTarget& target, A max, A rest, A mass,
-                                            A target_logit, A scale, const Constants<A>& k)
+                                            A target_logit, double scale, const Constants& k)
       : a_(p, row, k.smoothing),
         to_(static_cast<T*>(p.grad.data) + row.offset(p, p.grad)),
         stride_(p.grad.class_stride),

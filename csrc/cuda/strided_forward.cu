@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kStridedBlock, kProbabilities && !kKeeps ? 1 :
                            const __grid_constant__ Result result) {
   using A = Accumulation<T>;
   auto& losses = *static_cast<double (*)[kStridedBlock / kWarp]>(shared_memory());
-  const Constants<A> k(p);
+  const Constants k(p);
   const int64_t r = blockIdx.x * int64_t{kStridedBlock} + threadIdx.x;
   A loss = 0;
   if (r < p.rows) {
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kStridedBlock, kProbabilities && !kKeeps ? 1 :
       store_row(p, row, loss, sums);
       if (p.grad.data) {
         const ColumnGradient<T, kProbabilities, A> gradient(
-            p, row, target, sums.max, sums.rest, sums.mass, target_logit, 1 / k.denominator, k);
+            p, row, target, sums.max, sums.rest, sums.mass, target_logit, k.unit_scale, k);
         if constexpr (kKeeps) {
 #pragma unroll
           for (int c = 0; c < kKeptClasses; c++)

@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(256, 4)
   if (when == When::kUnlessGradOutputIsOne && grad_output_is_one(p)) return;
   using Tile = RowTile<T, kLanes, kTerms>;
   auto& shared = *static_cast<typename Tile::Shared*>(shared_memory());
-  const Constants<float> k(p);
+  const Constants k(p);
   for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
     const Tile tile(p, shared, t);
     tile.load(p);
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(256, 4)
     const RowTarget target(p, index);
     if (tile.leads() && target.is_counted) target.check(p);
     const float max = load_max<float>(p, index), rest = load_rest<float>(p, index);
-    const float scale = row_scale(p, index, k);
+    const double scale = row_scale(p, index, k);
     __syncthreads();
     differentiate_tile(p, tile, target, max, rest, scale, k);
     __syncthreads();

@@ -17,8 +17,8 @@ __global__ void __launch_bounds__(256, 4)
   const ShortRowIndex index(p, tile.has_row() ? tile.row() : 0);
   const RowTarget target(p, index);
   const bool is_counted = tile.has_row() && target.is_counted;
-  const Constants<float> k(p);
-  const bool spreads = k.smoothing.smooth != 0;
+  const Constants k(p);
+  const bool spreads = k.spreads();
   __syncthreads();
 
   if (is_counted && tile.leads()) target.check(p);
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(256, 4)
     store_row(p, index, loss, is_counted ? sums : RowSums<float>{});
   }
   if (p.grad.data) {
-    differentiate_tile(p, tile, target, sums.max, sums.rest, 1 / k.denominator, k);
+    differentiate_tile(p, tile, target, sums.max, sums.rest, k.unit_scale, k);
     __syncthreads();
     tile.store(p);
   }

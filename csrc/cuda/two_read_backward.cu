@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
   if (when == When::kUnlessGradOutputIsOne && grad_output_is_one(p)) return;
   auto& shared = *static_cast<RowThreads::Shared<A>*>(shared_memory());
   const RowThreads threads(shape);
-  const Constants<A> k(p);
+  const Constants k(p);
   for (int64_t r = threads.first_row(); r < p.rows; r += threads.row_step()) {
     const RowIndex row(p, r);
     const RowTarget target(p, row);
@@ -42,17 +42,18 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
     target_backward_kernel(const __grid_constant__ Problem p, RowThreads::Shape shape) {
   using A = Accumulation<T>;
   const RowThreads threads(shape);
-  const Constants<A> k(p);
+  const Constants k(p);
   for (int64_t r = threads.first_row(); r < p.rows; r += threads.row_step()) {
     const RowIndex row(p, r);
     const AnyRow<T> logits(p, row);
     const A max = load_max<A>(p, row);
     const A log_total = log1p_nonnegative(defined_rest(load_rest<A>(p, row), max));
-    const A scale = row_scale(p, row, k);
+    const A scale = static_cast<A>(row_scale(p, row, k));
+    const Smoothing<A> smoothing(k.smoothing);
     const int64_t offset = row.offset(p, p.target_grad);
     for (int64_t c = threads.rank; c < p.classes; c += shape.threads) {
       const A value =
-          probability_grad(max - logits[c], log_total, class_weight<A>(p, c), k.smoothing);
+          probability_grad(max - logits[c], log_total, class_weight<A>(p, c), smoothing);
       store_value(scale * value, p.target_grad, offset + c * p.target_grad.class_stride);
     }
   }

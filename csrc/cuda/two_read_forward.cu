@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
   using A = Accumulation<T>;
   auto& shared = *static_cast<RowThreads::Shared<A>*>(shared_memory());
   const RowThreads threads(shape);
-  const Constants<A> k(p);
+  const Constants k(p);
   double losses = 0;
   for (int64_t r = threads.first_row(); r < p.rows; r += threads.row_step()) {
     const RowIndex row(p, r);
