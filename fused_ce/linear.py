@@ -288,9 +288,7 @@ def _raise_as_stock(
     """Has stock raise what it would, before it computes: first for the options, then for the
     shapes and dtypes. What it finds later still comes from the whole formula."""
     one = torch.zeros((1, 1)), torch.zeros(1, dtype=torch.long)
-    F.cross_entropy(
-        *one, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-    )
+    functional._stock(*one, None, ignore_index, reduction, label_smoothing)
     if target.shape != logits_shape:
         if target.dtype in functional._INDEX_DTYPES:
             target = target.long()

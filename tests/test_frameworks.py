@@ -183,6 +183,26 @@ def test_lightning_takes_another_curve(mode, tmp_path):
     assert_same_training([m.curve for m in modules], [m.model for m in modules])
 
 
+def trainer_history(transformers, folder, model, **options):
+    """The losses of a few steps of transformers' own training loop."""
+    arguments = transformers.TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=1,
+    )
+    trainer = transformers.Trainer(model, arguments, **options)
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
 def test_transformers_trainer_takes_another_curve(tmp_path):
     pytest.importorskip("accelerate", reason=PACKAGES)
     transformers = pytest.importorskip("transformers", reason=PACKAGES)
@@ -220,24 +240,8 @@ def test_transformers_trainer_takes_another_curve(tmp_path):
             eos_token_id=0,
         )
         model = transformers.GPT2LMHeadModel(config)
-        arguments = transformers.TrainingArguments(
-            str(tmp_path),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            max_steps=4,
-            learning_rate=1e-2,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            seed=1,
-        )
-        trainer = transformers.Trainer(
-            model, arguments, train_dataset=data, compute_loss_func=compute_loss
-        )
-        trainer.train()
-        histories.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+        options = {"train_dataset": data, "compute_loss_func": compute_loss}
+        histories.append(trainer_history(transformers, tmp_path, model, **options))
         models.append(model)
     assert len(histories[0]) == 4
     assert histories[0][0] != histories[0][-1]
@@ -310,22 +314,7 @@ def test_trainer_takes_another_curve_without_the_head(tmp_path):
     histories = []
     for wrap in (HeadlessLM, lambda model: model):
         model = wrap(causal_lm(transformers, "Llama"))
-        arguments = transformers.TrainingArguments(
-            str(tmp_path),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            max_steps=4,
-            learning_rate=1e-2,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            seed=1,
-        )
-        trainer = transformers.Trainer(model, arguments, train_dataset=data)
-        trainer.train()
-        histories.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+        histories.append(trainer_history(transformers, tmp_path, model, train_dataset=data))
     assert len(histories[0]) == 4
     assert histories[0][0] != histories[0][-1]
     torch.testing.assert_close(*map(torch.tensor, histories))

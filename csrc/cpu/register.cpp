@@ -51,7 +51,12 @@ void settle_targets(Problem& p, const std::vector<TargetScan>& scans) {
   }
 }
 
+void find_weight_sum(Problem& p) {
+  if (p.label_smoothing > 0.0 && !p.probabilities) p.weight_sum = sum_weights(p);
+}
+
 void scan(Problem& p) {
+  find_weight_sum(p);
   std::vector<TargetScan> scans;
   if (!p.probabilities) {
     const Tiling tiling = scan_tiling(p);
@@ -61,7 +66,6 @@ void scan(Problem& p) {
     });
   }
   settle_targets(p, scans);
-  if (p.label_smoothing > 0.0 && !p.probabilities) p.weight_sum = sum_weights(p);
 }
 
 // A gradient needs the targets' sums, and targets in range, before it is written; a loss alone can
@@ -74,7 +78,7 @@ void run_forward(Problem& p) {
   if (scans_first) {
     scan(p);
   } else {
-    if (p.label_smoothing > 0.0) p.weight_sum = sum_weights(p);
+    find_weight_sum(p);
     scans.resize(tiling.count);
   }
   if (shares)

@@ -1,4 +1,4 @@
-// One row of any layout, its logits read one by one.
+// The sums and the gradient of one row of any layout, whose logits are read one by one.
 #pragma once
 
 #include "coefficients.cuh"
@@ -6,23 +6,9 @@
 
 namespace fused_ce::cuda {
 
-template <class T>
-struct AnyRow {
-  const T* x;
-  int64_t stride;
-
-  __device__ __forceinline__ AnyRow(const Problem& p, const RowIndex& row)
-      : x(static_cast<const T*>(p.input.data) + row.offset(p, p.input)),
-        stride(p.input.class_stride) {}
-
-  __device__ __forceinline__ Accumulation<T> operator[](int64_t c) const {
-    return widen(x[c * stride]);
-  }
-};
-
 // One thread's part of the sums: the classes first, first + step, ...
 template <bool kProbabilities, class T, class A>
-__device__ __forceinline__ void add_row(const AnyRow<T>& row,
+__device__ __forceinline__ void add_row(const RowLogits<T>& row,
                                         const Coefficients<kProbabilities, A>& a, int64_t first,
                                         int64_t step, int64_t classes, RowSums<A>& sums) {
   constexpr int kUnroll = 4;  // logits on their way at a time
@@ -56,7 +42,7 @@ template <class T, bool kProbabilities, class A>
 __device__ __forceinline__ void write_gradient(const Problem& p, const RowIndex& row,
                                                const RowTarget& target, A max, A rest, A mass,
                                                const Constants& k, int64_t first, int64_t step) {
-  const AnyRow<T> logits(p, row);
+  const RowLogits<T> logits(p, row);
   const Coefficients<kProbabilities, A> a(p, row, k.smoothing);
   const double scale = row_scale(p, row, k);
   const A weight = target.weight<A>(p);

@@ -46,6 +46,21 @@ class RowIndex {
   int64_t inner_, outer_;
 };
 
+// Its logits, read one by one.
+template <class T>
+struct RowLogits {
+  const T* x;
+  int64_t stride;
+
+  __device__ __forceinline__ RowLogits(const Problem& p, const RowIndex& row)
+      : x(static_cast<const T*>(p.input.data) + row.offset(p, p.input)),
+        stride(p.input.class_stride) {}
+
+  __device__ __forceinline__ Accumulation<T> operator[](int64_t c) const {
+    return widen(x[c * stride]);
+  }
+};
+
 // The same for problems with fewer rows than 2^31 in at most two dimensions: without calls, which
 // would cost a kernel that fills its registers dearly.
 class ShortRowIndex {

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kStridedBlock, 2)
       continue;
     }
     if (!kProbabilities) target.check(p);
-    const Column<T> logits(p, row);
+    const RowLogits<T> logits(p, row);
     A mass = 0;
     if constexpr (kProbabilities) {
       const Coefficients<kProbabilities, A> a(p, row, k.smoothing);

@@ -21,21 +21,6 @@ inline bool has_strided_classes(const Problem& p) {
          is_strided(p.input) && is_strided(p.grad);
 }
 
-// One thread's row.
-template <class T>
-struct Column {
-  const T* x;
-  int64_t stride;
-
-  __device__ __forceinline__ Column(const Problem& p, const RowIndex& row)
-      : x(static_cast<const T*>(p.input.data) + row.offset(p, p.input)),
-        stride(p.input.class_stride) {}
-
-  __device__ __forceinline__ Accumulation<T> operator[](int64_t c) const {
-    return widen(x[c * stride]);
-  }
-};
-
 // The gradient of the thread's row at one class.
 template <class T, bool kProbabilities, class A>
 class ColumnGradient {

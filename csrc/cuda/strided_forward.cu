@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kStridedBlock, kProbabilities && !kKeeps ? 1 :
       store_row(p, row, A(0), RowSums<A>{});
     } else {
       if (!kProbabilities) target.check(p);
-      const Column<T> logits(p, row);
+      const RowLogits<T> logits(p, row);
       const Coefficients<kProbabilities, A> a(p, row, k.smoothing);
       const A target_logit = kProbabilities ? A(0) : logits[target.index];
       RowSums<A> sums;

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
   const Constants k(p);
   for (int64_t r = threads.first_row(); r < p.rows; r += threads.row_step()) {
     const RowIndex row(p, r);
-    const AnyRow<T> logits(p, row);
+    const RowLogits<T> logits(p, row);
     const A max = load_max<A>(p, row);
     const A log_total = log1p_nonnegative(defined_rest(load_rest<A>(p, row), max));
     const A scale = static_cast<A>(row_scale(p, row, k));

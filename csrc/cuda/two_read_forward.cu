@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
       if (threads.rank == 0) store_row(p, row, A(0), RowSums<A>{});
       continue;
     }
-    const AnyRow<T> logits(p, row);
+    const RowLogits<T> logits(p, row);
     A target_logit = 0;
     if (!kProbabilities && threads.rank == 0) {
       target.check(p);
