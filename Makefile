@@ -19,6 +19,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 ARGS ?=
+# A test that waits for ever fails, with the stack of every thread, instead of holding up the rest.
+PYTEST := pytest -q --timeout 900 --timeout-method thread
 
 BIN := $(VENV)/bin
 LIBRARY := fused_ce/_C.so
@@ -48,10 +50,10 @@ $(LIBRARY): $(INSTALLED) $(CXX_FILES) setup.py pyproject.toml
 	touch $@
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(BIN)/python -m $(PYTEST) -m "not slow" $(ARGS)
 
 test-all: lint
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m $(PYTEST) $(ARGS)
 
 test-torch: OTHER := build/test-torch
 test-torch:
@@ -61,7 +63,7 @@ test-torch:
 	sed -n '/^torch=/d; /^#/d; /^[nph][uy]/p' requirements-dev.txt > $(OTHER)/requirements.txt
 	$(OTHER)/bin/python -m pip install --quiet '$(TORCH)' -r $(OTHER)/requirements.txt
 	$(OTHER)/bin/python -m pip install --quiet --no-deps dist/fused_ce-*.whl
-	$(OTHER)/bin/pytest -q -m "not slow" tests \
+	$(OTHER)/bin/$(PYTEST) -m "not slow" tests \
 		--ignore tests/test_build.py --ignore tests/test_demo.py --ignore tests/test_bench.py $(ARGS)
 
 demo: build
