@@ -21,6 +21,7 @@ FLAGS = (
 BOUNDS = {
     "exp_float": 1.2,
     "exp_normal_float": 1.2,
+    "exp_avx512": 1.1,
     "exp_double": 1.0,
     "log1p_double": 2.0,
     "log1p_float": 2.0,
@@ -49,13 +50,14 @@ def measure(program: Path, capability: str, step: int) -> dict[str, float]:
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_exp_or_log1p_is_less_accurate_than_stated(program, capability):
     errors = measure(program, capability, 1009)
-    assert errors.keys() == BOUNDS.keys()
-    for name, bound in BOUNDS.items():
-        assert errors[name] <= bound, name
+    if capability != "avx512":
+        assert "exp_avx512" not in errors
+    assert errors.keys() | {"exp_avx512"} == BOUNDS.keys()  # where the machine has these vectors
+    for name, error in errors.items():
+        assert error <= BOUNDS[name], name
 
 
 @pytest.mark.slow
 def test_exp_or_log1p_of_any_float_is_less_accurate_than_stated(program):
-    errors = measure(program, "avx512", 1)
-    for name, bound in BOUNDS.items():
-        assert errors[name] <= bound, name
+    for name, error in measure(program, "avx512", 1).items():
+        assert error <= BOUNDS[name], name

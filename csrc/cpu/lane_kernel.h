@@ -12,6 +12,7 @@
 
 #include "../formula.h"
 #include "coefficients.h"
+#include "exp_avx512.h"
 #include "math.h"
 #include "row_batch.h"
 #include "scratch.h"
@@ -60,6 +61,7 @@ class LaneKernel {
   }
 
  private:
+  static constexpr bool kAvx512 = std::is_same_v<A, float>;
   // Small enough that a tile and what it is made from stay in the second-level cache.
   static constexpr int64_t kMaxTile = 65536;
   // Lanes between the classes of a tile: at a distance of a power of two their cache lines would
@@ -183,13 +185,23 @@ class LaneKernel {
     std::fill(min_, min_ + n_, math::kInf<A>);
     for_classes([&](int64_t c, auto count) {
       const Classes x = logits(c, count);
-      widen(x.data, x.stride, min_, max, n_, count);
+      if (avx512_)
+        raise(x.data, x.stride, max, n_, count);
+      else
+        widen(x.data, x.stride, min_, max, n_, count);
     });
     loaded_ = !tile_.empty();
     is_normal_ = largest_gap(min_, max, n_) < math::kNormalExp<A>;
   }
 
-  // Takes some classes into the lanes' minima and maxima.
+  // Takes some classes into the lanes' maxima.
+  template <class Count>
+  static void raise(const A* x, int64_t stride, A* max, int64_t n, Count count) {
+#pragma omp simd
+    for (int64_t l = 0; l < n; l++) max[l] = largest(x + l, stride, max[l], count);
+  }
+
+  // The minima too: who asks for exp_normal must know that it may.
   template <class Count>
   static void widen(const A* x, int64_t stride, A* min, A* max, int64_t n, Count count) {
 #pragma omp simd
@@ -269,6 +281,11 @@ class LaneKernel {
     const A* max = batch_.max;
     A* ones = ones_;
     A* sums = sums_;
+    if constexpr (kAvx512) {
+      if (avx512_)
+        return avx512::keep_lane_terms<Count::value>(x.data, x.stride, n, max, terms, stride, sums,
+                                                     ones);
+    }
 #pragma omp simd
     for (int64_t l = 0; l < n; l++) {
       A sum = A(0), lane_ones = A(0);
@@ -314,7 +331,6 @@ class LaneKernel {
   }
 
   void write_gradient(bool has_terms) {
-    const A* max = batch_.max;
 #pragma omp simd
     for (int64_t l = 0; l < n_; l++) {
       factor_[l] = static_cast<A>(batch_.exp_factor[l]);
@@ -328,7 +344,7 @@ class LaneKernel {
       if (has_terms)
         write_class(c, out, [=](int64_t l) { return from[l]; });
       else
-        write_class(c, out, [=](int64_t l) { return math::exp_nonpositive(from[l] - max[l]); });
+        write_exps(c, from, out);
       if (batch_.has_ignored) {
 #pragma omp simd
         for (int64_t l = 0; l < n_; l++) out[l] = batch_.target_class[l] < 0 ? A(0) : out[l];
@@ -338,6 +354,17 @@ class LaneKernel {
     }
     if (transposes_grad_) store_rows();
     if (!p_.probabilities) write_target_gradients();
+  }
+
+  void write_exps(int64_t c, const A* x, A* out) {
+    const A* max = batch_.max;
+    if constexpr (kAvx512) {
+      if (avx512_) {
+        avx512::exp_differences(x, max, n_, out);
+        return write_class(c, out, [=](int64_t l) { return out[l]; });
+      }
+    }
+    write_class(c, out, [=](int64_t l) { return math::exp_nonpositive(x[l] - max[l]); });
   }
 
   template <class Term>
@@ -378,6 +405,7 @@ class LaneKernel {
 
   int64_t n_ = 0, input_ = 0, target_ = 0, grad_ = 0;
   bool loaded_ = false;
+  const bool avx512_ = kAvx512 && avx512::has_exp();
   bool is_normal_ = false;  // no exp of the tile comes near to being subnormal
 
   alignas(kLine) A min_[kMaxBatch], sums_[kMaxBatch], ones_[kMaxBatch];

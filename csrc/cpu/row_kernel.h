@@ -14,6 +14,7 @@
 
 #include "../formula.h"
 #include "coefficients.h"
+#include "exp_avx512.h"
 #include "math.h"
 #include "row_batch.h"
 #include "scratch.h"
@@ -149,11 +150,14 @@ class RowKernel {
     const A factor = static_cast<A>(batch_.exp_factor[r]), max = batch_.max[r];
     write_blocks(r, first, last, [&](int64_t b, int64_t n) {
       const A* x = read_logits(r, b, n, buffer_);
-      return [=](int64_t i) { return factor * math::exp_nonpositive(x[i] - max); };
+      A* e = terms_in_grad_ ? term_block(r, b) : buffer_;
+      exp_differences(x, n, max, e);
+      return [=](int64_t i) { return factor * e[i]; };
     });
   }
 
  private:
+  static constexpr bool kAvx512 = std::is_same_v<A, float>;
   // Elements of the widest vector, in float.
   static constexpr int64_t kVector = 16;
   // Of short rows, as many are in work at a time as have this many elements together.
@@ -210,7 +214,8 @@ class RowKernel {
     const A* x = read_logits(r, b, n, term_block(r, b));
     sums = {};
     for_chunks(n, [&](int64_t i, auto count) {
-      const Extent<A> extent = extent_of(x + i, count);
+      const Extent<A> extent =
+          kAvx512 && avx512_ ? Extent<A>{A(0), max_of(x + i, count)} : extent_of(x + i, count);
       sums.extents[i / kChunk] = extent;
       sums.max = std::max(sums.max, extent.max);
     });
@@ -226,14 +231,9 @@ class RowKernel {
     for_chunks(n, [&](int64_t i, auto count) {
       const Extent<A> extent = sums.extents[i / kChunk];
       if (adjacent_) prefetch(p_.input, at(input_, p_.input, r, b) + i + kRowBlock, count);
-      const bool is_normal = base - extent.min < math::kNormalExp<A>;
-      Terms chunk;
-      if (extent.max == base)
-        chunk = is_normal ? keep_terms<true, true>(x + i, count, base, terms + i)
-                          : keep_terms<true, false>(x + i, count, base, terms + i);
-      else
-        chunk = is_normal ? keep_terms<false, true>(x + i, count, base, terms + i)
-                          : keep_terms<false, false>(x + i, count, base, terms + i);
+      const Terms chunk = extent.max == base
+                              ? keep_terms<true>(x + i, count, base, extent, terms + i)
+                              : keep_terms<false>(x + i, count, base, extent, terms + i);
       sums.rest += chunk.sum;
       ones += chunk.ones;
     });
@@ -251,6 +251,22 @@ class RowKernel {
     return {min, max};
   }
 
+  template <class Count>
+  static A max_of(const A* x, Count n) {
+    A max = -math::kInf<A>;
+#pragma omp simd reduction(max : max)
+    for (int64_t i = 0; i < n; i++) max = x[i] > max ? x[i] : max;
+    return max;
+  }
+
+  void exp_differences(const A* x, int64_t n, A base, A* e) const {
+    if constexpr (kAvx512) {
+      if (avx512_) return avx512::exp_differences(x, base, n, e);
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) e[i] = math::exp_nonpositive(x[i] - base);
+  }
+
   // Where the base itself is among the x, those are counted apart: next to their 1 the sum would
   // lose the small terms of a confident row.
   struct Terms {
@@ -258,6 +274,18 @@ class RowKernel {
   };
 
   // exp(x - base) of a chunk, kept and summed.
+  template <bool kHasBase, class Count>
+  Terms keep_terms(const A* x, Count n, A base, const Extent<A>& extent, A* terms) const {
+    if constexpr (kAvx512) {
+      if (avx512_) {
+        const auto [sum, ones] = avx512::keep_terms<kHasBase>(x, n, base, terms);
+        return {sum, ones};
+      }
+    }
+    return base - extent.min < math::kNormalExp<A> ? keep_terms<kHasBase, true>(x, n, base, terms)
+                                                   : keep_terms<kHasBase, false>(x, n, base, terms);
+  }
+
   template <bool kHasBase, bool kIsNormal, class Count>
   static Terms keep_terms(const A* x, Count n, A base, A* terms) {
     if constexpr (std::is_same_v<Count, int64_t>) {
@@ -441,6 +469,7 @@ class RowKernel {
   RowBatch<A> batch_;
   const Smoothing<A> smoothing_;
   const bool adjacent_, terms_in_grad_, keeps_terms_;
+  const bool avx512_ = kAvx512 && avx512::has_exp();
   const int64_t group_;
   const Scratch<A> terms_;
   std::vector<BlockSums<A>> blocks_;

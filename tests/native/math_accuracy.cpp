@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <limits>
 
+#include "../../csrc/cpu/exp_avx512.h"
 #include "../../csrc/cpu/math.h"
 #include "../../csrc/cpu/simd.h"
 
@@ -41,20 +42,27 @@ void report(const char* name, const Worst& worst) {
 
 constexpr int kChunk = 4096;
 
-template <class T, class Function, class Exact, class Next>
-Worst sweep(const Function& function, const Exact& exact, Next next) {
+template <class T, class Span, class Exact, class Next>
+Worst sweep_spans(const Span& span, const Exact& exact, Next next) {
   T x[kChunk], y[kChunk];
   Worst worst;
   for (bool more = true; more;) {
     int n = 0;
     while (n < kChunk && (more = next(x[n]))) n++;
-    fused_ce::simd::run([&] {
-#pragma omp simd
-      for (int i = 0; i < kChunk; i++) y[i] = function(x[i]);
-    });
+    fused_ce::simd::run([&] { span(x, n, y); });
     for (int i = 0; i < n; i++) worst.see(x[i], y[i], exact(static_cast<long double>(x[i])));
   }
   return worst;
+}
+
+template <class T, class Function, class Exact, class Next>
+Worst sweep(const Function& function, const Exact& exact, Next next) {
+  return sweep_spans<T>(
+      [&](const T* x, int n, T* y) {
+#pragma omp simd
+        for (int i = 0; i < n; i++) y[i] = function(x[i]);
+      },
+      exact, next);
 }
 
 }  // namespace
@@ -81,6 +89,18 @@ int main(int, char** argv) {
                         bits += step;
                         return x > -fused_ce::math::kNormalExp<float>;
                       }));
+
+  bits = 0x80000000u;
+  if (fused_ce::avx512::has_exp())
+    report("exp_avx512", sweep_spans<float>(
+                             [](const float* x, int64_t n, float* y) {
+                               fused_ce::avx512::exp_differences(x, 0.0f, n, y);
+                             },
+                             exp, [&](float& x) {
+                               x = bits_as<float>(static_cast<uint32_t>(bits));
+                               bits += step;
+                               return x >= -104.5f;
+                             }));
 
   // The same floats, spread over the arguments of the other two.
   bits = 0x80000000u;
