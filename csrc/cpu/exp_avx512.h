@@ -1,10 +1,9 @@
-// The loops over exp of floats, written with AVX-512 instructions.
+// The loops over exp of floats, in AVX-512's own instructions.
 //
-// Two of them have no form in plain C++ that the compiler knows: a table in a register, which
-// leaves a polynomial of degree 3 instead of 6, and a scaling by 2^n that rounds subnormal results
-// itself, so that nobody has to look for arguments that have one. A row's exps take three quarters
-// of the time of math.h's. NaN comes out as NaN; exp is within 1.1 ulp of exact
-// (tests/test_math.py).
+// Plain C++ has no word for two of them: a table in a register, which leaves a polynomial of degree
+// 3 instead of 6, and a scaling by 2^n that rounds subnormal results itself, so that nobody has to
+// look for arguments with such a result. That takes a quarter off the exps of a row. NaN comes out
+// as NaN; exp is within 1 ulp of exact (tests/test_math.py).
 #pragma once
 
 #include <cstdint>
@@ -18,8 +17,7 @@
 
 namespace fused_ce::avx512 {
 
-// exp(x - base) of all but those where x is base, and how many these are: next to their 1 the sum
-// would lose the small terms of a confident row.
+// The sum of the terms below 1, and how many are 1 (RowKernel::Terms says why apart).
 struct Terms {
   float sum, ones;
 };
@@ -48,8 +46,8 @@ FCE_TARGET inline __m512 exp(__m512 x) {
                      0x1.8ace54p+0f, 0x1.9c4918p+0f, 0x1.ae89fap+0f, 0x1.c199bep+0f, 0x1.d5818ep+0f,
                      0x1.ea4afap+0f);
   const __m512 round = _mm512_set1_ps(12582912.0f / 16);
-  x = _mm512_maskz_max_ps(kAll, _mm512_set1_ps(-104.0f),
-                          x);  // exp is 0 there; of a NaN the second is taken
+  // exp is 0 there; where one of the two is NaN, the second is taken.
+  x = _mm512_maskz_max_ps(kAll, _mm512_set1_ps(-104.0f), x);
   const __m512 shifted = _mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504088896341f), round);
   const __m512 n = _mm512_sub_ps(shifted, round);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
@@ -58,7 +56,8 @@ FCE_TARGET inline __m512 exp(__m512 x) {
   const __m512 p =
       _mm512_fmadd_ps(r, _mm512_set1_ps(1.66670577e-1f), _mm512_set1_ps(5.00016186e-1f));
   const __m512 less_one = _mm512_fmadd_ps(_mm512_mul_ps(r, r), p, r);
-  return _mm512_maskz_scalef_ps(kAll, _mm512_fmadd_ps(power, less_one, power), n);  // by 2^floor(n)
+  const __m512 result = _mm512_fmadd_ps(power, less_one, power);
+  return _mm512_maskz_scalef_ps(kAll, result, n);  // by 2^floor(n)
 }
 
 FCE_TARGET inline float sum_of(__m512 v) {
@@ -102,7 +101,7 @@ struct RowTerms {
   }
 };
 
-// Keeps the exp(x[i] - base) and sums them.
+// Keeps the exp(x[i] - base) and sums them; kHasBase tells that some x[i] may be base.
 template <bool kHasBase>
 FCE_TARGET inline Terms keep_terms(const float* x, int64_t n, float base, float* terms) {
   RowTerms<kHasBase> step{x, base, terms, zero(), zero()};
