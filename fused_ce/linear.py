@@ -137,16 +137,16 @@ def linear_cross_entropy(
             )
     _check_chunks(chunk_size, max_chunk_bytes)
     _check_shapes(input, linear_weight, linear_bias)
-    batch, features = input.shape[:-1], input.shape[-1]
+    batch = input.shape[:-1]
     classes, *positions = linear_weight.shape[:-1]
     if target.shape == (*batch, classes, *positions) and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     ignore_index = -100 if ignore_index is None else ignore_index
     if len(batch) > 1:
         target = _flat_target(target, batch, classes, positions)
-        input = input.reshape(-1, features)
-    linear_weight = linear_weight.reshape(-1, features)
-    linear_bias = None if linear_bias is None else linear_bias.reshape(-1)
+        input = input.flatten(0, -2)
+    linear_weight = linear_weight.flatten(0, -2)
+    linear_bias = None if linear_bias is None else linear_bias.flatten()
     logits_shape = (*input.shape[:-1], classes, *positions)
 
     call = (input, linear_weight, target, linear_bias, weight)
@@ -158,11 +158,10 @@ def linear_cross_entropy(
     if reason:
         loss = _unfused(logits_shape, *call, *loss_options)
     else:
+        chunks = (chunk_size, max_chunk_bytes, None)
         if options is not None and chunk_size is None and max_chunk_bytes is None:
-            chunk_size = _options_chunk_size(options, input, classes)
-        loss = _fused(
-            logits_shape, *call, *loss_options, chunk_size, max_chunk_bytes, grad_in_forward
-        )
+            chunks = _chunks_of_options(options, logits_shape)
+        loss = _fused(logits_shape, *call, *loss_options, chunks, grad_in_forward)
     return loss if loss.dim() == 0 else loss.reshape((*batch, *positions))
 
 
@@ -229,24 +228,12 @@ def _flat_target(target: Tensor, batch: tuple, classes: int, positions: list) ->
     )
 
 
-def _options_chunk_size(options: Any, input: Tensor, classes: int) -> int | None:
-    """The chunk size that torch's LinearCrossEntropyOptions name; None if they leave it open."""
+def _chunks_of_options(options: Any, logits_shape: tuple) -> tuple:
+    """What torch's LinearCrossEntropyOptions say of the chunks; nothing if they leave it open."""
     size, method = options.batch_chunk_size, options.chunking_method
-    if method == "auto":
-        return size
-    rows, features = (1, *input.shape)[-2:]
-    if method is None:
-        return size or max(rows, 1)
-    _, _, factor = method.partition(":")
-    ratio = -(-classes // max(features, 1))
-    even = 1 << (max(-(-rows // ratio), 1) - 1).bit_length()
-    found = max(1, min(even // int(factor or 1), rows))
-    if size is not None and size != found:
-        raise ValueError(
-            f"batch_chunk_size (={size}) and chunking_method ('{method}') give different chunk "
-            f"sizes ({size} vs {found}); pass only one."
-        )
-    return found
+    if method is None and size is None:
+        size = max(logits_shape[0], 1)  # no less than all rows
+    return size, None, None if method == "auto" else method
 
 
 def _computed_dtype(tensor: Tensor) -> torch.dtype:
@@ -276,6 +263,8 @@ def _stock_reason(
     for tensor in layer:
         if (tensor.device, _computed_dtype(tensor)) != (input.device, _computed_dtype(input)):
             return "the layer's tensors differ in device or dtype"
+    if 0 in logits_shape[2:]:
+        return "the loss has no positions"
     reason = functional._stock_reason(_stand_in(logits_shape, input), target, weight, *loss_options)
     if reason is None and target.requires_grad and torch.is_grad_enabled():
         return "the target requires grad"
@@ -333,8 +322,7 @@ def _fused(
     ignore_index,
     reduction,
     label_smoothing,
-    chunk_size,
-    max_chunk_bytes,
+    chunks,
     grad_in_forward,
 ) -> Tensor:
     """Chooses when the gradient is computed."""
@@ -351,8 +339,7 @@ def _fused(
         float(label_smoothing),
         dtype,
         loss_dtype,
-        chunk_size,
-        max_chunk_bytes,
+        *chunks,
     )
     layer = (input, linear_weight, linear_bias)
     needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in layer]
@@ -383,6 +370,7 @@ class _Problem:
         loss_dtype: torch.dtype,
         chunk_size: int | None,
         max_chunk_bytes: int | None,
+        chunking_method: str | None,
     ) -> None:
         device = _DEVICES[input.device.type]
         self.device = device
@@ -400,6 +388,8 @@ class _Problem:
         if reduction == _MEAN:
             self.weight, self.unit = self._mean_weight(weight, probabilities, ignore_index)
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        if chunking_method is not None:
+            chunk_size = self._rows_by_aspect_ratio(chunking_method, chunk_size)
         self.rows = self._chunk_rows(chunk_size, max_chunk_bytes)
 
     @property
@@ -447,6 +437,20 @@ class _Problem:
         equal = -(-rows // max(count, 1))
         rounded = -(-equal // _ROW_MULTIPLE) * _ROW_MULTIPLE
         return max(rounded if rounded <= chunk_size else equal, 1)
+
+    def _rows_by_aspect_ratio(self, method: str, size: int | None) -> int:
+        """As torch has it: a chunk's logits take the input's memory, or a part of that."""
+        rows, features = self.input.shape
+        _, _, factor = method.partition(":")
+        ratio = -(-self.classes // max(features, 1))
+        even = 1 << (max(-(-rows // ratio), 1) - 1).bit_length()
+        found = max(1, min(even // int(factor or 1), rows))
+        if size is not None and size != found:
+            raise ValueError(
+                f"batch_chunk_size (={size}) and chunking_method ('{method}') give different "
+                f"chunk sizes ({size} vs {found}); pass only one."
+            )
+        return found
 
     @property
     def has_tiles(self) -> bool:
@@ -615,10 +619,10 @@ def _no_autocast(input: Tensor) -> Iterator[None]:
 _CALL = (
     "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, "
     "{} int reduction, int ignore_index, float label_smoothing, ScalarType dtype, "
-    "ScalarType loss_dtype, SymInt? chunk_size, SymInt? max_chunk_bytes"
+    "ScalarType loss_dtype, SymInt? chunk_size, SymInt? max_chunk_bytes, str? chunking_method"
 )
 _NEEDS = "bool needs_input, bool needs_linear_weight, bool needs_linear_bias"
-_TENSORS, _OPTIONS = 5, 7
+_TENSORS, _OPTIONS = 5, 8
 
 
 def _operator(name: str, arguments: str, returns: str) -> Callable:

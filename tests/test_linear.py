@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from linear_reference import (
     check_against_stock,
     chunk_sizes,
+    differentiate,
     float64,
     gemms,
     in_chunks,
@@ -319,6 +320,24 @@ def test_few_or_no_rows_give_another_result(rows, kind, reduction, ahead):
     expected = stock(*arguments, reduction=reduction)
     for value, plain in zip(result, expected, strict=True):
         torch.testing.assert_close(value, plain, equal_nan=True)
+
+
+# Sizes of zero, of which reshape(-1, ...) cannot tell what is left.
+@pytest.mark.parametrize("batch", ((5,), (2, 3)))
+@pytest.mark.parametrize("positions, features", [((), 0), ((2,), 0), ((0,), 4), ((3, 0), 4)])
+@pytest.mark.parametrize("probability", (False, True))
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+def test_no_features_or_no_positions_stop_the_call(
+    batch, positions, features, probability, reduction
+):
+    shape = (CLASSES, *positions)
+    layer = (torch.randn(*batch, features), torch.randn(*shape, features), torch.randn(shape))
+    target = torch.randint(CLASSES, (*batch, *positions))
+    if probability:
+        target = torch.randn(*batch, *shape).softmax(len(batch))
+    options = {"reduction": reduction, "weight": torch.rand(CLASSES), "label_smoothing": 0.1}
+    result = differentiate(lce, layer, target, chunk_size=2, **options)
+    torch.testing.assert_close(result, stock(layer, target, **options), equal_nan=True)
 
 
 def test_target_of_one_element_for_one_row_is_refused():

@@ -138,6 +138,22 @@ def test_new_number_of_rows_compiles_again(dynamic, way):
     assert len(set(counts[dynamic is None :])) == 1
 
 
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="torch 2.13 has them")
+@pytest.mark.parametrize("method", ("auto", "aspect_ratio", "aspect_ratio:2", None))
+def test_options_compile_again_for_each_number_of_rows(method):
+    options = nn.LinearCrossEntropyOptions(chunking_method=method)
+    counter = CompileCounterWithBackend("aot_eager")
+    function = compiled(lambda *layer: lce(*layer, options=options), counter, dynamic=True)
+    counts = []
+    for rows in (5, 9, 64):  # of which a power of two is found above, far above, and at
+        (input, linear_weight, _), target = problem(rows)
+        loss = function(input, linear_weight.requires_grad_(), target)
+        loss.backward()
+        torch.testing.assert_close(loss, stock_loss(input, linear_weight, target))
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1
+
+
 @pytest.mark.parametrize("backend", ("eager", "aot_eager"))
 @every_reduction
 @every_way
@@ -221,7 +237,7 @@ def test_operator_breaks_its_schema(kind, reduction, way):
     layer, target = problem(kind=kind)
     layer = [t.requires_grad_() for t in layer]
     enum = nn._reduction.get_enum(reduction)
-    options = (enum, -100, 0.1, torch.float32, torch.float32, 3, None)
+    options = (enum, -100, 0.1, torch.float32, torch.float32, 3, None, None)
     arguments = (layer[0], layer[1], target, layer[2], torch.rand(CLASSES), *options)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     if way == "ahead" and reduction != "none":
