@@ -39,6 +39,18 @@ class _Device(NamedTuple):
     checks_targets: bool  # the host may look at the targets without waiting for the device
 
 
+class _Call(NamedTuple):
+    """What a call computes from: the layer as a matrix, the batch in one dimension at most."""
+
+    input: Tensor  # [H] or [N, H]
+    linear_weight: Tensor  # [V, H], V being the classes times all positions
+    target: Tensor
+    linear_bias: Tensor | None  # [V]
+    weight: Tensor | None  # [C]
+    options: dict[str, Any]  # of the loss, by their names
+    logits_shape: tuple[int, ...]
+
+
 _DEVICES = {
     "cpu": _Device(64 << 20, 256, False, {torch.float16: torch.float32}, True),
     "cuda": _Device(1 << 30, 2048, True, {}, False),
@@ -149,19 +161,23 @@ def linear_cross_entropy(
     linear_bias = None if linear_bias is None else linear_bias.flatten()
     logits_shape = (*input.shape[:-1], classes, *positions)
 
-    call = (input, linear_weight, target, linear_bias, weight)
-    loss_options = (ignore_index, reduction, label_smoothing)
+    options_of_loss = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+    }
+    call = _Call(input, linear_weight, target, linear_bias, weight, options_of_loss, logits_shape)
     # A subclass is given the functions that it knows.
-    reason = overridden or _stock_reason(logits_shape, *call, *loss_options)
+    reason = overridden or _stock_reason(call)
     if reason == functional.INVALID:
-        _raise_as_stock(logits_shape, input, target, weight, *loss_options)
+        _raise_as_stock(call)
     if reason:
-        loss = _unfused(logits_shape, *call, *loss_options)
+        loss = _unfused(call)
     else:
         chunks = (chunk_size, max_chunk_bytes, None)
         if options is not None and chunk_size is None and max_chunk_bytes is None:
             chunks = _chunks_of_options(options, logits_shape)
-        loss = _fused(logits_shape, *call, *loss_options, chunks, grad_in_forward)
+        loss = _fused(call, chunks, grad_in_forward)
     return loss if loss.dim() == 0 else loss.reshape((*batch, *positions))
 
 
@@ -244,16 +260,16 @@ def _computed_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def _stand_in(shape: tuple, input: Tensor) -> Tensor:
+def _stand_in(call: _Call) -> Tensor:
     """Logits for the checks: their shape, dtype and device, in the memory of one number."""
-    return torch.empty((), dtype=_computed_dtype(input), device=input.device).expand(shape)
+    dtype, device = _computed_dtype(call.input), call.input.device
+    return torch.empty((), dtype=dtype, device=device).expand(call.logits_shape)
 
 
-def _stock_reason(
-    logits_shape, input, linear_weight, target, linear_bias, weight, *loss_options
-) -> str | None:
+def _stock_reason(call: _Call) -> str | None:
     """Why the formula with all logits takes this call; None if the chunks can."""
-    layer = [input, linear_weight] if linear_bias is None else [input, linear_weight, linear_bias]
+    input, target = call.input, call.target
+    layer = [t for t in (input, call.linear_weight, call.linear_bias) if t is not None]
     for tensor, name in zip(layer, ("input", "linear weight", "linear bias"), strict=False):
         reason = functional._foreign(tensor, name)
         if reason is not None:
@@ -263,91 +279,57 @@ def _stock_reason(
     for tensor in layer:
         if (tensor.device, _computed_dtype(tensor)) != (input.device, _computed_dtype(input)):
             return "the layer's tensors differ in device or dtype"
-    if 0 in logits_shape[2:]:
+    if 0 in call.logits_shape[2:]:
         return "the loss has no positions"
-    reason = functional._stock_reason(_stand_in(logits_shape, input), target, weight, *loss_options)
+    reason = functional._stock_reason(_stand_in(call), target, call.weight, **call.options)
     if reason is None and target.requires_grad and torch.is_grad_enabled():
         return "the target requires grad"
     return reason
 
 
-def _raise_as_stock(
-    logits_shape, input, target, weight, ignore_index, reduction, label_smoothing
-) -> None:
+def _raise_as_stock(call: _Call) -> None:
     """Has stock raise what it would, before it computes: first for the options, then for the
     shapes and dtypes. What it finds later still comes from the whole formula."""
     one = torch.zeros((1, 1)), torch.zeros(1, dtype=torch.long)
-    functional._stock(*one, None, ignore_index, reduction, label_smoothing)
-    if target.shape != logits_shape:
+    functional._stock(*one, None, **call.options)
+    target, options = call.target, dict(call.options)
+    if target.shape != call.logits_shape:
         if target.dtype in functional._INDEX_DTYPES:
             target = target.long()
-        F.nll_loss(
-            _stand_in(logits_shape, input),
-            target,
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-        )
+        del options["label_smoothing"]
+        F.nll_loss(_stand_in(call), target, call.weight, **options)
 
 
-def _unfused(
-    logits_shape,
-    input,
-    linear_weight,
-    target,
-    linear_bias,
-    weight,
-    ignore_index,
-    reduction,
-    label_smoothing,
-) -> Tensor:
+def _unfused(call: _Call) -> Tensor:
     """The formula with all logits."""
-    return functional.cross_entropy(
-        F.linear(input, linear_weight, linear_bias).reshape(logits_shape),
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    logits = F.linear(call.input, call.linear_weight, call.linear_bias).reshape(call.logits_shape)
+    return functional.cross_entropy(logits, call.target, call.weight, **call.options)
 
 
-def _fused(
-    logits_shape,
-    input,
-    linear_weight,
-    target,
-    linear_bias,
-    weight,
-    ignore_index,
-    reduction,
-    label_smoothing,
-    chunks,
-    grad_in_forward,
-) -> Tensor:
+def _fused(call: _Call, chunks: tuple, grad_in_forward: bool) -> Tensor:
     """Chooses when the gradient is computed."""
-    stand_in = _stand_in(logits_shape, input)
+    input, linear_weight, target, linear_bias, weight, options, _ = call
+    stand_in = _stand_in(call)
     dtype = stand_in.dtype
     loss_dtype = functional._loss_dtype(stand_in, target, weight) or dtype
     if input.dim() == 1:
         input = input.unsqueeze(0)
         target = target.reshape(1, -1) if target.is_floating_point() else target.reshape(1)
-    arguments = (input, linear_weight, target, linear_bias, weight)
-    options = (
-        _Reduction.get_enum(reduction),
-        ignore_index,
-        float(label_smoothing),
-        dtype,
-        loss_dtype,
+    arguments = (
+        *(input, linear_weight, target, linear_bias, weight),
+        _Reduction.get_enum(options["reduction"]),
+        options["ignore_index"],
+        float(options["label_smoothing"]),
+        *(dtype, loss_dtype),
         *chunks,
     )
     layer = (input, linear_weight, linear_bias)
     needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in layer]
     # A gradient rounded to float16 may have lost what a gradient scaler was to save.
-    ahead = grad_in_forward and reduction != "none" and dtype != torch.float16
+    ahead = grad_in_forward and options["reduction"] != "none" and dtype != torch.float16
     if ahead and any(needs):
-        return _forward_grad(*arguments, *options, *needs)[0]
-    return _forward(*arguments, *options)
+        return _forward_grad(*arguments, *needs)[0]
+    return _forward(*arguments)
 
 
 # The chunks.
