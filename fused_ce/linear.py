@@ -98,9 +98,9 @@ def linear_cross_entropy(
             sum of the weight's) apart. A row is the least. Default: 64 MiB on the CPU and 1 GiB on
             CUDA, or as much as the fewest rows take that are efficient there, 256 and 2048.
         grad_in_forward (bool): compute the gradients along with the loss, for a ``grad_output`` of
-            1; they are scaled if something else arrives. ``False`` keeps nothing until the
-            backward, which computes the logits anew. So it always is
-            with ``reduction='none'`` and in float16. Default: ``True``
+            1. They are scaled if something else arrives, and rounded once more unless that is a
+            power of two. ``False`` keeps nothing until the backward, which computes the logits
+            anew. So it always is with ``reduction='none'`` and in float16. Default: ``True``
 
     Shape:
         - Input: :math:`(H)`, :math:`(N, H)` or :math:`(B, ..., H)`, all but the last dimension
@@ -360,7 +360,7 @@ class _Problem:
         self.input, self.target = input, target
         self.linear_weight = linear_weight.to(self.dtype)
         self.linear_bias = None if linear_bias is None else linear_bias.to(self.dtype)
-        probabilities = target.is_floating_point()
+        self.probabilities = probabilities = target.is_floating_point()
         self.positions = target.shape[2 if probabilities else 1 :]
         self.classes = linear_weight.shape[0] // max(math.prod(self.positions), 1)
         self.reduction, self.loss_dtype = reduction, loss_dtype
@@ -463,6 +463,13 @@ class _Problem:
                 torch.addmm(self.linear_bias, input, self.linear_weight.t(), out=logits)
             yield rows, input, logits
 
+    def columns_of_targets(self, rows: slice) -> Tensor:
+        """Where in a row of logits those of its targets are; any place for an ignored one."""
+        target = self.target[rows].long()
+        target = target.masked_fill(target == self.ignore_index, 0).reshape(len(target), -1)
+        count = target.shape[1]
+        return target * count + torch.arange(count, device=target.device)
+
     def shaped(self, logits: Tensor) -> Tensor:
         return logits.view(-1, self.classes, *self.positions)
 
@@ -517,7 +524,7 @@ class _Gradients:
         self.input = (
             torch.empty_like(input, memory_format=torch.contiguous_format) if needs[0] else None
         )
-        # Nothing is lost by summing in the GEMMs' own type where one of them gives the whole, or
+        # Little is lost by summing in the GEMMs' own type where one of them gives the whole, or
         # where narrow results of two are added and rounded once.
         terms = -(-len(input) // problem.rows)
         exact = terms <= 1 or (terms == 2 and problem.has_tiles)
@@ -525,15 +532,21 @@ class _Gradients:
         wide = torch.promote_types(problem.dtype, torch.float32)
         self.sum_dtype = problem.dtype if exact and same else wide
         self.linear_weight = self.linear_bias = None
+        # A GEMM's narrow results are rounded before they are added, which stock's one GEMM is not.
+        # What the targets' logits contribute is most of many, so it goes into the sum by itself.
+        self.targets_apart = problem.has_tiles and terms > 1 and not problem.probabilities
+        self.targets = []  # of each chunk, the columns of the logits and the gradients there
 
     def add(self, rows: slice, input: Tensor, logits_grad: Tensor) -> None:
         problem = self.problem
         if self.needs[0]:
             _mm(logits_grad, problem.linear_weight, self.input[rows], problem.device.widens)
-        if self.needs[1]:
-            self._add_weight(logits_grad.t(), input)
         if self.needs[2]:
             self._add_bias(logits_grad)
+        if self.needs[1]:
+            if self.targets_apart:
+                self._take_targets(rows, logits_grad)
+            self._add_weight(logits_grad.t(), input)
 
     def _add_weight(self, logits_grad: Tensor, input: Tensor) -> None:
         problem, first = self.problem, self.linear_weight is None
@@ -553,10 +566,30 @@ class _Gradients:
         else:
             torch.addmm(total, logits_grad, input, beta=0 if first else 1, out=total)
 
+    def _take_targets(self, rows: slice, logits_grad: Tensor) -> None:
+        columns = self.problem.columns_of_targets(rows)
+        each = torch.arange(len(columns), device=columns.device).unsqueeze(1)
+        self.targets.append((columns, logits_grad[each, columns]))
+        logits_grad[each, columns] = 0
+
+    def _add_targets(self) -> None:
+        """Adds what was taken out: all that belongs to a row of the weight before it is rounded."""
+        total, input = self.linear_weight, self.problem.input
+        columns, values = map(torch.cat, zip(*self.targets, strict=True))  # [N, positions]
+        found, places = columns.flatten().unique(return_inverse=True)
+        wide = torch.promote_types(total.dtype, torch.float32)
+        values = values.to(wide).unsqueeze(2)
+        size = max(_TILE_BYTES // (len(places) * wide.itemsize), 1)
+        for start in range(0, input.shape[1], size):
+            some = slice(start, start + size)
+            terms = values * input[:, some].to(self.problem.dtype).unsqueeze(1)
+            sums = total[found, some].to(wide).index_add_(0, places, terms.flatten(0, 1))
+            total[found, some] = sums.to(total.dtype)
+
     def _add_bias(self, logits_grad: Tensor) -> None:
         wide = torch.promote_types(self.problem.dtype, torch.float32)
         if self.linear_bias is None:
-            self.linear_bias = logits_grad.new_zeros(logits_grad.shape[1], dtype=wide)
+            self.linear_bias = logits_grad.new_zeros(logits_grad.shape[1], dtype=torch.float64)
         # By parts, since a sum in another type makes a copy in that type on the CPU.
         size = max(_TILE_BYTES // (max(len(logits_grad), 1) * wide.itemsize), 1)
         for total, part in zip(
@@ -566,6 +599,8 @@ class _Gradients:
 
     def result(self) -> list[Tensor]:
         """In the types of what they are gradients of; where none is needed, an empty tensor."""
+        if self.targets:
+            self._add_targets()
         found = (self.input, self.linear_weight, self.linear_bias)
         gradients = []
         for like, grad, needed in zip(self.like, found, self.needs, strict=True):
