@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from cases import covering, name_of
 from linear_reference import differentiate, stock_loss
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
@@ -52,22 +53,28 @@ def problem(rows=7, kind="index", dtype=torch.float32):
     return layer, target
 
 
-@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
-@pytest.mark.parametrize("kind", ("index", "probability"))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-@every_reduction
-@every_way
-def test_compiled_loss_or_gradient_differs(way, reduction, dtype, kind, backend):
-    layer, target = problem(kind=kind, dtype=dtype)
+AXES = {
+    "backend": ("eager", "aot_eager"),
+    "kind": ("index", "probability"),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "reduction": REDUCTIONS,
+    "way": tuple(WAYS),
+}
+
+
+@pytest.mark.parametrize("case", covering(AXES, 3), ids=name_of)
+def test_compiled_loss_or_gradient_differs(case):
+    dtype = case["dtype"]
+    layer, target = problem(kind=case["kind"], dtype=dtype)
     options = {
         "weight": torch.rand(CLASSES, dtype=dtype),
         "label_smoothing": 0.1,
-        "reduction": reduction,
+        "reduction": case["reduction"],
         "chunk_size": 3,
-        **WAYS[way],
+        **WAYS[case["way"]],
     }
     expected = differentiate(lce, layer, target, scale=0.25, **options)
-    result = differentiate(compiled(lce, backend), layer, target, scale=0.25, **options)
+    result = differentiate(compiled(lce, case["backend"]), layer, target, scale=0.25, **options)
     # The same operators, on memory that may be aligned otherwise.
     rounding = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(result, expected, rtol=rounding, atol=rounding)
