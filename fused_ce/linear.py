@@ -39,6 +39,18 @@ class _Device(NamedTuple):
     checks_targets: bool  # the host may look at the targets without waiting for the device
 
 
+class _Call(NamedTuple):
+    """What a call computes from: the layer as a matrix, the batch in one dimension at most."""
+
+    input: Tensor  # [H] or [N, H]
+    linear_weight: Tensor  # [V, H], V being the classes times all positions
+    target: Tensor
+    linear_bias: Tensor | None  # [V]
+    weight: Tensor | None  # [C]
+    options: dict[str, Any]  # of the loss, by their names
+    logits_shape: tuple[int, ...]
+
+
 _DEVICES = {
     "cpu": _Device(64 << 20, 256, False, {torch.float16: torch.float32}, True),
     "cuda": _Device(1 << 30, 2048, True, {}, False),
@@ -86,9 +98,9 @@ def linear_cross_entropy(
             sum of the weight's) apart. A row is the least. Default: 64 MiB on the CPU and 1 GiB on
             CUDA, or as much as the fewest rows take that are efficient there, 256 and 2048.
         grad_in_forward (bool): compute the gradients along with the loss, for a ``grad_output`` of
-            1; they are scaled if something else arrives. ``False`` keeps nothing until the
-            backward, which computes the logits anew. So it always is
-            with ``reduction='none'`` and in float16. Default: ``True``
+            1. They are scaled if something else arrives, and rounded once more unless that is a
+            power of two. ``False`` keeps nothing until the backward, which computes the logits
+            anew. So it always is with ``reduction='none'`` and in float16. Default: ``True``
 
     Shape:
         - Input: :math:`(H)`, :math:`(N, H)` or :math:`(B, ..., H)`, all but the last dimension
@@ -137,32 +149,35 @@ def linear_cross_entropy(
             )
     _check_chunks(chunk_size, max_chunk_bytes)
     _check_shapes(input, linear_weight, linear_bias)
-    batch, features = input.shape[:-1], input.shape[-1]
+    batch = input.shape[:-1]
     classes, *positions = linear_weight.shape[:-1]
     if target.shape == (*batch, classes, *positions) and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     ignore_index = -100 if ignore_index is None else ignore_index
     if len(batch) > 1:
         target = _flat_target(target, batch, classes, positions)
-        input = input.reshape(-1, features)
-    linear_weight = linear_weight.reshape(-1, features)
-    linear_bias = None if linear_bias is None else linear_bias.reshape(-1)
+        input = input.flatten(0, -2)
+    linear_weight = linear_weight.flatten(0, -2)
+    linear_bias = None if linear_bias is None else linear_bias.flatten()
     logits_shape = (*input.shape[:-1], classes, *positions)
 
-    call = (input, linear_weight, target, linear_bias, weight)
-    loss_options = (ignore_index, reduction, label_smoothing)
+    options_of_loss = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+    }
+    call = _Call(input, linear_weight, target, linear_bias, weight, options_of_loss, logits_shape)
     # A subclass is given the functions that it knows.
-    reason = overridden or _stock_reason(logits_shape, *call, *loss_options)
+    reason = overridden or _stock_reason(call)
     if reason == functional.INVALID:
-        _raise_as_stock(logits_shape, input, target, weight, *loss_options)
+        _raise_as_stock(call)
     if reason:
-        loss = _unfused(logits_shape, *call, *loss_options)
+        loss = _unfused(call)
     else:
+        chunks = (chunk_size, max_chunk_bytes, None)
         if options is not None and chunk_size is None and max_chunk_bytes is None:
-            chunk_size = _options_chunk_size(options, input, classes)
-        loss = _fused(
-            logits_shape, *call, *loss_options, chunk_size, max_chunk_bytes, grad_in_forward
-        )
+            chunks = _chunks_of_options(options, logits_shape)
+        loss = _fused(call, chunks, grad_in_forward)
     return loss if loss.dim() == 0 else loss.reshape((*batch, *positions))
 
 
@@ -229,24 +244,12 @@ def _flat_target(target: Tensor, batch: tuple, classes: int, positions: list) ->
     )
 
 
-def _options_chunk_size(options: Any, input: Tensor, classes: int) -> int | None:
-    """The chunk size that torch's LinearCrossEntropyOptions name; None if they leave it open."""
+def _chunks_of_options(options: Any, logits_shape: tuple) -> tuple:
+    """What torch's LinearCrossEntropyOptions say of the chunks; nothing if they leave it open."""
     size, method = options.batch_chunk_size, options.chunking_method
-    if method == "auto":
-        return size
-    rows, features = (1, *input.shape)[-2:]
-    if method is None:
-        return size or max(rows, 1)
-    _, _, factor = method.partition(":")
-    ratio = -(-classes // max(features, 1))
-    even = 1 << (max(-(-rows // ratio), 1) - 1).bit_length()
-    found = max(1, min(even // int(factor or 1), rows))
-    if size is not None and size != found:
-        raise ValueError(
-            f"batch_chunk_size (={size}) and chunking_method ('{method}') give different chunk "
-            f"sizes ({size} vs {found}); pass only one."
-        )
-    return found
+    if method is None and size is None:
+        size = max(logits_shape[0], 1)  # no less than all rows
+    return size, None, None if method == "auto" else method
 
 
 def _computed_dtype(tensor: Tensor) -> torch.dtype:
@@ -257,16 +260,16 @@ def _computed_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def _stand_in(shape: tuple, input: Tensor) -> Tensor:
+def _stand_in(call: _Call) -> Tensor:
     """Logits for the checks: their shape, dtype and device, in the memory of one number."""
-    return torch.empty((), dtype=_computed_dtype(input), device=input.device).expand(shape)
+    dtype, device = _computed_dtype(call.input), call.input.device
+    return torch.empty((), dtype=dtype, device=device).expand(call.logits_shape)
 
 
-def _stock_reason(
-    logits_shape, input, linear_weight, target, linear_bias, weight, *loss_options
-) -> str | None:
+def _stock_reason(call: _Call) -> str | None:
     """Why the formula with all logits takes this call; None if the chunks can."""
-    layer = [input, linear_weight] if linear_bias is None else [input, linear_weight, linear_bias]
+    input, target = call.input, call.target
+    layer = [t for t in (input, call.linear_weight, call.linear_bias) if t is not None]
     for tensor, name in zip(layer, ("input", "linear weight", "linear bias"), strict=False):
         reason = functional._foreign(tensor, name)
         if reason is not None:
@@ -276,91 +279,57 @@ def _stock_reason(
     for tensor in layer:
         if (tensor.device, _computed_dtype(tensor)) != (input.device, _computed_dtype(input)):
             return "the layer's tensors differ in device or dtype"
-    reason = functional._stock_reason(_stand_in(logits_shape, input), target, weight, *loss_options)
+    if 0 in call.logits_shape[2:]:
+        return "the loss has no positions"
+    reason = functional._stock_reason(_stand_in(call), target, call.weight, **call.options)
     if reason is None and target.requires_grad and torch.is_grad_enabled():
         return "the target requires grad"
     return reason
 
 
-def _raise_as_stock(
-    logits_shape, input, target, weight, ignore_index, reduction, label_smoothing
-) -> None:
+def _raise_as_stock(call: _Call) -> None:
     """Has stock raise what it would, before it computes: first for the options, then for the
     shapes and dtypes. What it finds later still comes from the whole formula."""
     one = torch.zeros((1, 1)), torch.zeros(1, dtype=torch.long)
-    functional._stock(*one, None, ignore_index, reduction, label_smoothing)
-    if target.shape != logits_shape:
+    functional._stock(*one, None, **call.options)
+    target, options = call.target, dict(call.options)
+    if target.shape != call.logits_shape:
         if target.dtype in functional._INDEX_DTYPES:
             target = target.long()
-        F.nll_loss(
-            _stand_in(logits_shape, input),
-            target,
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-        )
+        del options["label_smoothing"]
+        F.nll_loss(_stand_in(call), target, call.weight, **options)
 
 
-def _unfused(
-    logits_shape,
-    input,
-    linear_weight,
-    target,
-    linear_bias,
-    weight,
-    ignore_index,
-    reduction,
-    label_smoothing,
-) -> Tensor:
+def _unfused(call: _Call) -> Tensor:
     """The formula with all logits."""
-    return functional.cross_entropy(
-        F.linear(input, linear_weight, linear_bias).reshape(logits_shape),
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    logits = F.linear(call.input, call.linear_weight, call.linear_bias).reshape(call.logits_shape)
+    return functional.cross_entropy(logits, call.target, call.weight, **call.options)
 
 
-def _fused(
-    logits_shape,
-    input,
-    linear_weight,
-    target,
-    linear_bias,
-    weight,
-    ignore_index,
-    reduction,
-    label_smoothing,
-    chunk_size,
-    max_chunk_bytes,
-    grad_in_forward,
-) -> Tensor:
+def _fused(call: _Call, chunks: tuple, grad_in_forward: bool) -> Tensor:
     """Chooses when the gradient is computed."""
-    stand_in = _stand_in(logits_shape, input)
+    input, linear_weight, target, linear_bias, weight, options, _ = call
+    stand_in = _stand_in(call)
     dtype = stand_in.dtype
     loss_dtype = functional._loss_dtype(stand_in, target, weight) or dtype
     if input.dim() == 1:
         input = input.unsqueeze(0)
         target = target.reshape(1, -1) if target.is_floating_point() else target.reshape(1)
-    arguments = (input, linear_weight, target, linear_bias, weight)
-    options = (
-        _Reduction.get_enum(reduction),
-        ignore_index,
-        float(label_smoothing),
-        dtype,
-        loss_dtype,
-        chunk_size,
-        max_chunk_bytes,
+    arguments = (
+        *(input, linear_weight, target, linear_bias, weight),
+        _Reduction.get_enum(options["reduction"]),
+        options["ignore_index"],
+        float(options["label_smoothing"]),
+        *(dtype, loss_dtype),
+        *chunks,
     )
     layer = (input, linear_weight, linear_bias)
     needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in layer]
     # A gradient rounded to float16 may have lost what a gradient scaler was to save.
-    ahead = grad_in_forward and reduction != "none" and dtype != torch.float16
+    ahead = grad_in_forward and options["reduction"] != "none" and dtype != torch.float16
     if ahead and any(needs):
-        return _forward_grad(*arguments, *options, *needs)[0]
-    return _forward(*arguments, *options)
+        return _forward_grad(*arguments, *needs)[0]
+    return _forward(*arguments)
 
 
 # The chunks.
@@ -383,6 +352,7 @@ class _Problem:
         loss_dtype: torch.dtype,
         chunk_size: int | None,
         max_chunk_bytes: int | None,
+        chunking_method: str | None,
     ) -> None:
         device = _DEVICES[input.device.type]
         self.device = device
@@ -390,7 +360,7 @@ class _Problem:
         self.input, self.target = input, target
         self.linear_weight = linear_weight.to(self.dtype)
         self.linear_bias = None if linear_bias is None else linear_bias.to(self.dtype)
-        probabilities = target.is_floating_point()
+        self.probabilities = probabilities = target.is_floating_point()
         self.positions = target.shape[2 if probabilities else 1 :]
         self.classes = linear_weight.shape[0] // max(math.prod(self.positions), 1)
         self.reduction, self.loss_dtype = reduction, loss_dtype
@@ -400,6 +370,8 @@ class _Problem:
         if reduction == _MEAN:
             self.weight, self.unit = self._mean_weight(weight, probabilities, ignore_index)
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        if chunking_method is not None:
+            chunk_size = self._rows_by_aspect_ratio(chunking_method, chunk_size)
         self.rows = self._chunk_rows(chunk_size, max_chunk_bytes)
 
     @property
@@ -448,6 +420,20 @@ class _Problem:
         rounded = -(-equal // _ROW_MULTIPLE) * _ROW_MULTIPLE
         return max(rounded if rounded <= chunk_size else equal, 1)
 
+    def _rows_by_aspect_ratio(self, method: str, size: int | None) -> int:
+        """As torch has it: a chunk's logits take the input's memory, or a part of that."""
+        rows, features = self.input.shape
+        _, _, factor = method.partition(":")
+        ratio = -(-self.classes // max(features, 1))
+        even = 1 << (max(-(-rows // ratio), 1) - 1).bit_length()
+        found = max(1, min(even // int(factor or 1), rows))
+        if size is not None and size != found:
+            raise ValueError(
+                f"batch_chunk_size (={size}) and chunking_method ('{method}') give different "
+                f"chunk sizes ({size} vs {found}); pass only one."
+            )
+        return found
+
     @property
     def has_tiles(self) -> bool:
         """Whether the GEMMs of the weight's gradient have narrow results, to be summed apart."""
@@ -476,6 +462,13 @@ class _Problem:
             else:
                 torch.addmm(self.linear_bias, input, self.linear_weight.t(), out=logits)
             yield rows, input, logits
+
+    def columns_of_targets(self, rows: slice) -> Tensor:
+        """Where in a row of logits those of its targets are; any place for an ignored one."""
+        target = self.target[rows].long()
+        target = target.masked_fill(target == self.ignore_index, 0).reshape(len(target), -1)
+        count = target.shape[1]
+        return target * count + torch.arange(count, device=target.device)
 
     def shaped(self, logits: Tensor) -> Tensor:
         return logits.view(-1, self.classes, *self.positions)
@@ -531,7 +524,7 @@ class _Gradients:
         self.input = (
             torch.empty_like(input, memory_format=torch.contiguous_format) if needs[0] else None
         )
-        # Nothing is lost by summing in the GEMMs' own type where one of them gives the whole, or
+        # Little is lost by summing in the GEMMs' own type where one of them gives the whole, or
         # where narrow results of two are added and rounded once.
         terms = -(-len(input) // problem.rows)
         exact = terms <= 1 or (terms == 2 and problem.has_tiles)
@@ -539,15 +532,21 @@ class _Gradients:
         wide = torch.promote_types(problem.dtype, torch.float32)
         self.sum_dtype = problem.dtype if exact and same else wide
         self.linear_weight = self.linear_bias = None
+        # A GEMM's narrow results are rounded before they are added, which stock's one GEMM is not.
+        # What the targets' logits contribute is most of many, so it goes into the sum by itself.
+        self.targets_apart = problem.has_tiles and terms > 1 and not problem.probabilities
+        self.targets = []  # of each chunk, the columns of the logits and the gradients there
 
     def add(self, rows: slice, input: Tensor, logits_grad: Tensor) -> None:
         problem = self.problem
         if self.needs[0]:
             _mm(logits_grad, problem.linear_weight, self.input[rows], problem.device.widens)
-        if self.needs[1]:
-            self._add_weight(logits_grad.t(), input)
         if self.needs[2]:
             self._add_bias(logits_grad)
+        if self.needs[1]:
+            if self.targets_apart:
+                self._take_targets(rows, logits_grad)
+            self._add_weight(logits_grad.t(), input)
 
     def _add_weight(self, logits_grad: Tensor, input: Tensor) -> None:
         problem, first = self.problem, self.linear_weight is None
@@ -567,10 +566,30 @@ class _Gradients:
         else:
             torch.addmm(total, logits_grad, input, beta=0 if first else 1, out=total)
 
+    def _take_targets(self, rows: slice, logits_grad: Tensor) -> None:
+        columns = self.problem.columns_of_targets(rows)
+        each = torch.arange(len(columns), device=columns.device).unsqueeze(1)
+        self.targets.append((columns, logits_grad[each, columns]))
+        logits_grad[each, columns] = 0
+
+    def _add_targets(self) -> None:
+        """Adds what was taken out: all that belongs to a row of the weight before it is rounded."""
+        total, input = self.linear_weight, self.problem.input
+        columns, values = map(torch.cat, zip(*self.targets, strict=True))  # [N, positions]
+        found, places = columns.flatten().unique(return_inverse=True)
+        wide = torch.promote_types(total.dtype, torch.float32)
+        values = values.to(wide).unsqueeze(2)
+        size = max(_TILE_BYTES // (len(places) * wide.itemsize), 1)
+        for start in range(0, input.shape[1], size):
+            some = slice(start, start + size)
+            terms = values * input[:, some].to(self.problem.dtype).unsqueeze(1)
+            sums = total[found, some].to(wide).index_add_(0, places, terms.flatten(0, 1))
+            total[found, some] = sums.to(total.dtype)
+
     def _add_bias(self, logits_grad: Tensor) -> None:
         wide = torch.promote_types(self.problem.dtype, torch.float32)
         if self.linear_bias is None:
-            self.linear_bias = logits_grad.new_zeros(logits_grad.shape[1], dtype=wide)
+            self.linear_bias = logits_grad.new_zeros(logits_grad.shape[1], dtype=torch.float64)
         # By parts, since a sum in another type makes a copy in that type on the CPU.
         size = max(_TILE_BYTES // (max(len(logits_grad), 1) * wide.itemsize), 1)
         for total, part in zip(
@@ -580,6 +599,8 @@ class _Gradients:
 
     def result(self) -> list[Tensor]:
         """In the types of what they are gradients of; where none is needed, an empty tensor."""
+        if self.targets:
+            self._add_targets()
         found = (self.input, self.linear_weight, self.linear_bias)
         gradients = []
         for like, grad, needed in zip(self.like, found, self.needs, strict=True):
@@ -615,10 +636,10 @@ def _no_autocast(input: Tensor) -> Iterator[None]:
 _CALL = (
     "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, "
     "{} int reduction, int ignore_index, float label_smoothing, ScalarType dtype, "
-    "ScalarType loss_dtype, SymInt? chunk_size, SymInt? max_chunk_bytes"
+    "ScalarType loss_dtype, SymInt? chunk_size, SymInt? max_chunk_bytes, str? chunking_method"
 )
 _NEEDS = "bool needs_input, bool needs_linear_weight, bool needs_linear_bias"
-_TENSORS, _OPTIONS = 5, 7
+_TENSORS, _OPTIONS = 5, 8
 
 
 def _operator(name: str, arguments: str, returns: str) -> Callable:

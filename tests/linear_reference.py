@@ -27,14 +27,13 @@ class Outcome(NamedTuple):
 def stock_loss(input, linear_weight, target, *, linear_bias=None, ignore_index=None, **options):
     """The definition, for every shape that ours takes."""
     batch, (classes, *positions) = input.shape[:-1], linear_weight.shape[:-1]
-    features = input.shape[-1]
     if len(batch) > 1:
-        input = input.reshape(-1, features)
+        input = input.flatten(0, -2)
         target = target.reshape(len(input), *target.shape[len(batch) :])
     logits = F.linear(
         input,
-        linear_weight.reshape(-1, features),
-        None if linear_bias is None else linear_bias.reshape(-1),
+        linear_weight.flatten(0, -2),
+        None if linear_bias is None else linear_bias.flatten(),
     ).reshape(*input.shape[:-1], classes, *positions)
     if target.dtype in (torch.int32, torch.int16, torch.uint8):  # ours alone takes them
         target = target.long()

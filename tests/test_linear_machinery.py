@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from cases import covering, name_of
 from linear_reference import differentiate, stock_loss
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
@@ -52,22 +53,28 @@ def problem(rows=7, kind="index", dtype=torch.float32):
     return layer, target
 
 
-@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
-@pytest.mark.parametrize("kind", ("index", "probability"))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-@every_reduction
-@every_way
-def test_compiled_loss_or_gradient_differs(way, reduction, dtype, kind, backend):
-    layer, target = problem(kind=kind, dtype=dtype)
+AXES = {
+    "backend": ("eager", "aot_eager"),
+    "kind": ("index", "probability"),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "reduction": REDUCTIONS,
+    "way": tuple(WAYS),
+}
+
+
+@pytest.mark.parametrize("case", covering(AXES, 3), ids=name_of)
+def test_compiled_loss_or_gradient_differs(case):
+    dtype = case["dtype"]
+    layer, target = problem(kind=case["kind"], dtype=dtype)
     options = {
         "weight": torch.rand(CLASSES, dtype=dtype),
         "label_smoothing": 0.1,
-        "reduction": reduction,
+        "reduction": case["reduction"],
         "chunk_size": 3,
-        **WAYS[way],
+        **WAYS[case["way"]],
     }
     expected = differentiate(lce, layer, target, scale=0.25, **options)
-    result = differentiate(compiled(lce, backend), layer, target, scale=0.25, **options)
+    result = differentiate(compiled(lce, case["backend"]), layer, target, scale=0.25, **options)
     # The same operators, on memory that may be aligned otherwise.
     rounding = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(result, expected, rtol=rounding, atol=rounding)
@@ -136,6 +143,22 @@ def test_new_number_of_rows_compiles_again(dynamic, way):
         counts.append(counter.frame_count)
     # The second number of rows makes the graph dynamic, if it was not made so, and so it stays.
     assert len(set(counts[dynamic is None :])) == 1
+
+
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="torch 2.13 has them")
+@pytest.mark.parametrize("method", ("auto", "aspect_ratio", "aspect_ratio:2", None))
+def test_options_compile_again_for_each_number_of_rows(method):
+    options = nn.LinearCrossEntropyOptions(chunking_method=method)
+    counter = CompileCounterWithBackend("aot_eager")
+    function = compiled(lambda *layer: lce(*layer, options=options), counter, dynamic=True)
+    counts = []
+    for rows in (5, 9, 64):  # of which a power of two is found above, far above, and at
+        (input, linear_weight, _), target = problem(rows)
+        loss = function(input, linear_weight.requires_grad_(), target)
+        loss.backward()
+        torch.testing.assert_close(loss, stock_loss(input, linear_weight, target))
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1
 
 
 @pytest.mark.parametrize("backend", ("eager", "aot_eager"))
@@ -221,7 +244,7 @@ def test_operator_breaks_its_schema(kind, reduction, way):
     layer, target = problem(kind=kind)
     layer = [t.requires_grad_() for t in layer]
     enum = nn._reduction.get_enum(reduction)
-    options = (enum, -100, 0.1, torch.float32, torch.float32, 3, None)
+    options = (enum, -100, 0.1, torch.float32, torch.float32, 3, None, None)
     arguments = (layer[0], layer[1], target, layer[2], torch.rand(CLASSES), *options)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     if way == "ahead" and reduction != "none":

@@ -58,14 +58,14 @@ pytestmark = [
 
 
 def extra_memory(call):
-    """What the call takes at its peak, and what of it are gradients and their sums, in bytes."""
+    """What the call takes at its peak, and that without gradients and their sums, in bytes."""
     command = [sys.executable, "-W", "ignore", __file__, call]
     environment = os.environ | {"PYTHONPATH": str(Path(fused_ce.__file__).parents[1])}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     extra, gradients = map(int, result.stdout.split())
     print(f"{call}: {extra} bytes, {gradients} of them gradients and the weight in another type")
-    return extra - gradients
+    return extra, extra - gradients
 
 
 # Every process costs seconds: by default, the calls that take the most besides their logits.
@@ -81,20 +81,23 @@ OFTEN = ("budget, all options", "budget, bfloat16")
     ],
 )
 def test_budget_is_exceeded(call):
-    extra = extra_memory(call)
-    assert extra <= 1.05 * BUDGET + SLACK
-    # And it is used: the measurement itself sees a chunk.
-    assert extra > BUDGET / 2
+    taken, without_gradients = extra_memory(call)
+    assert without_gradients <= 1.05 * BUDGET + SLACK
+    # And it is used: the measurement itself sees a chunk. (Of the gradients it may see less, where
+    # they lie in what the small call has left.)
+    assert taken > BUDGET / 2
 
 
 @pytest.mark.slow
 def test_default_budget_is_exceeded():
-    assert DEFAULT / 2 < extra_memory("default") <= 1.05 * DEFAULT + SLACK
+    taken, without_gradients = extra_memory("default")
+    assert without_gradients <= 1.05 * DEFAULT + SLACK
+    assert taken > DEFAULT / 2
 
 
 @pytest.mark.slow
 def test_stock_takes_no_more_than_ours():
-    assert extra_memory("stock") > 5 * DEFAULT
+    assert extra_memory("stock")[1] > 5 * DEFAULT
 
 
 def _measure(name):
