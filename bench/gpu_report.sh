@@ -27,7 +27,8 @@ step() {
   fi
   ((seconds < left)) || seconds=$left
   echo "== $name (at $SECONDS s, for at most $seconds s)"
-  timeout --kill-after=5 "$seconds" "$@" 2>&1 | tee "$out/$name.log"
+  # Interrupted, pytest still says which tests have failed.
+  timeout --signal=INT --kill-after=10 "$seconds" "$@" 2>&1 | tee "$out/$name.log"
   status=${PIPESTATUS[0]}
   ((status == 0)) || failed+=("$name")
   return "$status"

@@ -50,18 +50,28 @@ const Device& device_at(int index) {
   return devices.at(index);
 }
 
+// Makes a device current to torch's runtime and to this library's own. Torch puts back what was
+// current before: it knows whether the thread had used a device at all, where a cudaSetDevice() of
+// the default one would initialise it.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int index) : guard_(index) { check(cudaSetDevice(index)); }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
 class Cuda {
  public:
   static constexpr bool kFindsTotals = true;
 
-  explicit Cuda(const Tensor& input) : input_(input), guard_(input.get_device_index()) {
+  explicit Cuda(const Tensor& input) : input_(input), current_(input.get_device_index()) {
     const int index = input.get_device_index();
     FCE_CHECK(aoti_torch_get_current_cuda_stream,
               "this torch has CUDA tensors but names no CUDA stream; install another build of it");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
     stream_ = static_cast<Stream>(stream);
-    check(cudaSetDevice(index));  // this library's runtime has not seen the guard
     device_ = &device_at(index);
   }
 
@@ -95,10 +105,22 @@ class Cuda {
   }
 
   const Tensor& input_;
-  torch::stable::accelerator::DeviceGuard guard_;
+  CurrentDevice current_;
   Stream stream_;
   const Device* device_;
 };
+
+// False as well for a torch without CUDA, and where there is no such device.
+bool has_code_for(int64_t index) {
+  int count = 0;
+  if (!aoti_torch_get_current_cuda_stream || cudaGetDeviceCount(&count) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  if (index >= count) return false;
+  const CurrentDevice current(static_cast<int>(index));
+  return has_code_for_current_device();
+}
 
 }  // namespace
 

@@ -12,23 +12,13 @@ namespace {
 
 __global__ void empty_kernel() {}
 
-bool has_code_for_current_device() {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, empty_kernel) == cudaSuccess;
-}
-
 }  // namespace
 
-bool has_code_for(int64_t device_index) {
-  int previous = 0;
-  bool found = false;
-  if (cudaGetDevice(&previous) == cudaSuccess &&
-      cudaSetDevice(static_cast<int>(device_index)) == cudaSuccess) {
-    found = has_code_for_current_device();
-    cudaSetDevice(previous);
-  }
+bool has_code_for_current_device() {
+  cudaFuncAttributes attributes;
+  const bool has_code = cudaFuncGetAttributes(&attributes, empty_kernel) == cudaSuccess;
   cudaGetLastError();  // a failed question is no error of whatever is asked next
-  return found;
+  return has_code;
 }
 
 }  // namespace fused_ce::cuda
