@@ -56,7 +56,7 @@ FAULTS = {
         "packs[i] = pack < row.packs ?",
         "packs[i] = pack <= row.packs ?",
         "streaming_forward",
-        Case(4 * (4096 + 1500), rows=(3,), major=8),
+        Case(4 * (4096 + 1500), rows=(3,), clusters=False),
         "outside of a buffer",
     ),
     "single element off by one": Fault(

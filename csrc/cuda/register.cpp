@@ -7,7 +7,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include <vector>
+#include <map>
+#include <mutex>
 
 #include "../calls.h"
 #include "launch.h"
@@ -26,6 +27,7 @@ void check(cudaError_t error) {
     throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error));
 }
 
+// Of the current device.
 Device describe(int index) {
   const auto attribute = [index](cudaDeviceAttr name) {
     int value = 0;
@@ -34,20 +36,19 @@ Device describe(int index) {
   };
   Device device;
   device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-  device.major = attribute(cudaDevAttrComputeCapabilityMajor);
-  device.minor = attribute(cudaDevAttrComputeCapabilityMinor);
+  // Others either have no clusters or none of more than one block.
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor);
+  device.has_clusters = (major == 9 || major == 10) && code_for_current_device() >= 90;
   return device;
 }
 
+// The current device, which is asked once.
 const Device& device_at(int index) {
-  static const std::vector<Device> devices = [] {
-    int count = 0;
-    check(cudaGetDeviceCount(&count));
-    std::vector<Device> found;
-    for (int i = 0; i < count; i++) found.push_back(describe(i));
-    return found;
-  }();
-  return devices.at(index);
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  const std::lock_guard lock(mutex);
+  const auto at = known.find(index);
+  return at != known.end() ? at->second : known.emplace(index, describe(index)).first->second;
 }
 
 // Makes a device current to torch's runtime and to this library's own. Torch puts back what was
@@ -119,7 +120,7 @@ bool has_code_for(int64_t index) {
   }
   if (index >= count) return false;
   const CurrentDevice current(static_cast<int>(index));
-  return has_code_for_current_device();
+  return code_for_current_device() > 0;
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
 // Asks the runtime for a kernel that is compiled for the same architectures as all the others.
 //
-// Compute capabilities tell less: which of them a build serves depends on TORCH_CUDA_ARCH_LIST and
-// on the PTX it carries.
+// The device's compute capability tells less: which code it runs depends on TORCH_CUDA_ARCH_LIST
+// and on the PTX that the build carries, and PTX for an older architecture lacks what came after
+// it.
 #include <cuda_runtime.h>
 
 #include "support.h"
@@ -14,11 +15,11 @@ __global__ void empty_kernel() {}
 
 }  // namespace
 
-bool has_code_for_current_device() {
+int code_for_current_device() {
   cudaFuncAttributes attributes;
-  const bool has_code = cudaFuncGetAttributes(&attributes, empty_kernel) == cudaSuccess;
+  if (cudaFuncGetAttributes(&attributes, empty_kernel) == cudaSuccess) return attributes.ptxVersion;
   cudaGetLastError();  // a failed question is no error of whatever is asked next
-  return has_code;
+  return 0;
 }
 
 }  // namespace fused_ce::cuda

@@ -1,9 +1,10 @@
-// Whether a device can run the kernels of this build.
+// What of this build a device can run.
 #pragma once
 
 namespace fused_ce::cuda {
 
-// False for a device of an architecture that the build has neither code nor PTX for.
-bool has_code_for_current_device();
+// The compute capability, times ten, that the kernels were compiled for which run on the current
+// device; 0 for a device of an architecture that the build has neither code nor PTX for.
+int code_for_current_device();
 
 }  // namespace fused_ce::cuda

@@ -74,6 +74,8 @@ T __ldcg(const T* address) {
   return *simulator::aligned(address);
 }
 
+inline void __trap() { simulator::fail("the kernel ends itself"); }
+
 inline void __cluster_barrier_arrive() { simulator::cluster_arrive(true); }
 inline void __cluster_barrier_arrive_relaxed() { simulator::cluster_arrive(false); }
 inline void __cluster_barrier_wait() { simulator::cluster_wait(); }
