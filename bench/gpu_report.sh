@@ -35,8 +35,10 @@ step() {
 }
 
 has_code() {
-  "$python" -c 'from fused_ce import ops; raise SystemExit(ops.lacking("cuda", 0) is not None)' \
-    2> /dev/null
+  "$python" -c '
+import torch
+from fused_ce import ops
+raise SystemExit(ops.lacking("cuda", torch.cuda.current_device()) is not None)' 2> /dev/null
 }
 
 if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
