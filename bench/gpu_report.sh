@@ -27,15 +27,18 @@ step() {
   fi
   ((seconds < left)) || seconds=$left
   echo "== $name (at $SECONDS s, for at most $seconds s)"
-  timeout --kill-after=5 "$seconds" "$@" 2>&1 | tee "$out/$name.log"
+  # Interrupted, pytest still says which tests have failed.
+  timeout --signal=INT --kill-after=10 "$seconds" "$@" 2>&1 | tee "$out/$name.log"
   status=${PIPESTATUS[0]}
   ((status == 0)) || failed+=("$name")
   return "$status"
 }
 
 has_code() {
-  "$python" -c 'from fused_ce import ops; raise SystemExit(ops.lacking("cuda", 0) is not None)' \
-    2> /dev/null
+  "$python" -c '
+import torch
+from fused_ce import ops
+raise SystemExit(ops.lacking("cuda", torch.cuda.current_device()) is not None)' 2> /dev/null
 }
 
 if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then

@@ -24,7 +24,7 @@ class Case(NamedTuple):
     ignored: bool = True
     spread: float = 3.0  # of the logits
     offset: float = 0.0  # of the logits
-    major: int = 9  # compute capability
+    clusters: bool = True  # whether the device has any
 
     def __str__(self):
         changed = [
@@ -171,7 +171,7 @@ def forward(kernels, case, data, mode, seed=0):
         grad=grad,
         keeps_stats=mode in ("statistics", "gradient"),
         loss_dtype=loss_type(case),
-        device=SimulatedDevice(major=case.major),
+        device=SimulatedDevice(has_clusters=case.clusters),
         seed=seed,
         **data.options,
     )
@@ -201,7 +201,7 @@ def check_backward(kernels, case, in_place=False):
         grad_output = torch.arange(loss.numel()).remainder(5).sub(1.5).to(case.dtype)
         grad_output = grad_output.view(loss.shape)
     _, expected, *expected_target = reference(data, grad_output)
-    device = SimulatedDevice(major=case.major)
+    device = SimulatedDevice(has_clusters=case.clusters)
     results = []
     for seed in (0, 11):
         grad = grad_like(data, in_place)

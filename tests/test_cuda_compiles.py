@@ -102,6 +102,22 @@ def test_kernels_keep_to_their_registers(source, architecture, compiled):
         assert registers <= allowed[kernel], f"{kernel} has {registers} registers"
 
 
+def test_code_without_clusters_takes_part_of_a_row_for_all(tmp_path):
+    """Such code is what PTX for an older architecture becomes on a device that has clusters."""
+    source = SOURCES[0].parent / "row_on_chip_float16.cu"
+    assembly = tmp_path / "kernels.ptx"
+    command = ["nvcc", "-std=c++20", "-arch=compute_80", "-ptx", source, "-o", assembly]
+    subprocess.run(command, check=True, timeout=900)
+    kernels = re.findall(r"\.entry (\w+)\((.*?)\n\}\n", assembly.read_text(), re.DOTALL)
+    loading = {name for name, body in kernels if "ld.global" in body}
+    ending = {name for name, body in kernels if "trap;" in body}
+    assert loading and ending and loading.isdisjoint(ending)
+    layouts = (SOURCES[0].parent / "row_on_chip.cuh").read_text()
+    layouts = re.findall(r"LayoutAt<(\d)> : RowLayout<\d+, \d+, (\d)>", layouts)
+    clusters = {index for index, blocks in layouts if blocks != "1"}
+    assert {re.search(r"LayoutAtILi(\d)E", name)[1] for name in ending} == clusters
+
+
 def test_kernels_know_nothing_of_torch():
     """Only registration does, so that kernels compile in seconds and run on the simulator."""
     for source in SOURCES[0].parent.iterdir():

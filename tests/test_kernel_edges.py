@@ -24,7 +24,7 @@ REGIMES = {
     "warp": Case(600),
     "block": Case(5000, dtype=torch.bfloat16),
     "cluster": Case(17001, rows=(3,)),
-    "streaming": Case(17001, rows=(3,), major=8),
+    "streaming": Case(17001, rows=(3,), clusters=False),
     "strided": Case(40, rows=(2, 24)),
     "kept": Case(20, rows=(2, 24)),
     "two reads": Case(70, dtype=torch.float64),
@@ -47,7 +47,7 @@ def run_both_ways(kernels, case, data):
     loss, stats, grad = forward(kernels, case, data, "gradient")
     again = grad_like(data)
     one = torch.ones(loss.shape, dtype=case.dtype)
-    device = SimulatedDevice(major=case.major)
+    device = SimulatedDevice(has_clusters=case.clusters)
     kernels.backward(data.input, data.target, stats, one, again, device=device, **data.options)
     return loss, grad, again
 
@@ -178,7 +178,7 @@ def test_backward_checks_targets_too(kernels, case):
     _, stats, _ = forward(kernels, case, data, "statistics")
     data.target.flatten()[2] = case.classes
     grad = grad_like(data)
-    device = SimulatedDevice(major=case.major)
+    device = SimulatedDevice(has_clusters=case.clusters)
     with pytest.raises(SimulatorError, match=r"Assertion `t >= 0 && t < n_classes' failed"):
         kernels.backward(
             data.input, data.target, stats, torch.ones(()), grad, device=device, **data.options
@@ -245,7 +245,7 @@ def test_reduction_of_many_rows_is_rounded_once(kernels, reduction, weight):
 def test_grad_output_of_one_leaves_the_gradient_alone(kernels, case, dtype):
     data = make(case)
     _, stats, _ = forward(kernels, case, data, "statistics")
-    device = SimulatedDevice(major=case.major)
+    device = SimulatedDevice(has_clusters=case.clusters)
     arguments = data.options | {"device": device, "unless_one": True}
     grad = grad_like(data)
     before = bits(grad)

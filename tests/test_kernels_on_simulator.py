@@ -48,8 +48,8 @@ CASES = [
       for t in FLOATS[1:] for i in (1, 2, 3)),
     # The same length without clusters, and longer than any cluster holds: read twice, or once where
     # a block to each row keeps the device busy.
-    *(Case(c, rows=(3,), dtype=t, major=8, smoothing=s) for c in (8200, 16391) for t in FLOATS[1:]
-      for s in (0.0, 0.1)),
+    *(Case(c, rows=(3,), dtype=t, clusters=False, smoothing=s) for c in (8200, 16391)
+      for t in FLOATS[1:] for s in (0.0, 0.1)),
     Case(262153, rows=(2,), dtype=torch.bfloat16),
     Case(8205, rows=(7,), dtype=torch.float16),
     # Strided classes: kept, and read twice; threads beyond the last row, rows of one block in two

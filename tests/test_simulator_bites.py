@@ -1,7 +1,8 @@
 """Guards the simulator: a kernel with a fault in it must fail there, for each kind of fault.
 
 Each fault is made in a copy of the sources, which is compiled and run like the real ones. The same
-problems run on the unchanged kernels, in other tests and here under the sanitizers.
+problems run on the unchanged kernels, in other tests and here under the sanitizers: one of them
+finds accesses that nothing orders, which the simulator's own order of threads may hide.
 """
 
 import shutil
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import simulated
 import torch
-from kernel_cases import Case, check_backward, check_forward
+from kernel_cases import Case, check_backward, check_forward, forward, grad_like, make
 from simulated import Kernels, SimulatorError
 from test_kernel_edges import REGIMES
 
@@ -55,7 +56,7 @@ FAULTS = {
         "packs[i] = pack < row.packs ?",
         "packs[i] = pack <= row.packs ?",
         "streaming_forward",
-        Case(4 * (4096 + 1500), rows=(3,), major=8),
+        Case(4 * (4096 + 1500), rows=(3,), clusters=False),
         "outside of a buffer",
     ),
     "single element off by one": Fault(
@@ -163,23 +164,29 @@ def run(kernels, fault_or_case, backward):
         check_forward(kernels, fault_or_case, "gradient")
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_fault_is_caught(kernels, fault, tmp_path):
-    run(kernels, fault.case, fault.backward)  # without it
-    shutil.copytree(simulated.KERNELS, tmp_path / "csrc")
-    source = tmp_path / "csrc" / "cuda" / fault.file
+def with_fault(kernels, fault, directory, *flags):
+    """The same kernels, but for the fault."""
+    shutil.copytree(simulated.KERNELS, directory / "csrc")
+    source = directory / "csrc" / "cuda" / fault.file
     text = source.read_text()
     assert text.count(fault.old) >= 1, "the fault's place is gone: find it another"
     source.write_text(text.replace(fault.old, fault.new))
     program = simulated.build(
-        tmp_path,
-        "-O1",
-        sources=tmp_path / "csrc",
+        directory,
+        *flags,
+        sources=directory / "csrc",
         base=kernels.program.parent,
         only=[fault.unit],
     )
+    return Kernels(program)
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_fault_is_caught(kernels, fault, tmp_path):
+    run(kernels, fault.case, fault.backward)  # without it
+    faulty = with_fault(kernels, fault, tmp_path, "-O1")
     with pytest.raises((AssertionError, SimulatorError), match=fault.noticed):
-        run(Kernels(program), fault.case, fault.backward)
+        run(faulty, fault.case, fault.backward)
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +219,92 @@ def test_sanitizers_watch_the_buffers(sanitized):
     input, target = torch.randn(4, 300), torch.full((4,), 299)
     with pytest.raises(SimulatorError, match="heap-buffer-overflow"):
         sanitized.forward(input, target, weight=torch.ones(299))
+
+
+# Order of accesses: whether the result shows it or not
+
+WATCHED = ("-O1", "-fsanitize=thread")
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    kernels = Kernels(simulated.build(tmp_path_factory.mktemp("watched"), *WATCHED))
+    try:
+        overwrite(kernels, TILE)
+    except SimulatorError as error:
+        if "unexpected memory mapping" in str(error):
+            pytest.skip("ThreadSanitizer cannot work with this kernel's layout of memory")
+        raise
+    return kernels
+
+
+def overwrite(kernels, case):
+    """In place, where threads have the most to do with each other."""
+    forward(kernels, case, make(case), "in place", seed=7)
+
+
+@pytest.mark.parametrize("name", [*REGIMES, "tile at an offset", "block at an offset"])
+def test_order_of_accesses_is_left_to_chance(watched, name):
+    case = SANITIZED[name]
+    overwrite(watched, case)
+    data = make(case)
+    loss, stats, _ = forward(watched, case, data, "statistics")
+    grad = grad_like(data, in_place=True)
+    grad_output = torch.full_like(loss, 0.5)
+    watched.backward(grad, data.target, stats, grad_output, grad, seed=11, **data.options)
+
+
+UNORDERED = {
+    "tile overwritten while its target is read": Fault(
+        "row_tile.cuh",
+        "__syncwarp();  // all lanes have read the target's logit",
+        "",
+        "tile_rows_forward",
+        TILE,
+    ),
+    "row overwritten while lanes of its warp read it": Fault(
+        "row_on_chip.cuh",
+        "__syncwarp();\n    return;",
+        "return;",
+        "row_on_chip_float32",
+        REGIMES["warp"],
+    ),
+    "strided row overwritten while lanes of its warp read it": Fault(
+        "row_threads.cuh",
+        "__syncwarp();  // what the warp has read may be overwritten now",
+        "",
+        "two_read_forward",
+        REGIMES["two reads"],
+    ),
+    "losses of other blocks read by lanes that drew no ticket": Fault(
+        "block_sum.cuh",
+        "__threadfence();\n  __syncwarp();",
+        "__threadfence();",
+        "row_on_chip_float32",
+        REGIMES["warp"],
+    ),
+    "loss left without a fence before the ticket": Fault(
+        "block_sum.cuh",
+        "parts[index] = part;\n    __threadfence();",
+        "parts[index] = part;",
+        "row_on_chip_float32",
+        REGIMES["warp"],
+    ),
+    "sums of a cluster written without release": Fault(
+        "row_on_chip.cuh",
+        "__cluster_barrier_arrive();",
+        "__cluster_barrier_arrive_relaxed();",
+        "row_on_chip_float32",
+        CLUSTER,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", UNORDERED.values(), ids=UNORDERED)
+def test_missing_order_is_noticed(watched, fault, tmp_path):
+    faulty = with_fault(watched, fault, tmp_path, *WATCHED)
+    with pytest.raises(SimulatorError, match="ThreadSanitizer: reported"):
+        overwrite(faulty, fault.case)
 
 
 def compile_and_run(directory, body):

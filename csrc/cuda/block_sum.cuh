@@ -36,6 +36,7 @@ __device__ __forceinline__ bool leave_part(double part, double* parts, int64_t i
 
 __device__ __forceinline__ double add_parts_in_order(const double* parts, int64_t count) {
   __threadfence();
+  __syncwarp();  // what lane 0 may read, which drew the ticket, the others may from here on
   double sum = 0;
 #pragma unroll 4
   for (int64_t i = threadIdx.x % kWarp; i < count; i += kWarp) sum += __ldcg(parts + i);

@@ -18,7 +18,7 @@ using Stream = cudaStream_t;
 // What a call needs to know of the device it runs on.
 struct Device {
   int multiprocessors = 0;
-  int major = 0, minor = 0;  // compute capability
+  bool has_clusters = false;  // of eight blocks, and so has the code that runs on it
 };
 
 // Device memory that forward() needs besides its tensors, aligned to 16 bytes. Its contents may be

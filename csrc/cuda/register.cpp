@@ -7,7 +7,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include <vector>
+#include <map>
+#include <mutex>
 
 #include "../calls.h"
 #include "launch.h"
@@ -26,6 +27,7 @@ void check(cudaError_t error) {
     throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error));
 }
 
+// Of the current device.
 Device describe(int index) {
   const auto attribute = [index](cudaDeviceAttr name) {
     int value = 0;
@@ -34,34 +36,43 @@ Device describe(int index) {
   };
   Device device;
   device.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-  device.major = attribute(cudaDevAttrComputeCapabilityMajor);
-  device.minor = attribute(cudaDevAttrComputeCapabilityMinor);
+  // Others either have no clusters or none of more than one block.
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor);
+  device.has_clusters = (major == 9 || major == 10) && code_for_current_device() >= 90;
   return device;
 }
 
+// The current device, which is asked once.
 const Device& device_at(int index) {
-  static const std::vector<Device> devices = [] {
-    int count = 0;
-    check(cudaGetDeviceCount(&count));
-    std::vector<Device> found;
-    for (int i = 0; i < count; i++) found.push_back(describe(i));
-    return found;
-  }();
-  return devices.at(index);
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  const std::lock_guard lock(mutex);
+  const auto at = known.find(index);
+  return at != known.end() ? at->second : known.emplace(index, describe(index)).first->second;
 }
+
+// Makes a device current to torch's runtime and to this library's own. Torch puts back what was
+// current before: it knows whether the thread had used a device at all, where a cudaSetDevice() of
+// the default one would initialise it.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int index) : guard_(index) { check(cudaSetDevice(index)); }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
 
 class Cuda {
  public:
   static constexpr bool kFindsTotals = true;
 
-  explicit Cuda(const Tensor& input) : input_(input), guard_(input.get_device_index()) {
+  explicit Cuda(const Tensor& input) : input_(input), current_(input.get_device_index()) {
     const int index = input.get_device_index();
     FCE_CHECK(aoti_torch_get_current_cuda_stream,
               "this torch has CUDA tensors but names no CUDA stream; install another build of it");
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
     stream_ = static_cast<Stream>(stream);
-    check(cudaSetDevice(index));  // this library's runtime has not seen the guard
     device_ = &device_at(index);
   }
 
@@ -95,10 +106,22 @@ class Cuda {
   }
 
   const Tensor& input_;
-  torch::stable::accelerator::DeviceGuard guard_;
+  CurrentDevice current_;
   Stream stream_;
   const Device* device_;
 };
+
+// False as well for a torch without CUDA, and where there is no such device.
+bool has_code_for(int64_t index) {
+  int count = 0;
+  if (!aoti_torch_get_current_cuda_stream || cudaGetDeviceCount(&count) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  if (index >= count) return false;
+  const CurrentDevice current(static_cast<int>(index));
+  return code_for_current_device() > 0;
+}
 
 }  // namespace
 

@@ -6,20 +6,13 @@
 
 namespace fused_ce::cuda {
 
-namespace {
-
-// Other devices either have no clusters or none of more than one block.
-bool has_clusters(const Device& device) { return device.major == 9 || device.major == 10; }
-
-}  // namespace
-
 bool row_on_chip_serves(const Problem& p, const Device& device) {
   if (!is_vector_problem(p)) return false;
   bool serves = false;
   with_row_layout(p, [&](auto layout) {
     using Layout = decltype(layout);
     const int64_t packs = p.classes * size_of(p.input.dtype) / 16;
-    serves = packs <= Layout::kMaxPacks && (Layout::kCluster == 1 || has_clusters(device)) &&
+    serves = packs <= Layout::kMaxPacks && (Layout::kCluster == 1 || device.has_clusters) &&
              p.rows <= std::numeric_limits<int>::max() / Layout::kCluster;
     // Without a gradient a row need not be kept, unless a block to each row leaves the device idle.
     if (!p.grad.data && Layout::kCluster > 1) serves &= p.rows < 2 * device.multiprocessors;

@@ -30,10 +30,15 @@ struct RowLayout {
   };
 };
 
-// The part of the cluster's exchange that devices without clusters have no instructions for.
+// The part of a cluster's exchange for which code that knows no clusters has no instructions.
 template <class Layout>
 struct Peers {
   static constexpr bool kAny = Layout::kCluster > 1;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  static constexpr bool kMissing = false;
+#else
+  static constexpr bool kMissing = kAny;
+#endif
 
   __device__ __forceinline__ static int rank() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -99,6 +104,10 @@ __global__ void __launch_bounds__(Layout::kBlock, Layout::kMinBlocks)
     row_on_chip_kernel(const __grid_constant__ Problem p, const __grid_constant__ Result result,
                        const Unpacking unpacking) {
   using Peer = Peers<Layout>;
+  if constexpr (Peer::kMissing) {  // the host knows, and does not launch it
+    __trap();
+    return;
+  }
   constexpr int kThreads = Layout::kThreads, kPacks = Layout::kPacks;
   auto& shared = *static_cast<typename Layout::Shared*>(shared_memory());
   const int thread = threadIdx.x % kThreads, slot = threadIdx.x / kThreads, rank = Peer::rank();

@@ -1,7 +1,8 @@
 // Asks the runtime for a kernel that is compiled for the same architectures as all the others.
 //
-// Compute capabilities tell less: which of them a build serves depends on TORCH_CUDA_ARCH_LIST and
-// on the PTX it carries.
+// The device's compute capability tells less: which code it runs depends on TORCH_CUDA_ARCH_LIST
+// and on the PTX that the build carries, and PTX for an older architecture lacks what came after
+// it.
 #include <cuda_runtime.h>
 
 #include "support.h"
@@ -12,23 +13,13 @@ namespace {
 
 __global__ void empty_kernel() {}
 
-bool has_code_for_current_device() {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, empty_kernel) == cudaSuccess;
-}
-
 }  // namespace
 
-bool has_code_for(int64_t device_index) {
-  int previous = 0;
-  bool found = false;
-  if (cudaGetDevice(&previous) == cudaSuccess &&
-      cudaSetDevice(static_cast<int>(device_index)) == cudaSuccess) {
-    found = has_code_for_current_device();
-    cudaSetDevice(previous);
-  }
+int code_for_current_device() {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, empty_kernel) == cudaSuccess) return attributes.ptxVersion;
   cudaGetLastError();  // a failed question is no error of whatever is asked next
-  return found;
+  return 0;
 }
 
 }  // namespace fused_ce::cuda

@@ -1,12 +1,10 @@
-// Whether a device can run the kernels of this build.
+// What of this build a device can run.
 #pragma once
-
-#include <cstdint>
 
 namespace fused_ce::cuda {
 
-// False for a device of an architecture that the build has neither code nor PTX for, and where
-// there is no such device.
-bool has_code_for(int64_t device_index);
+// The compute capability, times ten, that the kernels were compiled for which run on the current
+// device; 0 for a device of an architecture that the build has neither code nor PTX for.
+int code_for_current_device();
 
 }  // namespace fused_ce::cuda

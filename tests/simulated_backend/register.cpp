@@ -13,7 +13,7 @@ namespace fused_ce::cuda {
 
 namespace {
 
-constexpr Device kDevice{3, 9, 0};
+constexpr Device kDevice{3, true};
 
 class Simulated {
  public:

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -38,7 +39,7 @@ struct alignas(16) float4 {
 };
 
 inline void __syncthreads() { simulator::block_barrier(); }
-inline void __syncwarp(unsigned mask = 0xffffffff) { simulator::exchange(0, 0, mask, "syncwarp"); }
+inline void __syncwarp(unsigned mask = 0xffffffff) { simulator::warp_barrier(mask); }
 
 namespace simulator {
 
@@ -63,18 +64,20 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
   return simulator::shuffle(value, threadIdx.x ^ static_cast<unsigned>(distance), mask);
 }
 
-// One fiber runs at a time, so these need do no more.
-inline void __threadfence() {}
+inline void __threadfence() { simulator::fence(); }
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
-  return std::exchange(*address, *address + value);
+  simulator::observe(address);
+  return std::atomic_ref(*address).fetch_add(value, std::memory_order_relaxed);
 }
 template <class T>
 T __ldcg(const T* address) {
   return *simulator::aligned(address);
 }
 
-inline void __cluster_barrier_arrive() { simulator::cluster_arrive(); }
-inline void __cluster_barrier_arrive_relaxed() { simulator::cluster_arrive(); }
+inline void __trap() { simulator::fail("the kernel ends itself"); }
+
+inline void __cluster_barrier_arrive() { simulator::cluster_arrive(true); }
+inline void __cluster_barrier_arrive_relaxed() { simulator::cluster_arrive(false); }
 inline void __cluster_barrier_wait() { simulator::cluster_wait(); }
 inline unsigned __clusterRelativeBlockRank() { return simulator::cluster_rank(); }
 inline void* __cluster_map_shared_rank(const void* own, unsigned rank) {

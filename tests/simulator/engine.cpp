@@ -11,6 +11,8 @@
 #include <numeric>
 #include <vector>
 
+#include "races.h"
+
 namespace simulator {
 
 Index thread_index, block_index, block_dim, grid_dim;
@@ -28,8 +30,11 @@ struct Fiber {
   ucontext_t context;
   Block* block = nullptr;
   Index thread;
+  size_t place = 0;
   unsigned cluster_phase = 0;  // when it arrived
   bool has_arrived = false;
+  bool has_fenced = false;
+  void* observed = nullptr;  // the last atomic operation's address
   bool has_ended = false;
 };
 
@@ -38,26 +43,33 @@ struct Warp {
   uint64_t values[2][kWarp];  // of this exchange and the one before
   unsigned phase = 0;
   const char* what = nullptr;
+  BarrierOrder order;
 };
 
 struct Block {
   Index index;
   unsigned rank;
-  std::unique_ptr<unsigned char[]> shared;
+  unsigned char* shared;
   std::vector<Fiber*> at_barrier;
   std::vector<Warp> warps;
-  unsigned ended = 0;
+  unsigned phase = 0, ended = 0;
+  BarrierOrder order;
 };
 
+// The cluster that runs, and what the clusters of a launch have in common.
 struct Cluster {
   Launch launch;
   const std::function<void()>* kernel;
+  const WatchedThreads* watched;
+  std::vector<std::unique_ptr<unsigned char[]>> shared;  // of all blocks so far
+  char begin, end;                                       // what the host publishes and learns
   std::vector<Block> blocks;
   std::vector<Fiber> fibers;
   std::vector<Fiber*> ready;
   std::vector<Fiber*> at_cluster_barrier;
   unsigned arrived = 0, phase = 0;
   size_t ended = 0;
+  std::unique_ptr<BarrierOrder> order;
   ucontext_t done;
 };
 
@@ -87,14 +99,16 @@ void report_deadlock() {
 void switch_from(ucontext_t& from) {
   std::vector<Fiber*>& ready = cluster->ready;
   if (ready.empty()) {
-    if (cluster->ended == cluster->fibers.size()) setcontext(&cluster->done);
-    report_deadlock();
+    if (cluster->ended < cluster->fibers.size()) report_deadlock();
+    cluster->watched->switch_to_host();
+    setcontext(&cluster->done);
   }
   if (seed != 0) std::swap(ready[draw(ready.size())], ready.back());
   current = ready.back();
   ready.pop_back();
   thread_index = current->thread;
   block_index = current->block->index;
+  cluster->watched->switch_to(current->place);
   if (&from != &current->context) swapcontext(&from, &current->context);
 }
 
@@ -112,39 +126,61 @@ void release(std::vector<Fiber*>& waiting) {
 }
 
 void fiber_main() {
+  learn(&cluster->begin);
   (*cluster->kernel)();
+  publish(&cluster->end);
   current->has_ended = true;
   current->block->ended++;
   cluster->ended++;
   switch_from(current->context);
 }
 
-void run_cluster(unsigned first_block, unsigned char* stacks) {
+// What waits is reserved for: a thread of the kernel must not allocate, or ThreadSanitizer takes
+// the memory for its own.
+template <class T>
+void reset(std::vector<T>& waiting, size_t most) {
+  waiting.clear();
+  waiting.reserve(most);
+}
+
+// Its threads have the places from `first_place` on, each a stack and an identity.
+void set_up_cluster(unsigned first_block, size_t first_place, unsigned char* stacks) {
   const Launch& launch = cluster->launch;
   const unsigned threads = launch.threads;
   cluster->blocks = std::vector<Block>(launch.cluster);
   cluster->fibers = std::vector<Fiber>(size_t{threads} * launch.cluster);
   cluster->arrived = cluster->phase = 0;
   cluster->ended = 0;
+  cluster->order = std::make_unique<BarrierOrder>();
+  reset(cluster->ready, cluster->fibers.size());
+  reset(cluster->at_cluster_barrier, cluster->fibers.size());
   for (unsigned b = 0; b < launch.cluster; b++) {
     Block& block = cluster->blocks[b];
     block.index = {first_block + b, 0, 0};
     block.rank = b;
-    block.shared.reset(new unsigned char[launch.shared_bytes]);
-    std::memset(block.shared.get(), kUnwritten, launch.shared_bytes);
+    cluster->shared.emplace_back(new unsigned char[launch.shared_bytes]);
+    block.shared = cluster->shared.back().get();
+    std::memset(block.shared, kUnwritten, launch.shared_bytes);
+    reset(block.at_barrier, threads);
     block.warps = std::vector<Warp>(threads / kWarp);
+    for (Warp& warp : block.warps) reset(warp.waiting, kWarp);
   }
+  publish(&cluster->begin);
   for (size_t i = cluster->fibers.size(); i-- > 0;) {
     Fiber& fiber = cluster->fibers[i];
+    fiber.place = first_place + i;
     fiber.block = &cluster->blocks[i / threads];
     fiber.thread = {static_cast<unsigned>(i % threads), 0, 0};
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stacks + kStackBytes * i;
+    fiber.context.uc_stack.ss_sp = stacks + kStackBytes * fiber.place;
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, fiber_main, 0);
     cluster->ready.push_back(&fiber);
   }
+}
+
+void run_cluster() {
   volatile bool is_back = false;
   getcontext(&cluster->done);
   if (is_back) return;
@@ -167,47 +203,66 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
       launch.shared_bytes > kMaxSharedBytes)
     fail("invalid launch of %u blocks of %u threads, clusters of %u, %zu bytes of shared memory",
          launch.blocks, launch.threads, launch.cluster, launch.shared_bytes);
-  const size_t stack_bytes = kStackBytes * launch.threads * launch.cluster;
+  const unsigned clusters = launch.blocks / launch.cluster;
+  const size_t threads = size_t{launch.threads} * launch.cluster;
+  const size_t places = threads * watched_clusters(threads, clusters);
+  const size_t stack_bytes = kStackBytes * places;
   void* stacks = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (stacks == MAP_FAILED) fail("no memory for the stacks of %u threads", launch.threads);
-  std::vector<unsigned> order(launch.blocks / launch.cluster);
+  if (stacks == MAP_FAILED) fail("no memory for the stacks of %zu threads", places);
+  std::vector<unsigned> order(clusters);
   std::iota(order.begin(), order.end(), 0);
   for (size_t i = order.size(); seed != 0 && i > 1; i--) std::swap(order[i - 1], order[draw(i)]);
-  Cluster running{launch, &kernel, {}, {}, {}, {}, 0, 0, 0, {}};
+  const WatchedThreads watched(places);
+  Cluster running{};
+  running.launch = launch;
+  running.kernel = &kernel;
+  running.watched = &watched;
   block_dim = {launch.threads, 1, 1};
   grid_dim = {launch.blocks, 1, 1};
   cluster = &running;
-  for (const unsigned index : order)
-    run_cluster(index * launch.cluster, static_cast<unsigned char*>(stacks));
+  for (size_t i = 0; i < order.size(); i++) {
+    set_up_cluster(order[i] * launch.cluster, i * threads % places,
+                   static_cast<unsigned char*>(stacks));
+    run_cluster();
+  }
+  learn(&running.end);
   cluster = nullptr;
   munmap(stacks, stack_bytes);
 }
 
 unsigned cluster_rank() { return current->block->rank; }
 
-void* shared_memory() { return current->block->shared.get(); }
+void* shared_memory() { return current->block->shared; }
 
 void* peer_memory(const void* own, unsigned rank) {
-  const auto offset = static_cast<const unsigned char*>(own) - current->block->shared.get();
+  const auto offset = static_cast<const unsigned char*>(own) - current->block->shared;
   if (rank >= cluster->blocks.size()) fail("no block %u in the cluster", rank);
   if (offset < 0 || static_cast<size_t>(offset) >= cluster->launch.shared_bytes)
     fail("%p is not in the block's shared memory", own);
   if (cluster->blocks[rank].ended == cluster->launch.threads)
     fail("block %u of the cluster has ended, and its shared memory is gone", rank);
-  return cluster->blocks[rank].shared.get() + offset;
+  return cluster->blocks[rank].shared + offset;
 }
 
 void block_barrier() {
   Block& block = *current->block;
-  if (block.at_barrier.size() + 1 < cluster->launch.threads) return wait_in(block.at_barrier);
-  release(block.at_barrier);
+  const unsigned phase = block.phase;
+  block.order.arrive(phase);
+  if (block.at_barrier.size() + 1 < cluster->launch.threads) {
+    wait_in(block.at_barrier);
+  } else {
+    block.phase++;
+    release(block.at_barrier);
+  }
+  block.order.leave(phase);
 }
 
-void cluster_arrive() {
+void cluster_arrive(bool publishes) {
   if (current->has_arrived) fail("a thread arrived twice at the cluster's barrier");
   current->has_arrived = true;
   current->cluster_phase = cluster->phase;
+  if (publishes) cluster->order->arrive(cluster->phase);
   if (++cluster->arrived < cluster->fibers.size()) return;
   cluster->arrived = 0;
   cluster->phase++;
@@ -217,7 +272,28 @@ void cluster_arrive() {
 void cluster_wait() {
   if (!current->has_arrived) fail("a thread waits at the cluster's barrier without having arrived");
   current->has_arrived = false;
-  if (cluster->phase == current->cluster_phase) wait_in(cluster->at_cluster_barrier);
+  const unsigned phase = current->cluster_phase;
+  if (cluster->phase == phase) wait_in(cluster->at_cluster_barrier);
+  cluster->order->leave(phase);
+}
+
+void warp_barrier(unsigned mask) {
+  BarrierOrder& order = current->block->warps[current->thread.x / kWarp].order;
+  const unsigned phase = current->block->warps[current->thread.x / kWarp].phase;
+  order.arrive(phase);
+  exchange(0, 0, mask, "syncwarp");
+  order.leave(phase);
+}
+
+void fence() {
+  current->has_fenced = true;
+  if (current->observed) learn(current->observed);
+}
+
+// Orders what its threads do besides only between a fence before it in one and after it in another.
+void observe(void* address) {
+  if (current->has_fenced) publish(address);
+  current->observed = address;
 }
 
 uint64_t exchange(uint64_t value, unsigned source, unsigned mask, const char* what) {

@@ -4,7 +4,8 @@
 // fiber runs until it waits for others: at a barrier, in a shuffle. Which fiber is next, and which
 // cluster, is drawn from a seed, so that what relies on an order that CUDA does not promise fails
 // for some seed. Waiting for what can never come, lanes of a warp that disagree about what they
-// wait for, and misaligned wide accesses end the program with a message.
+// wait for, and misaligned wide accesses end the program with a message; under ThreadSanitizer so
+// do accesses that nothing orders (races.h), whether or not their order matters to the result.
 #pragma once
 
 #include <cstddef>
@@ -39,8 +40,12 @@ void* shared_memory();
 void* peer_memory(const void* own, unsigned rank);
 
 void block_barrier();
-void cluster_arrive();
+void cluster_arrive(bool publishes);  // what was written before
 void cluster_wait();
+
+void warp_barrier(unsigned mask);
+void fence();
+void observe(void* address);  // by an atomic operation
 
 // All lanes of a warp bring a value and take the one that lane `source` brought.
 uint64_t exchange(uint64_t value, unsigned source, unsigned mask, const char* what);

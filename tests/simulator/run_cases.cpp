@@ -28,7 +28,7 @@ struct Call {
   int32_t call_bytes;  // sizeof(Call): that both sides mean the same
   Operation operation;
   int32_t when;
-  int32_t multiprocessors, major;
+  int32_t multiprocessors, has_clusters;
   int32_t buffer_count;
   uint64_t seed;
   Problem problem;
@@ -130,7 +130,7 @@ struct Memory {
 };
 
 void run(const Call& call, const Problem& p) {
-  const cuda::Device device{call.multiprocessors, call.major, 0};
+  const cuda::Device device{call.multiprocessors, call.has_clusters != 0};
   switch (call.operation) {
     case Operation::kForward: {
       const size_t bytes = cuda::workspace_bytes(p, device);
