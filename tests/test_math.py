@@ -22,7 +22,7 @@ BOUNDS = {
     "exp_float": 1.2,
     "exp_normal_float": 1.2,
     "exp_avx512": 1.0,
-    "exp_double": 1.0,
+    "exp_double": 1.1,
     "log1p_double": 2.0,
     "log1p_float": 2.0,
 }
