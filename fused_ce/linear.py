@@ -622,6 +622,20 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, widens: bool) -> None:
         out.copy_(torch.mm(a, b))
 
 
+def _through_chunks(
+    problem: _Problem, gradients: _Gradients, cross_entropy: Callable[[Tensor, slice], Any]
+) -> list:
+    """What ``cross_entropy`` returns for each chunk, in whose logits it leaves their gradient.
+
+    Their memory is free again on return, before what the gradients take to be finished.
+    """
+    found = []
+    for rows, input, logits in problem.chunks():
+        found.append(cross_entropy(problem.shaped(logits), rows))
+        gradients.add(rows, input, logits)
+    return found
+
+
 @contextmanager
 def _no_autocast(input: Tensor) -> Iterator[None]:
     """The operators have decided on the types themselves."""
@@ -669,14 +683,12 @@ def _forward_grad(*arguments):
     with _no_autocast(arguments[0]):
         problem = _Problem(*call)
         gradients = _Gradients(problem, _layer(call), needs)
-        losses = []
-        for rows, input, logits in problem.chunks():
-            losses.append(
-                ops.forward_grad_(
-                    problem.shaped(logits), problem.target[rows], *problem.options, torch.float64
-                )
-            )
-            gradients.add(rows, input, logits)
+
+        def cross_entropy(logits: Tensor, rows: slice) -> Tensor:
+            target = problem.target[rows]
+            return ops.forward_grad_(logits, target, *problem.options, torch.float64)
+
+        losses = _through_chunks(problem, gradients, cross_entropy)
         return problem.total(losses), *gradients.result()
 
 
@@ -693,14 +705,16 @@ def _backward(*arguments):
         gradients = _Gradients(problem, _layer(call), arguments[-3:])
         if problem.reduction != _NONE:
             problem.scale(grad_output)
-        for rows, input, part in problem.chunks():
-            logits, target = problem.shaped(part), problem.target[rows]
+
+        def cross_entropy(logits: Tensor, rows: slice) -> None:
+            target = problem.target[rows]
             if problem.reduction == _NONE:
                 _, stats = ops.forward_stats(logits, target, *problem.options)
                 ops.backward_(logits, target, stats, grad_output[rows], *problem.options)
             else:
                 ops.forward_grad_(logits, target, *problem.options)
-            gradients.add(rows, input, part)
+
+        _through_chunks(problem, gradients, cross_entropy)
         return tuple(gradients.result())
 
 
