@@ -292,12 +292,17 @@ def _raise_as_stock(call: _Call) -> None:
     shapes and dtypes. What it finds later still comes from the whole formula."""
     one = torch.zeros((1, 1)), torch.zeros(1, dtype=torch.long)
     functional._stock(*one, None, **call.options)
-    target, options = call.target, dict(call.options)
+    target, options = call.target, call.options
     if target.shape != call.logits_shape:
         if target.dtype in functional._INDEX_DTYPES:
             target = target.long()
-        del options["label_smoothing"]
-        F.nll_loss(_stand_in(call), target, call.weight, **options)
+        F.nll_loss(
+            _stand_in(call),
+            target,
+            call.weight,
+            ignore_index=options["ignore_index"],
+            reduction=options["reduction"],
+        )
 
 
 def _unfused(call: _Call) -> Tensor:

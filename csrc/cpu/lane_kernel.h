@@ -182,16 +182,20 @@ class LaneKernel {
   void find_max() {
     A* max = batch_.max;
     std::fill(max, max + n_, -math::kInf<A>);
-    std::fill(min_, min_ + n_, math::kInf<A>);
-    for_classes([&](int64_t c, auto count) {
-      const Classes x = logits(c, count);
-      if (avx512_)
+    if (avx512_) {
+      for_classes([&](int64_t c, auto count) {
+        const Classes x = logits(c, count);
         raise(x.data, x.stride, max, n_, count);
-      else
+      });
+    } else {
+      std::fill(min_, min_ + n_, math::kInf<A>);
+      for_classes([&](int64_t c, auto count) {
+        const Classes x = logits(c, count);
         widen(x.data, x.stride, min_, max, n_, count);
-    });
+      });
+      is_normal_ = largest_gap(min_, max, n_) < math::kNormalExp<A>;
+    }
     loaded_ = !tile_.empty();
-    is_normal_ = largest_gap(min_, max, n_) < math::kNormalExp<A>;
   }
 
   // Takes some classes into the lanes' maxima.

@@ -148,11 +148,18 @@ class RowKernel {
 
   void rewrite_gradient(int64_t r, int64_t first, int64_t last) {
     const A factor = static_cast<A>(batch_.exp_factor[r]), max = batch_.max[r];
+    if constexpr (kAvx512) {
+      if (avx512_) {
+        return write_blocks(r, first, last, [&](int64_t b, int64_t n) {
+          A* e = terms_in_grad_ ? term_block(r, b) : buffer_;
+          avx512::exp_differences(read_logits(r, b, n, buffer_), max, n, e);
+          return [=](int64_t i) { return factor * e[i]; };
+        });
+      }
+    }
     write_blocks(r, first, last, [&](int64_t b, int64_t n) {
       const A* x = read_logits(r, b, n, buffer_);
-      A* e = terms_in_grad_ ? term_block(r, b) : buffer_;
-      exp_differences(x, n, max, e);
-      return [=](int64_t i) { return factor * e[i]; };
+      return [=](int64_t i) { return factor * math::exp_nonpositive(x[i] - max); };
     });
   }
 
@@ -215,7 +222,7 @@ class RowKernel {
     sums = {};
     for_chunks(n, [&](int64_t i, auto count) {
       const Extent<A> extent =
-          kAvx512 && avx512_ ? Extent<A>{A(0), max_of(x + i, count)} : extent_of(x + i, count);
+          avx512_ ? Extent<A>{A(0), max_of(x + i, count)} : extent_of(x + i, count);
       sums.extents[i / kChunk] = extent;
       sums.max = std::max(sums.max, extent.max);
     });
@@ -257,14 +264,6 @@ class RowKernel {
 #pragma omp simd reduction(max : max)
     for (int64_t i = 0; i < n; i++) max = x[i] > max ? x[i] : max;
     return max;
-  }
-
-  void exp_differences(const A* x, int64_t n, A base, A* e) const {
-    if constexpr (kAvx512) {
-      if (avx512_) return avx512::exp_differences(x, base, n, e);
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) e[i] = math::exp_nonpositive(x[i] - base);
   }
 
   // Where the base itself is among the x, those are counted apart: next to their 1 the sum would
