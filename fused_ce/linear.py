@@ -27,6 +27,7 @@ from . import autograd, functional, ops
 _NONE, _MEAN, _SUM = map(_Reduction.get_enum, ("none", "mean", "sum"))
 _ROW_MULTIPLE = 128  # what GEMMs like their rows to be a multiple of
 _TILE_BYTES = 1 << 20
+_CLASSES_APART = 2  # of a row's probabilities: those that mixed-up labels have
 
 
 class _Device(NamedTuple):
@@ -469,11 +470,16 @@ class _Problem:
             yield rows, input, logits
 
     def columns_of_targets(self, rows: slice) -> Tensor:
-        """Where in a row of logits those of its targets are; any place for an ignored one."""
-        target = self.target[rows].long()
-        target = target.masked_fill(target == self.ignore_index, 0).reshape(len(target), -1)
-        count = target.shape[1]
-        return target * count + torch.arange(count, device=target.device)
+        """Where in a row of logits those of its targets are, or of the two most probable classes;
+        any place for an ignored one."""
+        target = self.target[rows]
+        if self.probabilities:
+            found = target.topk(min(_CLASSES_APART, self.classes), 1).indices
+        else:
+            found = target.long().masked_fill(target == self.ignore_index, 0).unsqueeze(1)
+        found = found.flatten(2) if self.positions else found.unsqueeze(2)
+        count = found.shape[2]
+        return (found * count + torch.arange(count, device=found.device)).flatten(1)
 
     def shaped(self, logits: Tensor) -> Tensor:
         return logits.view(-1, self.classes, *self.positions)
@@ -539,7 +545,7 @@ class _Gradients:
         self.linear_weight = self.linear_bias = None
         # A GEMM's narrow results are rounded before they are added, which stock's one GEMM is not.
         # What the targets' logits contribute is most of many, so it goes into the sum by itself.
-        self.targets_apart = problem.has_tiles and terms > 1 and not problem.probabilities
+        self.targets_apart = problem.has_tiles and terms > 1
         self.targets = []  # of each chunk, the columns of the logits and the gradients there
 
     def add(self, rows: slice, input: Tensor, logits_grad: Tensor) -> None:

@@ -115,6 +115,21 @@ def test_loss_or_gradient_differs(case):
 # A head of some width: enough terms in each sum for rounding to show. The number of rows is a power
 # of two, or the rounding of what the mean divides by would favour one computation or the other.
 WIDE_ROWS, WIDE_CLASSES, WIDE_FEATURES = 256, 1000, 32
+
+
+def one_hot():
+    return F.one_hot(torch.randint(WIDE_CLASSES, (WIDE_ROWS,)), WIDE_CLASSES).float()
+
+
+# Classes spread over all, and so few that each adds many terms to its row of the weight; as
+# probabilities, one class, two mixed, and what a teacher leaves open.
+WIDE_TARGETS = {
+    "spread": lambda: torch.randint(WIDE_CLASSES, (WIDE_ROWS,)),
+    "few": lambda: torch.randint(30, (WIDE_ROWS,)),
+    "one-hot": one_hot,
+    "mixed": lambda: 0.7 * one_hot() + 0.3 * one_hot(),
+    "soft": lambda: (4 * torch.randn(WIDE_ROWS, WIDE_CLASSES)).softmax(1),
+}
 # How far stock in float32 is from itself with the rows in another order: 3 % for the weight and 5 %
 # for the bias, measured. In the half types the order of sums makes no difference.
 ORDER_OF_SUMS = {torch.float32: 1.05, torch.bfloat16: 1.0, torch.float16: 1.0}
@@ -129,7 +144,9 @@ def wide_problem(seed, dtype, targets, scale):
         (torch.randn(WIDE_CLASSES, WIDE_FEATURES) / 6).to(dtype),
         torch.randn(WIDE_CLASSES).to(dtype),
     )
-    target = torch.randint(targets, (WIDE_ROWS,))
+    target = WIDE_TARGETS[targets]()
+    if target.is_floating_point():
+        target = target.to(dtype)
     return layer, target, stock(layer, target, scale=scale), float64(layer, target, scale=scale)
 
 
@@ -149,10 +166,9 @@ def wide_errors(dtype, targets, scale, **chunks):
     return torch.stack(squares).view(2, 3, 3).mean(0).sqrt()
 
 
-# Targets spread over all classes, and over so few that each adds many terms to its row of the
-# weight. 48 leaves six chunks, 128 two, whose sums are taken in another type than those of more.
+# 48 leaves six chunks, 128 two, whose sums are taken in another type than those of more.
 @pytest.mark.parametrize("dtype", ORDER_OF_SUMS)
-@pytest.mark.parametrize("targets", (WIDE_CLASSES, 30))
+@pytest.mark.parametrize("targets", WIDE_TARGETS)
 @pytest.mark.parametrize("chunk_size", (48, 128, 256))
 @pytest.mark.parametrize("scale, ahead", [(1.0, True), (0.3, False)])
 def test_gradient_is_less_accurate_than_stock(dtype, targets, chunk_size, scale, ahead):
@@ -165,7 +181,7 @@ def test_gradient_is_less_accurate_than_stock(dtype, targets, chunk_size, scale,
 @pytest.mark.parametrize("chunk_size", (48, 256))
 def test_scaled_gradient_is_off_by_more_than_a_rounding(dtype, chunk_size):
     # What was rounded for a grad_output of 1 is rounded once more when it is scaled.
-    for mine, theirs, rounding in wide_errors(dtype, WIDE_CLASSES, 0.3, chunk_size=chunk_size):
+    for mine, theirs, rounding in wide_errors(dtype, "spread", 0.3, chunk_size=chunk_size):
         assert mine <= ORDER_OF_SUMS[dtype] * torch.hypot(theirs, rounding)
 
 
