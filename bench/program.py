@@ -132,7 +132,7 @@ def run_cases(
 
 def run_linear(
     console: Console, options: argparse.Namespace, effort: Effort, note: str
-) -> list[linear.Figures]:
+) -> Iterator[list[linear.Figures]]:
     device, quick = DEVICES[options.device], options.quick
     heads = linear.QUICK if quick else linear.HEADS[device.name]
     tall = linear.QUICK[0] if quick else linear.TALL[device.name]
@@ -144,12 +144,13 @@ def run_linear(
     with progress(console, linear.notices_of(heads, vocabularies)) as notice:
         times = linear.time_heads(heads, device, effort, notice)
         console.print(linear.time_table(times))
+        yield times
         peaks = linear.measure_peaks(talls, device, notice)
         console.print(linear.memory_table(peaks))
     for reason in linear.reasons([*times, *peaks]):
         console.print(f"  {reason}", highlight=False, soft_wrap=True)
     linear.draw_memory(peaks, note, options.out / "linear_memory.png")
-    return [*times, *peaks]
+    yield peaks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,7 +185,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_json(out / f"{kind}.json", data)
 
     if options.linear:
-        records = run_linear(console, options, effort, note)
+        records = []
+        for figures in run_linear(console, options, effort, note):
+            records += figures
+            write(records)  # a run that is stopped leaves what it has measured
     elif options.scaling:
         sizes = scaling.sizes(options.dtype or "fp32", options.quick)
         total = scaling.notices_of(sizes, options.providers, device)
@@ -196,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records = []
         for record in run_cases(console, options, cases, effort):
             records.append(record)
-            write(records)  # a run that is stopped leaves what it has measured
+            write(records)
         console.print(summary(records, options.providers))
         charts.draw_speed(records, note, out / "speed.png")
         charts.draw_memory(records, note, out / "memory.png")

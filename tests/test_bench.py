@@ -222,7 +222,7 @@ def test_report_stops_at_a_failure_or_hides_it(tmp_path, broken):
     assert done.returncode == (1 if broken else 0), done.stdout
     assert ("failed: test_cuda test_parity" in done.stdout) == bool(broken)
     logs = {path.stem for path in (tmp_path / "out").glob("*.log")}
-    assert logs == {"machine", "test_cuda", "test_parity", "bench"}
+    assert logs == {"machine", "test_cuda", "test_parity", "linear", "bench"}
     assert "-m bench --device cuda" in (tmp_path / "out" / "bench.log").read_text()
 
 
@@ -292,6 +292,17 @@ def test_heads_leave_figures_and_a_chart(tmp_path):
     }
     for classes in linear.QUICK_VOCABULARIES:
         assert peaks["stock", classes] > peaks["fused", classes] > 0
+
+
+def test_heads_that_are_stopped_lose_their_times(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(linear, "measure_peaks", stop)
+    with pytest.raises(KeyboardInterrupt):
+        program.main(["--linear", "--quick", "--out", str(tmp_path)])
+    data = json.loads((tmp_path / "linear.json").read_text())
+    assert [found["provider"] for found in data["cases"]] == list(linear.PROVIDERS)
 
 
 def test_head_whose_loss_is_wrong_has_no_figure(monkeypatch):
