@@ -144,6 +144,22 @@ def test_layout_of_the_target_changes_the_loss_or_a_gradient(kind, layout):
             )
 
 
+# Classes that one thread may have to add up by itself: 150 as in segmentation, 4000 far beyond it.
+@pytest.mark.parametrize("classes", [150, 4000])
+@pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
+def test_many_strided_classes_lose_digits(kind, classes):
+    input = torch.randn(1, classes, 24)
+    targets = [target_of(kind, input.shape, torch.float32)]
+    if kind == "probability":
+        targets.append(torch.rand(input.shape))  # a mass far from 1
+    for target in targets:
+        for mode in MODES:
+            for label_smoothing in (0.0, 0.1):
+                check_against_stock(
+                    input, target, mode=mode, reduction="none", label_smoothing=label_smoothing
+                )
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_expanded_or_strided_index_target_is_misread(reduction):
     input = torch.randn(6, 5, 4)

@@ -10,7 +10,8 @@ namespace fused_ce::cuda {
 template <bool kProbabilities, class T, class A>
 __device__ __forceinline__ void add_row(const RowLogits<T>& row,
                                         const Coefficients<kProbabilities, A>& a, int64_t first,
-                                        int64_t step, int64_t classes, RowSums<A>& sums) {
+                                        int64_t step, int64_t classes,
+                                        RowSums<A, kProbabilities>& sums) {
   constexpr int kUnroll = 4;  // logits on their way at a time
   for (int64_t c = first; c < classes; c += step * kUnroll) {
     A x[kUnroll];
@@ -22,11 +23,13 @@ __device__ __forceinline__ void add_row(const RowLogits<T>& row,
     }
     sums.template raise<true>(max);
     const A base = base_of(max);
+    TermSums<A> few;
 #pragma unroll
     for (int i = 0; i < kUnroll; i++) {
-      sums.add(x[i], base);
-      if (a.spread() && c + i * step < classes) sums.spread(x[i], base, a(c + i * step));
+      few.add(x[i], base);
+      if (a.spread() && c + i * step < classes) few.spread(x[i], base, a(c + i * step));
     }
+    sums.add(few);
   }
 }
 
@@ -40,7 +43,7 @@ __device__ __forceinline__ void write_zeros(const Problem& p, const RowIndex& ro
 // One thread's part of the gradient. It reads no logit but those whose places it writes.
 template <class T, bool kProbabilities, class A>
 __device__ __forceinline__ void write_gradient(const Problem& p, const RowIndex& row,
-                                               const RowTarget& target, A max, A rest, A mass,
+                                               const RowTarget& target, A max, A rest, double mass,
                                                const Constants& k, int64_t first, int64_t step) {
   const RowLogits<T> logits(p, row);
   const Coefficients<kProbabilities, A> a(p, row, k.smoothing);

@@ -14,9 +14,9 @@ struct Result {
 };
 
 // For each row, by one thread.
-template <class A, class Index>
+template <class A, class Index, class Sums>
 __device__ __forceinline__ void store_row(const Problem& p, const Index& row, A loss,
-                                          const RowSums<A>& sums) {
+                                          const Sums& sums) {
   store_statistics(p, row, sums.max, sums.rest);
   if (p.reduction == Reduction::kNone) store_value(loss, p.loss, row.offset(p, p.loss));
 }

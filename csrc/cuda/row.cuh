@@ -154,9 +154,20 @@ __device__ __forceinline__ A index_loss(const RowSums<A>& sums, A target_logit, 
 }
 
 template <class A>
-__device__ __forceinline__ A probability_loss(const RowSums<A>& sums) {
-  const ProbabilityRow<A> row(defined_rest(sums.rest, sums.max), sums.mass);
-  return row.loss(log1p_nonnegative(row.rest), sums.gaps);
+__device__ __forceinline__ A probability_loss(const RowSums<A, true>& sums) {
+  const A rest = defined_rest(sums.rest, sums.max);
+  const ProbabilityRow<double> row(rest, sums.mass);
+  return static_cast<A>(row.loss(log1p_nonnegative(rest), sums.gaps));
+}
+
+// Where the target is probabilities, its logit and weight are not looked at.
+template <class A, bool kProbabilities>
+__device__ __forceinline__ A row_loss(const RowSums<A, kProbabilities>& sums, A target_logit,
+                                      A target_weight, const Constants& k) {
+  if constexpr (kProbabilities)
+    return probability_loss(sums);
+  else
+    return index_loss(sums, target_logit, target_weight, k);
 }
 
 // The gradient of a row, from what is the same for all its classes.
@@ -214,7 +225,7 @@ __device__ __forceinline__ A target_gradient(A max, A rest, A target_logit, A ta
 }
 
 template <class A>
-__device__ __forceinline__ RowGradient<A> probability_gradient(A max, A rest, A mass,
+__device__ __forceinline__ RowGradient<A> probability_gradient(A max, A rest, double mass,
                                                                double scale) {
   const A defined = defined_rest(rest, max);
   const ProbabilityRow<double> row(defined, mass, inverse_of_total(defined));

@@ -16,9 +16,9 @@ class RowThreads {
     __host__ __device__ constexpr int rows() const { return kBlock / threads; }
   };
 
-  template <class A>
+  template <class Sums>
   struct Shared {
-    RowSums<A> parts[kBlock / kWarp];
+    Sums parts[kBlock / kWarp];
     double losses[kBlock / kWarp];
   };
 
@@ -33,8 +33,8 @@ class RowThreads {
   __device__ __forceinline__ int64_t row_step() const { return gridDim.x * int64_t{shape_.rows()}; }
 
   // For all threads of the row.
-  template <class A>
-  __device__ __forceinline__ void add(RowSums<A>& sums, Shared<A>& shared) const {
+  template <class Sums>
+  __device__ __forceinline__ void add(Sums& sums, Shared<Sums>& shared) const {
     add_lanes<kWarp, true>(sums);
     if (shape_.threads == kWarp) {
       __syncwarp();  // what the warp has read may be overwritten now
@@ -47,9 +47,9 @@ class RowThreads {
   }
 
   // For all threads of the block: each row's first thread brings the sum of its losses.
-  template <class A>
+  template <class Sums>
   __device__ __forceinline__ void finish(const Problem& p, const Result& result, double losses,
-                                         Shared<A>& shared) const {
+                                         Shared<Sums>& shared) const {
     if (shape_.rows() > 1) {
       if (rank == 0) shared.losses[slot] = losses;
       __syncthreads();

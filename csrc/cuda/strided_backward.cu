@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kStridedBlock, 2)
     }
     if (!kProbabilities) target.check(p);
     const RowLogits<T> logits(p, row);
-    A mass = 0;
+    double mass = 0;
     if constexpr (kProbabilities) {
       const Coefficients<kProbabilities, A> a(p, row, k.smoothing);
 #pragma unroll 4

@@ -26,7 +26,7 @@ template <class T, bool kProbabilities, class A>
 class ColumnGradient {
  public:
   __device__ __forceinline__ ColumnGradient(const Problem& p, const RowIndex& row,
-                                            const RowTarget& target, A max, A rest, A mass,
+                                            const RowTarget& target, A max, A rest, double mass,
                                             A target_logit, double scale, const Constants& k)
       : a_(p, row, k.smoothing),
         to_(static_cast<T*>(p.grad.data) + row.offset(p, p.grad)),

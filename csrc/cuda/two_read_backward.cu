@@ -13,8 +13,9 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
     two_read_backward_kernel(const __grid_constant__ Problem p, When when,
                              RowThreads::Shape shape) {
   using A = Accumulation<T>;
+  using Sums = RowSums<A, kProbabilities>;
   if (when == When::kUnlessGradOutputIsOne && grad_output_is_one(p)) return;
-  auto& shared = *static_cast<RowThreads::Shared<A>*>(shared_memory());
+  auto& shared = *static_cast<RowThreads::Shared<Sums>*>(shared_memory());
   const RowThreads threads(shape);
   const Constants k(p);
   for (int64_t r = threads.first_row(); r < p.rows; r += threads.row_step()) {
@@ -24,7 +25,7 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
       write_zeros<T>(p, row, threads.rank, shape.threads);
       continue;
     }
-    RowSums<A> sums;
+    Sums sums;
     if constexpr (kProbabilities) {
       const Coefficients<kProbabilities, A> a(p, row, k.smoothing);
       for (int64_t c = threads.rank; c < p.classes; c += shape.threads) sums.mass += a(c);
@@ -64,8 +65,8 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
 void two_read_backward(const Problem& p, const Device& device, When when, Stream stream) {
   with_logits_type(p, [&](auto zero) {
     using T = decltype(zero);
-    const Grid grid{row_blocks(p, device), RowThreads::kBlock,
-                    sizeof(RowThreads::Shared<Accumulation<T>>)};
+    using Larger = RowThreads::Shared<RowSums<Accumulation<T>, true>>;
+    const Grid grid{row_blocks(p, device), RowThreads::kBlock, sizeof(Larger)};
     const auto kernel =
         p.probabilities ? two_read_backward_kernel<T, true> : two_read_backward_kernel<T, false>;
     launch_kernel(kernel, grid, stream, p, when, row_shape(p));

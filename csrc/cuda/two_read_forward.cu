@@ -15,7 +15,8 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
     two_read_forward_kernel(const __grid_constant__ Problem p,
                             const __grid_constant__ Result result, RowThreads::Shape shape) {
   using A = Accumulation<T>;
-  auto& shared = *static_cast<RowThreads::Shared<A>*>(shared_memory());
+  using Sums = RowSums<A, kProbabilities>;
+  auto& shared = *static_cast<RowThreads::Shared<Sums>*>(shared_memory());
   const RowThreads threads(shape);
   const Constants k(p);
   double losses = 0;
@@ -24,7 +25,7 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
     const RowTarget target(p, row);
     if (!target.is_counted) {
       if (p.grad.data) write_zeros<T>(p, row, threads.rank, shape.threads);
-      if (threads.rank == 0) store_row(p, row, A(0), RowSums<A>{});
+      if (threads.rank == 0) store_row(p, row, A(0), Sums{});
       continue;
     }
     const RowLogits<T> logits(p, row);
@@ -33,14 +34,13 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
       target.check(p);
       target_logit = logits[target.index];
     }
-    RowSums<A> sums;
+    Sums sums;
     add_row(logits, Coefficients<kProbabilities, A>(p, row, k.smoothing), threads.rank,
             shape.threads, p.classes, sums);
     threads.add(sums, shared);
     sums.close();
     if (threads.rank == 0) {
-      const A loss = kProbabilities ? probability_loss(sums)
-                                    : index_loss(sums, target_logit, target.weight<A>(p), k);
+      const A loss = row_loss(sums, target_logit, target.weight<A>(p), k);
       store_row(p, row, loss, sums);
       losses += loss;
     }
@@ -58,8 +58,8 @@ int64_t two_read_blocks(const Problem& p, const Device& device) { return row_blo
 void two_read_forward(const Problem& p, const Result& result, const Device& device, Stream stream) {
   with_logits_type(p, [&](auto zero) {
     using T = decltype(zero);
-    const Grid grid{row_blocks(p, device), RowThreads::kBlock,
-                    sizeof(RowThreads::Shared<Accumulation<T>>)};
+    using Larger = RowThreads::Shared<RowSums<Accumulation<T>, true>>;
+    const Grid grid{row_blocks(p, device), RowThreads::kBlock, sizeof(Larger)};
     const auto kernel =
         p.probabilities ? two_read_forward_kernel<T, true> : two_read_forward_kernel<T, false>;
     launch_kernel(kernel, grid, stream, p, result, row_shape(p));
