@@ -12,8 +12,9 @@
 #   make wheel       build a wheel into dist/
 #   make clean       remove the environment and everything built
 #
-# PYTHON=python3.12 picks the interpreter, TORCH=torch==2.10.0 another torch, VENV=dir another place,
-# ARGS="..." goes on to pytest or the program that the target runs.
+# PYTHON=python3.12 picks the interpreter, TORCH=torch==2.10.0 another torch with the newest setuptools
+# that it takes, VENV=dir another place, ARGS="..." goes on to pytest or the program that the target
+# runs.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,6 +26,8 @@ PYTEST := pytest -q --timeout 900 --timeout-method thread
 BIN := $(VENV)/bin
 LIBRARY := fused_ce/_C.so
 CXX_FILES := $(wildcard $(foreach dir,csrc csrc/* tests/simulator tests/simulated_backend,$(addprefix $(dir)/*.,h cpp cuh cu)))
+# What replaces the pins; 2.11, for one, refuses the newest setuptools.
+OTHER_TORCH := s|^torch==.*|$(TORCH)|; s|^setuptools==|setuptools>=77,<=|
 INSTALLED := $(VENV)/.installed-$(subst /,_,$(if $(TORCH),$(TORCH),pinned))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -40,7 +43,7 @@ $(INSTALLED): requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit("fused_ce: Python 3.10 or newer is needed, \
 	found %s; name one with PYTHON=." % sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	sed '$(if $(TORCH),s|^torch==.*|$(TORCH)|)' requirements-dev.txt > $(VENV)/requirements.txt
+	sed '$(if $(TORCH),$(OTHER_TORCH))' requirements-dev.txt > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install --quiet -r $(VENV)/requirements.txt
 	rm -f $(VENV)/.installed-*
 	touch '$@'

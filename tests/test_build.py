@@ -56,6 +56,22 @@ def test_build_without_cuda_needs_a_toolkit(wish, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def test_another_torch_is_given_a_setuptools_that_it_refuses(tmp_path):
+    # torch 2.11 takes none from 82 on; ours builds with 77 or newer.
+    command = ["make", "-n", "TORCH=torch==2.11.0", f"VENV={tmp_path}"]
+    command.append(f"{tmp_path}/.installed-torch==2.11.0")
+    environment = {name: os.environ[name] for name in os.environ if not name.startswith("MAKE")}
+    dry = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert dry.returncode == 0, dry.stderr
+    (line,) = (line for line in dry.stdout.splitlines() if line.startswith("sed"))
+    subprocess.run(line, shell=True, cwd=ROOT, check=True)
+    wanted = (tmp_path / "requirements.txt").read_text().splitlines()
+    assert "torch==2.11.0" in wanted
+    assert [name.partition("<=")[0] for name in wanted if name.startswith("setuptools")] == [
+        "setuptools>=77,"
+    ]
+
+
 # What setup() is told, with a torch and a toolkit that are there or not.
 DESCRIBE = """
 import runpy, setuptools, torch
