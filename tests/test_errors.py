@@ -178,9 +178,9 @@ QUOTED = {
     "target -1": (IndexError, "Target -1 is out of bounds."),
     "float target": (
         RuntimeError,
-        # torch 2.10 only says this.
+        # torch before 2.12 only says this.
         "but found Float"
-        if torch.__version__.startswith("2.10.")
+        if torch.__version__.startswith(("2.10.", "2.11."))
         else "expected target dtype to be Long or Byte, but got Float",
     ),
     "batch sizes": (
