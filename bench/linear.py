@@ -2,7 +2,7 @@
 torch's own chunks, and the three GEMMs that nobody can do without.
 
 Time is that of forward and backward, in rounds as in `measure`. Memory is measured over the size of
-the vocabulary, in a fresh process for each size and provider, from a small call that came before.
+the vocabulary, in a fresh process for each size and provider that has made the same call before.
 """
 
 import random
@@ -64,7 +64,6 @@ VOCABULARIES = (32000, 128256, 256000)
 TALL = {"cpu": Head(2048, 768, 0, "bf16"), "cuda": Head(16384, 4096, 0, "bf16")}
 QUICK = [Head(64, 16, 500)]
 QUICK_VOCABULARIES = (20000, 40000)
-WARM_UP = Head(64, 16, 100)
 
 Call = Callable[[], tuple[Tensor, ...]]
 
@@ -211,8 +210,9 @@ def time_here(head: Head, device: Device, effort: Effort, notice: Notice) -> lis
 
 def peak_here(head: Head, name: str, device: Device) -> int | None:
     device.keep_nothing_freed()
-    PROVIDERS[name](Problem(WARM_UP, device.name))()
-    return device.rise(PROVIDERS[name](Problem(head, device.name)))
+    call = PROVIDERS[name](Problem(head, device.name))
+    call()  # the library of the GEMMs now has the buffers that it keeps
+    return device.rise(call)
 
 
 def notices_of(heads: Sequence[Head], vocabularies: Sequence[int]) -> int:
