@@ -477,7 +477,7 @@ class _Problem:
             found = target.topk(min(_CLASSES_APART, self.classes), 1).indices
         else:
             found = target.long().masked_fill(target == self.ignore_index, 0).unsqueeze(1)
-        found = found.flatten(2) if self.positions else found.unsqueeze(2)
+        found = found.reshape(*found.shape[:2], -1)
         count = found.shape[2]
         return (found * count + torch.arange(count, device=found.device)).flatten(1)
 

@@ -5,7 +5,6 @@ Each call is measured by the system, in a process of its own that has made the s
 in `test_memory`, whose account of the process this uses.
 """
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -18,10 +17,11 @@ from test_memory import MEGABYTE, SLACK, _reset_peak, _status
 
 import fused_ce
 
+ROOT = Path(__file__).parents[1]
+
 # 200 MB of float32 logits, and gradients that are small beside a chunk.
 ROWS, FEATURES, CLASSES = 1600, 32, 32768
 BUDGET = 16 * MEGABYTE
-M_MMAP_THRESHOLD = -3  # <malloc.h>
 DEFAULT = 64 * MEGABYTE
 
 # name: (function, options, dtype, probability targets)
@@ -63,7 +63,8 @@ pytestmark = [
 def extra_memory(call):
     """What the call takes at its peak, and that without gradients and their sums, in bytes."""
     command = [sys.executable, "-W", "ignore", __file__, call]
-    environment = os.environ | {"PYTHONPATH": str(Path(fused_ce.__file__).parents[1])}
+    # The fused_ce that is being tested comes first, wherever it lies.
+    environment = os.environ | {"PYTHONPATH": f"{Path(fused_ce.__file__).parents[1]}:{ROOT}"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     extra, gradients = map(int, result.stdout.split())
@@ -124,10 +125,10 @@ def _measure(name):
         if not no_grad:
             loss.backward(torch.ones_like(loss))
 
-    # Every block is returned when it is freed, and the same call before leaves nothing behind but
-    # what the library of the GEMMs keeps.
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
-    call(*problem(ROWS))
+    from bench.peak_memory import keep_nothing_freed
+
+    keep_nothing_freed()
+    call(*problem(ROWS))  # leaves nothing behind but what the library of the GEMMs keeps
     input, linear_weight, target = problem(ROWS)
     before = _reset_peak()
     call(input, linear_weight, target)
