@@ -15,16 +15,19 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import charts, fresh_process, linear, scaling
-from bench.cases import DTYPES, TABLES, Case, NoSuchCase, select
-from bench.devices import DEVICES
-from bench.fresh_process import Notice
-from bench.machine import busy, describe, headline
-from bench.measure import Effort, measure, notices
-from bench.memory import measure_peaks
-from bench.providers import PROVIDERS, usual
-from bench.record import Record, write_json
-from bench.tables import details, reasons, summary
+from bench.common import process as fresh_process
+from bench.common.devices import DEVICES
+from bench.common.machine import busy, describe, headline
+from bench.common.process import Notice
+from bench.heads import measure as linear
+from bench.loss import charts
+from bench.loss.cases import DTYPES, TABLES, Case, NoSuchCase, select
+from bench.loss.measure import Effort, measure, notices
+from bench.loss.memory import measure_peaks
+from bench.loss.providers import PROVIDERS, usual
+from bench.loss.record import Record, write_json
+from bench.loss.tables import details, reasons, summary
+from bench.scaling import measure as scaling
 
 QUICK = Effort(seconds=0, least=2, most=2)
 WIDTH = 100  # where the output is no terminal

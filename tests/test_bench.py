@@ -14,20 +14,15 @@ import pytest
 import torch
 from programs import ROOT, is_png, run
 
-from bench import (
-    cases,
-    charts,
-    devices,
-    fresh_process,
-    linear,
-    measure,
-    program,
-    providers,
-    scaling,
-)
-from bench.devices import DEVICES
-from bench.problem import BOTH, COPY, FORWARD, Problem
-from bench.record import Record, Result
+from bench import program
+from bench.common import devices
+from bench.common import process as fresh_process
+from bench.common.devices import DEVICES
+from bench.heads import measure as linear
+from bench.loss import cases, charts, measure, providers
+from bench.loss.record import Record, Result
+from bench.loss.tensors import BOTH, COPY, FORWARD, Problem
+from bench.scaling import measure as scaling
 
 UNCOMPILED = ("stock", "fused", "recompute", "inplace", "copy")
 
@@ -37,7 +32,8 @@ FAULTY = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import fused_ce
-from bench import program, providers
+from bench import program
+from bench.loss import providers
 
 right = fused_ce.cross_entropy
 

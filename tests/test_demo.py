@@ -7,7 +7,8 @@ wrong in its value, in its gradient alone, or not finite has to end in a non-zer
 import pytest
 from programs import ROOT, is_png, run
 
-from bench import agreement, digits, language_model, peak_memory, training
+from bench.common import memory as peak_memory
+from bench.demo import agreement, digits, language_model, training
 
 # Takes the place of fused_ce.CrossEntropyLoss, then hands over to the real program.
 FAULTY = """
@@ -21,7 +22,8 @@ class Faulty(nn.CrossEntropyLoss):
         return {expression}
 
 fused_ce.CrossEntropyLoss = Faulty
-from bench import demo, peak_memory
+from bench.demo import program as demo
+from bench.common import memory as peak_memory
 peak_memory.measure = lambda *call: None
 sys.exit(demo.main())
 """
@@ -53,7 +55,8 @@ def wrong(states, weight, target, **options):
     return right(states, 1.01 * weight - 0.01 * weight.detach(), target, **options)
 
 fused_ce.linear_cross_entropy = wrong
-from bench import demo, peak_memory
+from bench.demo import program as demo
+from bench.common import memory as peak_memory
 peak_memory.measure = lambda *call: None
 sys.exit(demo.main())
 """
@@ -61,9 +64,9 @@ sys.exit(demo.main())
     assert "LM head: the curves part" in run("-c", program, *options, ends_with=1)
 
 
-def test_stock_alone_as_a_file_is_not_compared(tmp_path):
+def test_stock_alone_as_a_folder_is_not_compared(tmp_path):
     printed = run(
-        str(ROOT / "bench" / "demo.py"),
+        str(ROOT / "bench" / "demo"),
         *("--task", "digits", "--loss", "stock", "--steps", "1", "--out", str(tmp_path)),
     )
     assert "curves" not in printed

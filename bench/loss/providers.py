@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import Case
-from bench.problem import BOTH, COPY, FORWARD, Problem
+from bench.loss.cases import Case
+from bench.loss.tensors import BOTH, COPY, FORWARD, Problem
 
 Call = Callable[[Tensor], Any]
 

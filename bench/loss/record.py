@@ -11,8 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.cases import Case
-from bench.problem import COPY
+from bench.loss.cases import Case
+from bench.loss.tensors import COPY
 
 
 @dataclass

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from bench.display import memory_text
-from bench.problem import BOTH, COPY, FORWARD
-from bench.providers import PROVIDERS
-from bench.record import Record, Result
+from bench.demo.display import memory_text
+from bench.loss.providers import PROVIDERS
+from bench.loss.record import Record, Result
+from bench.loss.tensors import BOTH, COPY, FORWARD
 
 DASH = "-"
 OURS = ("fused", "recompute", "inplace")

@@ -12,9 +12,9 @@ from statistics import median
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.agreement import TOLERANCE
-from bench.display import Outcome, memory_text, ratio_text, time_text
-from bench.peak_memory import RESOLUTION
+from bench.common.memory import RESOLUTION
+from bench.demo.agreement import TOLERANCE
+from bench.demo.display import Outcome, memory_text, ratio_text, time_text
 
 COLORS = {"stock": "#9db4d0", "fused": "#c2410c"}
 INK, FAINT = "#1f2933", "#d9dee4"

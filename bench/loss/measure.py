@@ -15,13 +15,13 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from bench import fresh_process
-from bench.cases import DTYPES, Case
-from bench.devices import Device
-from bench.fresh_process import Notice, first_line
-from bench.problem import BOTH, Problem
-from bench.providers import PROVIDERS, fused, make_call, passes_of, path
-from bench.record import Record, Result
+from bench.common import process as fresh_process
+from bench.common.devices import Device
+from bench.common.process import Notice, first_line
+from bench.loss.cases import DTYPES, Case
+from bench.loss.providers import PROVIDERS, fused, make_call, passes_of, path
+from bench.loss.record import Record, Result
+from bench.loss.tensors import BOTH, Problem
 
 # Only faults that no rounding explains; the parity suite is what judges the last digits.
 TOLERANCES = {"fp64": 1e-8, "fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}

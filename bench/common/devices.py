@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bench import peak_memory
-from bench.providers import Call
+from bench.common import memory as peak_memory
+from bench.loss.providers import Call
 
 # Logits so small that a call is over before a stray interrupt or the clock itself stops mattering
 # are timed in bursts.

@@ -14,9 +14,9 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench.agreement import TOLERANCE, Parting, differences, first_parting
-from bench.peak_memory import RESOLUTION
-from bench.training import Run, Task
+from bench.common.memory import RESOLUTION
+from bench.demo.agreement import TOLERANCE, Parting, differences, first_parting
+from bench.demo.training import Run, Task
 
 LINES = 10
 

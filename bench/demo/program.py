@@ -7,27 +7,19 @@ curves part, so that it serves as a check as well as a show.
 
 import argparse
 import math
-import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-# Threads that spin while they wait make a small model tens of times slower on a machine that has
-# other work. Read when torch loads, and the same for both losses.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-# Run as a file, Python looks for modules beside it; `bench` and `fused_ce` are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench import fresh_process, peak_memory
-from bench.curves import draw
-from bench.digits import digits
-from bench.display import Outcome, Progression, memory_text, summary, verdict
-from bench.language_model import language_model
-from bench.training import LOSS_NAMES, Task, train
+from bench.common import memory as peak_memory
+from bench.common import process as fresh_process
+from bench.demo.digits import digits
+from bench.demo.display import Outcome, Progression, memory_text, summary, verdict
+from bench.demo.language_model import language_model
+from bench.demo.picture import draw
+from bench.demo.training import LOSS_NAMES, Task, train
 
 TASKS = {"language-model": language_model, "digits": digits}
 PICTURE = "demo.png"
@@ -99,7 +91,7 @@ def succeeded(outcome: Outcome) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     # Every process reads this file, and would import all of that anew.
-    fresh_process.preload("bench.curves", "bench.digits", "bench.language_model")
+    fresh_process.preload("bench.demo.picture", "bench.demo.digits", "bench.demo.language_model")
     console = Console()
     outcomes = [run(console, make_task, options) for make_task in tasks(options)]
 
@@ -110,7 +102,3 @@ def main(arguments: list[str] | None = None) -> int:
     draw(outcomes, options.out / PICTURE)
     console.print(f"picture: {options.out / PICTURE}", highlight=False, soft_wrap=True)
     return 0 if all(map(succeeded, outcomes)) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

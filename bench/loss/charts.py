@@ -13,10 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from bench.curves import FAINT, INK, style
-from bench.peak_memory import RESOLUTION
-from bench.problem import BOTH, FORWARD
-from bench.record import Record
+from bench.common.memory import RESOLUTION
+from bench.demo.picture import FAINT, INK, style
+from bench.loss.record import Record
+from bench.loss.tensors import BOTH, FORWARD
 
 # Colour and shape, for readers who cannot tell all the colours apart.
 MARKS = {

@@ -15,15 +15,15 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from bench.cases import DTYPES, Case
-from bench.charts import LABELS, MARKS, legend, new_figure, save
-from bench.curves import FAINT, INK, style
-from bench.devices import Device
-from bench.fresh_process import Notice
-from bench.measure import Effort, measure, notices
-from bench.problem import COPY, FORWARD
-from bench.record import Record
-from bench.tables import milliseconds_text, pass_text, ratio_text
+from bench.common.devices import Device
+from bench.common.process import Notice
+from bench.demo.picture import FAINT, INK, style
+from bench.loss.cases import DTYPES, Case
+from bench.loss.charts import LABELS, MARKS, legend, new_figure, save
+from bench.loss.measure import Effort, measure, notices
+from bench.loss.record import Record
+from bench.loss.tables import milliseconds_text, pass_text, ratio_text
+from bench.loss.tensors import COPY, FORWARD
 
 PROVIDERS = ("stock", "fused", "inplace", "copy")
 CLASSES = 32000

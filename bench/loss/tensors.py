@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import DTYPES, Case
+from bench.loss.cases import DTYPES, Case
 
 FORWARD, BOTH, COPY = "forward", "forward+backward", "copy"
 IGNORED = -100

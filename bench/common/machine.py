@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from bench.devices import Device
+from bench.common.devices import Device
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 

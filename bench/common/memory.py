@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bench import fresh_process
-from bench.training import make_loss, timed_loss
+from bench.common import process as fresh_process
+from bench.demo.training import make_loss, timed_loss
 
 # The kernel counts resident pages in batches per processor; less than this is not a measurement.
 RESOLUTION = 512 * 1024

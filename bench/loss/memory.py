@@ -9,13 +9,13 @@ from functools import partial
 
 import torch
 
-from bench import fresh_process
-from bench.cases import Case
-from bench.devices import Device
-from bench.fresh_process import Notice
-from bench.problem import BOTH, Problem
-from bench.providers import make_call, passes_of
-from bench.record import Record
+from bench.common import process as fresh_process
+from bench.common.devices import Device
+from bench.common.process import Notice
+from bench.loss.cases import Case
+from bench.loss.providers import make_call, passes_of
+from bench.loss.record import Record
+from bench.loss.tensors import BOTH, Problem
 
 
 def peaks_here(case: Case, name: str, device: Device) -> dict[str, int | None]:

@@ -20,15 +20,15 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench import fresh_process
-from bench.cases import DTYPES
-from bench.charts import MARKS, legend, new_figure, save
-from bench.curves import FAINT, INK, style
-from bench.devices import Device
-from bench.display import memory_text
-from bench.fresh_process import Notice, first_line
-from bench.measure import TOLERANCES, Effort
-from bench.tables import DASH, milliseconds_text, ratio_text
+from bench.common import process as fresh_process
+from bench.common.devices import Device
+from bench.common.process import Notice, first_line
+from bench.demo.display import memory_text
+from bench.demo.picture import FAINT, INK, style
+from bench.loss.cases import DTYPES
+from bench.loss.charts import MARKS, legend, new_figure, save
+from bench.loss.measure import TOLERANCES, Effort
+from bench.loss.tables import DASH, milliseconds_text, ratio_text
 
 
 @dataclass(frozen=True)
