@@ -15,13 +15,16 @@ import torch
 from programs import ROOT, is_png, run
 
 from bench import program
-from bench.common import devices
-from bench.common import process as fresh_process
+from bench.common import devices, process, style
 from bench.common.devices import DEVICES
-from bench.heads import measure as linear
+from bench.common.figures import BOTH, COPY, FORWARD
+from bench.common.measure import Effort
+from bench.heads import measure as heads
+from bench.heads.cases import QUICK, QUICK_VOCABULARIES
+from bench.heads.providers import PROVIDERS as HEAD_PROVIDERS
 from bench.loss import cases, charts, measure, providers
-from bench.loss.record import Record, Result
-from bench.loss.tensors import BOTH, COPY, FORWARD, Problem
+from bench.loss.record import LossFigures, Record
+from bench.loss.tensors import LossTensors
 from bench.scaling import measure as scaling
 
 UNCOMPILED = ("stock", "fused", "recompute", "inplace", "copy")
@@ -108,21 +111,21 @@ def test_what_cannot_be_measured_has_a_reason_and_no_figure(tmp_path):
 
 
 def test_a_fresh_process_is_another_each_time_and_says_how_it_failed():
-    processes = {fresh_process.call(os.getpid) for _ in range(2)} | {os.getpid()}
+    processes = {process.call(os.getpid) for _ in range(2)} | {os.getpid()}
     assert len(processes) == 3
     torch.set_num_threads(1)
-    assert fresh_process.call(torch.get_num_threads) == 1
+    assert process.call(torch.get_num_threads) == 1
     for function, argument, reason in (
         (int, "seven", "ValueError: invalid literal"),
         (os._exit, 3, "exit code 3"),
         (signal.raise_signal, signal.SIGKILL, "SIGKILL"),
     ):
-        with pytest.raises(fresh_process.Failed, match=reason):
-            fresh_process.call(function, argument)
+        with pytest.raises(process.Failed, match=reason):
+            process.call(function, argument)
 
 
 def test_a_case_that_cannot_be_made_has_a_reason_and_no_figure():
-    effort, heard = measure.Effort(0, least=1, most=1), []
+    effort, heard = Effort(0, least=1, most=1), []
     for classes, reason in ((0, "RuntimeError"), (10, "")):
         case = cases.Case((8, classes))
         record = measure.measure(case, ["stock"], DEVICES["cpu"], effort, heard.append)
@@ -165,7 +168,7 @@ def test_peers_are_measured_where_they_are_installed(monkeypatch):
     monkeypatch.setattr(providers, "find_spec", lambda package: package == "quack" or None)
     assert "quack" in providers.usual("cuda") and "liger" not in providers.usual("cuda")
     assert providers.usual("cpu") == [*UNCOMPILED[:1], "compile", *UNCOMPILED[1:]]
-    assert set(charts.MARKS) == set(charts.LABELS) == set(providers.PROVIDERS)
+    assert set(style.MARKS) == set(style.LABELS) == set(providers.PROVIDERS)
 
 
 def test_memory_that_a_device_counts_needs_no_process_of_its_own():
@@ -176,7 +179,7 @@ def test_memory_that_a_device_counts_needs_no_process_of_its_own():
             loss, gradient = call()
             return gradient.nbytes
 
-    effort = measure.Effort(0, least=1, most=1)
+    effort = Effort(0, least=1, most=1)
     case = cases.Case((8, 10))
     record = measure.measure_here(case, ["inplace"], Counting(), effort, lambda text: None)
     assert [result.peak for result in record.results] == [8 * 10 * 4]
@@ -240,10 +243,10 @@ def test_names_select():
 def test_ratios_are_of_medians_and_missing_ones_stay_missing():
     case = cases.Case((8, 10))
     results = [
-        Result("stock", BOTH, traffic=1000, samples=[4.0, 6.0, 90.0]),
-        Result("fused", BOTH, traffic=1000, samples=[2.0, 1.0, 3.0]),
-        Result("inplace", BOTH, traffic=1000, reason="broken"),
-        Result("copy", COPY, traffic=1000, samples=[1.0]),
+        LossFigures("stock", BOTH, traffic=1000, samples=[4.0, 6.0, 90.0]),
+        LossFigures("fused", BOTH, traffic=1000, samples=[2.0, 1.0, 3.0]),
+        LossFigures("inplace", BOTH, traffic=1000, reason="broken"),
+        LossFigures("copy", COPY, traffic=1000, samples=[1.0]),
     ]
     record = Record(case, 1, results)
     assert record.ratio("fused", BOTH) == 3 and record.ratio("copy", BOTH) == 6
@@ -256,9 +259,9 @@ def test_ratios_are_of_medians_and_missing_ones_stay_missing():
 def test_charts_skip_what_was_not_measured(tmp_path):
     case = cases.Case((4096, 1000))
     results = [
-        Result("stock", BOTH, samples=[3.0], peak=3 * case.logits_bytes),
-        Result("fused", BOTH, samples=[1.0], peak=None),
-        Result("inplace", BOTH, reason="broken"),
+        LossFigures("stock", BOTH, samples=[3.0], peak=3 * case.logits_bytes),
+        LossFigures("fused", BOTH, samples=[1.0], peak=None),
+        LossFigures("inplace", BOTH, reason="broken"),
     ]
     for records in ([Record(case, 1, results)], [Record(case, 1, results[2:])]):
         for draw in (charts.draw_speed, charts.draw_memory):
@@ -286,7 +289,7 @@ def test_heads_leave_figures_and_a_chart(tmp_path):
         for found in data["cases"]
         if found not in timed
     }
-    for classes in linear.QUICK_VOCABULARIES:
+    for classes in QUICK_VOCABULARIES:
         assert peaks["stock", classes] > peaks["fused", classes] > 0
 
 
@@ -294,21 +297,21 @@ def test_heads_that_are_stopped_lose_their_times(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(linear, "measure_peaks", stop)
+    monkeypatch.setattr(heads, "measure_peaks", stop)
     with pytest.raises(KeyboardInterrupt):
         program.main(["--linear", "--quick", "--out", str(tmp_path)])
     data = json.loads((tmp_path / "linear.json").read_text())
-    assert [found["provider"] for found in data["cases"]] == list(linear.PROVIDERS)
+    assert [found["provider"] for found in data["cases"]] == list(HEAD_PROVIDERS)
 
 
 def test_head_whose_loss_is_wrong_has_no_figure(monkeypatch):
     monkeypatch.setitem(
-        linear.PROVIDERS,
+        HEAD_PROVIDERS,
         "fused",
-        lambda problem: lambda: [1.01 * t for t in linear.stock(problem)()],
+        lambda tensors: lambda _: [1.01 * t for t in tensors.reference()],
     )
-    effort = measure.Effort(0, least=1, most=1)
-    figures = linear.time_here(linear.QUICK[0], DEVICES["cpu"], effort, lambda text: None)
+    effort = Effort(0, least=1, most=1)
+    figures = heads.time_here(QUICK[0], DEVICES["cpu"], effort, lambda text: None)
     found = {figure.provider: figure for figure in figures}
     assert "loss is" in found["fused"].reason and found["fused"].samples == []
     assert found["stock"].samples
@@ -326,11 +329,11 @@ def test_scaling_leaves_a_chart(tmp_path, monkeypatch):
 
 def test_traffic_counts_each_tensor_once():
     logits, target = 8 * 10 * 4, 8 * 8
-    problem = Problem(cases.Case((8, 10)), "cpu")
+    problem = LossTensors(cases.Case((8, 10)), "cpu")
     assert problem.traffic(FORWARD) == logits + target
     assert problem.traffic(BOTH) == 2 * logits + target
     assert problem.traffic(COPY) == 2 * logits
-    weighted = Problem(cases.Case((8, 10), weighted=True), "cpu")
+    weighted = LossTensors(cases.Case((8, 10), weighted=True), "cpu")
     assert weighted.traffic(FORWARD) == logits + target + 10 * 4
-    probabilities = Problem(cases.Case((8, 10), probabilities=True), "cpu")
+    probabilities = LossTensors(cases.Case((8, 10), probabilities=True), "cpu")
     assert probabilities.traffic(BOTH) == 3 * logits

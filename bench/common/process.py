@@ -11,7 +11,6 @@ more is forked for each call (multiprocessing's forkserver).
 import multiprocessing
 import signal
 from collections.abc import Callable
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -40,50 +39,64 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def work(pipe: Connection, threads: int, function: Callable[..., Any], arguments: tuple) -> None:
+def work(pipe: Connection, threads: int, held: Any) -> None:
     # Ctrl-C reaches every process of a terminal. The parent is who acts on it, and ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    try:
-        message = ANSWER, function(*arguments)
-    except Exception as error:
-        message = ERROR, first_line(error)
-    pipe.send(message)
+    while True:
+        try:
+            method, arguments, gives_notice = pipe.recv()
+        except EOFError:
+            return
+        if gives_notice:
+            arguments = (*arguments, lambda text: pipe.send((NOTICE, text)))
+        try:
+            message = ANSWER, getattr(held, method)(*arguments)
+        except Exception as error:
+            message = ERROR, first_line(error)
+        pipe.send(message)
 
 
-def give_notice(pipe: Connection, text: str) -> None:
-    pipe.send((NOTICE, text))
+class Worker:
+    """A fresh process on as many threads as this one has. It holds a copy of an object, and calls a
+    method of it whenever it is asked."""
+
+    def __init__(self, held: Any) -> None:
+        self.pipe, end = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=work, args=(end, torch.get_num_threads(), held))
+        self.process.start()
+        # The child's is the only open end, so that its death is the end of what can be received.
+        end.close()
+
+    def ask(self, method: str, *arguments: object, notice: Notice | None = None) -> Any:
+        """The method's answer. With a `notice` it is given one as its last argument, and what it
+        says there is said here."""
+        try:
+            self.pipe.send((method, arguments, notice is not None))
+            while True:
+                kind, value = self.pipe.recv()
+                if kind == ANSWER:
+                    return value
+                if kind == ERROR:
+                    raise Failed(value)
+                notice(value)
+        except (EOFError, ConnectionError):
+            self.process.join()
+            raise Failed(f"its process ended: {ending(self.process.exitcode)}") from None
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.pipe.close()
+        if kind:
+            self.process.kill()
+        self.process.join()
 
 
 def call(function: Callable[..., Any], *arguments: object, notice: Notice | None = None) -> Any:
-    """The function's answer, on as many threads as this process has. With a `notice` the function
-    is given one as its last argument, and what it says there is said here."""
-    receiver, sender = CONTEXT.Pipe(duplex=False)
-    if notice:
-        arguments = (*arguments, partial(give_notice, sender))
-    process = CONTEXT.Process(
-        target=work, args=(sender, torch.get_num_threads(), function, arguments)
-    )
-    process.start()
-    # The child's is now the only open end, so that its death is the end of what can be received.
-    sender.close()
-    try:
-        while True:
-            kind, value = receiver.recv()
-            if kind == ANSWER:
-                return value
-            if kind == ERROR:
-                raise Failed(value)
-            notice(value)
-    except EOFError:
-        process.join()
-        raise Failed(f"its process ended: {ending(process.exitcode)}") from None
-    except BaseException:
-        process.kill()
-        raise
-    finally:
-        process.join()
-        receiver.close()
+    with Worker(function) as worker:
+        return worker.ask("__call__", *arguments, notice=notice)
 
 
 def ending(code: int) -> str:

@@ -1,8 +1,7 @@
-"""Trains two real models with the stock loss and with fused_ce, and shows that nothing changed.
+"""The demo as a program: options in; both trainings as they go, a table and a picture out.
 
-`make demo` sets up what this needs and runs it. Each model is trained once per loss from the same
-seed; the program prints both as they go, ends with a table and a picture, and exits with 1 if the
-curves part, so that it serves as a check as well as a show.
+Each model is trained once per loss from the same seed. The program exits with 1 if the curves part,
+so that it serves as a check as well as a show.
 """
 
 import argparse
@@ -13,23 +12,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.common import memory as peak_memory
-from bench.common import process as fresh_process
+from bench.common.console import positive
 from bench.demo.digits import digits
-from bench.demo.display import Outcome, Progression, memory_text, summary, verdict
+from bench.demo.display import Outcome, Progression, peak_text, summary, verdict
 from bench.demo.language_model import language_model
+from bench.demo.memory import measure_peak
 from bench.demo.picture import draw
 from bench.demo.training import LOSS_NAMES, Task, train
 
 TASKS = {"language-model": language_model, "digits": digits}
 PICTURE = "demo.png"
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -72,8 +64,8 @@ def run(console: Console, make_task: Callable[[], Task], options: argparse.Names
     console.print(heading, highlight=False, soft_wrap=True)
     with console.status("measuring peak memory"):
         size = (rows, classes, task.features)
-        memory = {loss: peak_memory.measure(loss, *size) for loss in losses}
-    sizes = ", ".join(f"{loss} {memory_text(size)}" for loss, size in memory.items())
+        memory = {loss: measure_peak(loss, *size) for loss in losses}
+    sizes = ", ".join(f"{loss} {peak_text(size)}" for loss, size in memory.items())
     console.print(f"  peak memory of one loss: {sizes}", highlight=False)
     with Progression(console, task, memory, steps) as progression:
         for runs in train(task, losses, steps, options.seed):
@@ -90,8 +82,6 @@ def succeeded(outcome: Outcome) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    # Every process reads this file, and would import all of that anew.
-    fresh_process.preload("bench.demo.picture", "bench.demo.digits", "bench.demo.language_model")
     console = Console()
     outcomes = [run(console, make_task, options) for make_task in tasks(options)]
 

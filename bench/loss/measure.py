@@ -1,96 +1,58 @@
-"""Times all providers on one case, in rounds, in a process of the case's own.
+"""Measures all providers on one case, in a process of the case's own.
 
-A round takes one sample of every provider and pass, in an order shuffled anew, so that whatever
-else the machine does falls on all alike and nobody always follows the same neighbour. Before the
-rounds each one warms up (torch.compile compiles), and what fused_ce answers is held against stock
-in single precision: a wrong answer is not a fast one, and gets no figure.
+Before the rounds each one warms up (torch.compile compiles), and what fused_ce answers is held
+against stock in single precision. Where the device counts memory exactly, the same process is
+asked for it; elsewhere `measure_peaks` takes one for each provider.
 """
 
-import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from time import perf_counter
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from bench.common import process as fresh_process
-from bench.common.devices import Device
-from bench.common.process import Notice, first_line
-from bench.loss.cases import DTYPES, Case
-from bench.loss.providers import PROVIDERS, fused, make_call, passes_of, path
-from bench.loss.record import Record, Result
-from bench.loss.tensors import BOTH, Problem
-
-# Only faults that no rounding explains; the parity suite is what judges the last digits.
-TOLERANCES = {"fp64": 1e-8, "fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
-
-
-@dataclass(frozen=True)
-class Effort:
-    """Rounds until the seconds have passed, within bounds."""
-
-    seconds: float
-    least: int = 5
-    most: int = 100
+from bench.common import measure as common
+from bench.common import process
+from bench.common.devices import Call, Device
+from bench.common.figures import BOTH
+from bench.common.measure import Effort
+from bench.common.precision import check
+from bench.common.process import Notice
+from bench.common.subject import Subject
+from bench.loss.cases import Case
+from bench.loss.providers import PROVIDERS, fused, make_call, passes_of, path_of
+from bench.loss.record import LossFigures, Record
+from bench.loss.tensors import LossTensors
 
 
-class Subject:
-    """One provider in one pass; after its first exception it is left alone and has no figures."""
+class LossSubject(Subject):
+    def make_call(self) -> Call:
+        name, which = self.figures.provider, self.figures.which
+        self.figures.path = path_of(name, self.tensors)
+        return make_call(name, which, self.tensors, self.figures.calls)
 
-    def __init__(self, name: str, which: str, problem: Problem, device: Device) -> None:
-        calls = device.calls(problem.case.logits_bytes)
-        self.result = Result(name, which, problem.traffic(which), calls)
-        self.problem, self.device = problem, device
-
-    def prepare(self, reference: Sequence[Tensor]) -> None:
-        name, which = self.result.provider, self.result.which
-        self.call = make_call(name, which, self.problem, self.result.calls)
-        (logits,) = self.problem.inputs(1)
-        with torch.set_grad_enabled(which == BOTH):
-            self.result.path = path(name, self.problem, logits)
-            answer = self.call(logits)
+    def judge(self, answer: Any) -> None:
         # Stock's own answers are what they are: its float16 mean over 65536 rows is inf.
-        if PROVIDERS[name].function is fused:
-            check(answer if which == BOTH else (answer,), reference, self.problem.case.dtype)
-
-    def sample(self) -> None:
-        calls = self.result.calls
-        inputs = self.problem.inputs(calls)
-        with torch.set_grad_enabled(self.result.which == BOTH):
-            self.result.samples.append(self.device.milliseconds(self.call, inputs) / calls)
+        if PROVIDERS[self.figures.provider].function is fused:
+            answer = answer if self.figures.which == BOTH else (answer,)
+            reference, dtype = self.tensors.reference(), self.tensors.case.dtype
+            check(answer, reference, ("loss", "gradient"), dtype)
 
     def weigh(self) -> None:
-        if self.problem.case.graph:
-            self.result.reason = "memory: a graph keeps its own between replays"
-            return
-        (logits,) = self.problem.inputs(1)
-        with torch.set_grad_enabled(self.result.which == BOTH):
-            self.result.peak = self.device.rise(partial(self.call, logits))
-
-    def attempt(self, step: Callable[..., None], *arguments: object) -> None:
-        if self.result.reason:
-            return
-        try:
-            step(*arguments)
-        except Exception as error:
-            self.result.reason = first_line(error)
-            self.result.samples.clear()
+        if self.tensors.case.graph:
+            self.figures.reason = "memory: a graph keeps its own between replays"
+        else:
+            super().weigh()
 
 
-def ulp_of_zero(dtype: str) -> float:
-    """A gradient's mean over a million rows lies where float16 has only a few values left."""
-    limits = torch.finfo(DTYPES[dtype])
-    return limits.tiny * limits.eps
-
-
-def check(answer: Sequence[Tensor], reference: Sequence[Tensor], dtype: str) -> None:
-    for what, ours, expected in zip(("loss", "gradient"), answer, reference, strict=False):
-        apart = (ours - expected).detach().abs().max().item()
-        allowed = TOLERANCES[dtype] * expected.abs().max().item() + ulp_of_zero(dtype)
-        if not apart <= allowed:
-            raise ArithmeticError(f"the {what} is {apart:.3g} from stock's, allowed {allowed:.3g}")
+def make_subjects(case: Case, names: Sequence[str], device: Device) -> list[Subject]:
+    tensors, calls = LossTensors(case, device.name), device.calls(case.logits_bytes)
+    return [
+        LossSubject(
+            LossFigures(name, which, calls, traffic=tensors.traffic(which)), tensors, device
+        )
+        for name in names
+        for which in passes_of(name, case)
+    ]
 
 
 def notices(case: Case, names: Sequence[str]) -> int:
@@ -101,39 +63,32 @@ def notices(case: Case, names: Sequence[str]) -> int:
 def measure_here(
     case: Case, names: Sequence[str], device: Device, effort: Effort, notice: Notice
 ) -> Record:
-    problem = Problem(case, device.name)
-    reference = problem.reference()
-    subjects = [
-        Subject(name, which, problem, device) for name in names for which in passes_of(name, case)
-    ]
-    for subject in subjects:
-        notice(f"{case.name}: warming up {subject.result.provider}")
-        subject.attempt(subject.prepare, reference)
-    del reference
-
-    notice(f"{case.name}: timing")
-    order = random.Random(0)
-    start = perf_counter()
-    for done in range(effort.most):
-        if done >= effort.least and perf_counter() - start > effort.seconds:
-            break
-        for subject in order.sample(subjects, len(subjects)):
-            subject.attempt(subject.sample)
+    subjects = make_subjects(case, names, device)
+    common.measure_times(case.name, subjects, effort, notice)
     if device.counts_memory:
         for subject in subjects:
             subject.attempt(subject.weigh)
-    return Record(case, torch.get_num_threads(), [subject.result for subject in subjects])
+    return Record(case, torch.get_num_threads(), [subject.figures for subject in subjects])
 
 
 def measure(
     case: Case, names: Sequence[str], device: Device, effort: Effort, notice: Notice
 ) -> Record:
     try:
-        return fresh_process.call(measure_here, case, names, device, effort, notice=notice)
-    except fresh_process.Failed as failure:
+        return process.call(measure_here, case, names, device, effort, notice=notice)
+    except process.Failed as failure:
         nothing = [
-            Result(name, which, reason=str(failure))
+            LossFigures(name, which, reason=str(failure))
             for name in names
             for which in passes_of(name, case)
         ]
         return Record(case, torch.get_num_threads(), nothing)
+
+
+def measure_peaks(record: Record, names: Sequence[str], device: Device, notice: Notice) -> None:
+    """For every result that has a time."""
+    for name in names:
+        notice(f"{record.case.name}: memory of {name}")
+        timed = [result for result in record.results if result.provider == name and result.samples]
+        if timed:
+            common.measure_peaks(make_subjects, record.case, name, device, timed)

@@ -1,29 +1,20 @@
-"""How the time grows: logits from 1 MB to 2 GB, on one thread and on all.
+"""Sizes from 1 MB to 2 GB of logits, and their runs on one thread and on all.
 
-The sizes differ in the number of rows alone, so that nothing but size changes. A line as straight
-and as steep as the copy's means linear; where one bends, a cache or the allocator has come in.
-Memory is not measured again here.
+The sizes differ in the number of rows alone, so that nothing but size changes. Memory is not
+measured again here.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullLocator
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from bench.common.devices import Device
+from bench.common.measure import Effort
+from bench.common.precision import DTYPES
 from bench.common.process import Notice
-from bench.demo.picture import FAINT, INK, style
-from bench.loss.cases import DTYPES, Case
-from bench.loss.charts import LABELS, MARKS, legend, new_figure, save
-from bench.loss.measure import Effort, measure, notices
+from bench.loss import measure as loss
+from bench.loss.cases import Case
 from bench.loss.record import Record
-from bench.loss.tables import milliseconds_text, pass_text, ratio_text
-from bench.loss.tensors import COPY, FORWARD
 
 PROVIDERS = ("stock", "fused", "inplace", "copy")
 CLASSES = 32000
@@ -42,11 +33,11 @@ def thread_counts(device: Device) -> list[int]:
     return [1, everyone] if device.name == "cpu" and everyone > 1 else [everyone]
 
 
-def notices_of(cases: Sequence[Case], names: Sequence[str], device: Device) -> int:
-    return len(thread_counts(device)) * sum(notices(case, names) for case in cases)
+def notices(cases: Sequence[Case], names: Sequence[str], device: Device) -> int:
+    return len(thread_counts(device)) * sum(loss.notices(case, names) for case in cases)
 
 
-def run(
+def measure(
     cases: Sequence[Case], names: Sequence[str], device: Device, effort: Effort, notice: Notice
 ) -> list[Record]:
     counts, records = thread_counts(device), []
@@ -54,116 +45,5 @@ def run(
         for threads in counts:
             # What `measure` starts takes over the number.
             torch.set_num_threads(threads)
-            records.append(measure(case, names, device, effort, notice))
+            records.append(loss.measure(case, names, device, effort, notice))
     return records
-
-
-@dataclass
-class Line:
-    """One provider in one pass, by bytes of logits."""
-
-    provider: str
-    which: str
-    milliseconds: dict[int, float]  # on all threads
-    gains: dict[int, float]  # how many times faster than on one; empty where one is all
-
-    @property
-    def label(self) -> str:
-        return LABELS[self.provider] + (f", {self.which}" if self.which != COPY else "")
-
-
-def lines(records: Sequence[Record]) -> list[Line]:
-    counts = sorted({record.threads for record in records})
-    times: dict[tuple[str, str], dict[int, dict[int, float]]] = {}
-    for record in records:
-        for result in record.results:
-            by_threads = times.setdefault((result.provider, result.which), {n: {} for n in counts})
-            if result.median is not None:
-                by_threads[record.threads][record.case.logits_bytes] = result.median
-    found = []
-    for (provider, which), by_threads in times.items():
-        all_threads, one = by_threads[counts[-1]], by_threads[counts[0]]
-        both = [size for size in all_threads if size in one and len(counts) > 1]
-        gains = {size: one[size] / all_threads[size] for size in both}
-        found.append(Line(provider, which, all_threads, gains))
-    return found
-
-
-def table(records: Sequence[Record], title: str, cell: Callable[[Line, int], str]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="bold")
-    table.title = title
-    table.add_column("logits", justify="right", no_wrap=True)
-    found = lines(records)
-    for line in found:
-        heading = f"{pass_text(line.which)}\n{line.provider}"
-        table.add_column(heading, justify="right", no_wrap=True)
-    for size in sorted({record.case.logits_bytes for record in records}):
-        table.add_row(f"{size / 1e6:.0f} MB", *(cell(line, size) for line in found))
-    return table
-
-
-def tables(records: Sequence[Record]) -> list[Table]:
-    counts = sorted({record.threads for record in records})
-    made = [
-        table(
-            records,
-            f"milliseconds, {counts[-1]} threads",
-            lambda line, size: milliseconds_text(line.milliseconds.get(size)),
-        )
-    ]
-    if len(counts) > 1:
-        made.append(
-            table(
-                records,
-                f"times as fast on {counts[-1]} threads as on one",
-                lambda line, size: ratio_text(line.gains.get(size)),
-            )
-        )
-    return made
-
-
-def size_axis(axes: Axes, title: str) -> None:
-    style(axes)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda size, _: f"{size / 1e6:g} MB" if size < 1e9 else f"{size / 1e9:g} GB")
-    )
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.grid(color=FAINT, linewidth=0.7)
-    axes.set_xlabel("logits", color=INK)
-    axes.set_title(title, loc="left", fontsize=10, color=INK)
-
-
-def plot(axes: Axes, line: Line, values: dict[int, float]) -> None:
-    color, marker, _ = MARKS[line.provider]
-    axes.plot(
-        list(values),
-        list(values.values()),
-        linestyle="--" if line.which == FORWARD else ":" if line.which == COPY else "-",
-        color=color,
-        marker=None if line.provider == "copy" else marker,
-        markersize=4.5,
-        linewidth=1.6,
-        label=line.label,
-    )
-
-
-def draw(records: Sequence[Record], note: str, path: Path) -> None:
-    found = lines(records)
-    scales = any(line.gains for line in found)
-    figure = new_figure(f"Time against size, rows of {CLASSES} classes", note, 5.2)
-    left, *right = figure.subplots(1, 2 if scales else 1, squeeze=False)[0]
-    threads = max(record.threads for record in records)
-    size_axis(left, f"milliseconds, {threads} threads")
-    left.set_yscale("log")
-    left.yaxis.set_minor_locator(NullLocator())
-    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    for line in found:
-        plot(left, line, line.milliseconds)
-    for axes in right:
-        size_axis(axes, f"times as fast on {threads} threads as on one")
-        for line in found:
-            plot(axes, line, line.gains)
-        axes.set_ylim(bottom=0)
-    legend(figure, [left], [line.label for line in found], columns=2)
-    save(figure, path)
