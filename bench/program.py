@@ -11,12 +11,17 @@ from time import perf_counter
 
 import torch
 
+from bench.against.measure import Comparison
+from bench.against.run import CASES as COMPARED_CASES
+from bench.against.run import PROVIDERS as COMPARED
+from bench.against.run import run as run_builds
 from bench.common.console import make_console, positive, print_line
 from bench.common.devices import DEVICES
 from bench.common.figures import write_json
-from bench.common.machine import busy, describe, headline
+from bench.common.machine import busy, commit, describe, headline
 from bench.common.measure import Effort
 from bench.common.precision import DTYPES
+from bench.heads.cases import HEADS
 from bench.heads.providers import PROVIDERS as HEAD_PROVIDERS
 from bench.heads.record import HeadFigures
 from bench.heads.run import run as run_heads
@@ -28,7 +33,7 @@ from bench.scaling.measure import PROVIDERS as SIZE_PROVIDERS
 from bench.scaling.run import run as run_sizes
 
 QUICK = Effort(seconds=0, least=2, most=2)
-RUNS = {"bench": run_cases, "linear": run_heads, "scaling": run_sizes}
+RUNS = {"bench": run_cases, "linear": run_heads, "scaling": run_sizes, "against": run_builds}
 
 
 def parse(command_line: Sequence[str] | None) -> argparse.Namespace:
@@ -74,8 +79,15 @@ def parse(command_line: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="instead of the cases: heads of language models, and linear_cross_entropy",
     )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help="instead: another checkout's built fused_ce and this one's in turns, the head too",
+    )
     args = parser.parse_args(command_line)
-    default = SIZE_PROVIDERS if args.scaling else usual(args.device)
+    args.kind = next((kind for kind in RUNS if getattr(args, kind, None)), "bench")
+    default = COMPARED if args.against else SIZE_PROVIDERS if args.scaling else usual(args.device)
     # In the table's order, whatever the order asked for, and nobody twice.
     args.providers = [name for name in PROVIDERS if name in (args.providers or default)]
     missing = DEVICES[args.device].missing()
@@ -85,8 +97,17 @@ def parse(command_line: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--scaling has sizes of its own; leave --cases out")
     if args.linear and (args.cases or args.providers != list(default) or args.scaling):
         parser.error("--linear has sizes and providers of its own; leave the others' options out")
+    table = TABLES[args.device]
+    if args.against:
+        if args.scaling or args.linear:
+            parser.error("--against measures heads with its cases; name them in --cases")
+        args.against = args.against.resolve()
+        if not (args.against / "fused_ce" / "_C.so").exists():
+            parser.error(f"--against expects a built fused_ce in {args.against}; build it there")
+        table = (*table, *HEADS[args.device])
+        args.cases = args.cases or COMPARED_CASES[args.device]
     try:
-        args.cases = select(args.cases, args.dtype, TABLES[args.device])
+        args.cases = select(args.cases, args.dtype, table)
     except NoSuchCase as error:
         parser.error(str(error))
     return args
@@ -104,21 +125,22 @@ def main(command_line: Sequence[str] | None = None) -> int:
     if busy(facts):
         print_line(console, f"[yellow]{busy(facts)}[/]")
 
-    kind = "linear" if args.linear else "scaling" if args.scaling else "bench"
+    if args.against:
+        facts["against"] = commit(args.against)
     start, records = perf_counter(), []
 
-    def write(records: Sequence[Record | HeadFigures]) -> None:
+    def write(records: Sequence[Record | HeadFigures | Comparison]) -> None:
         data = {
-            "kind": kind,
+            "kind": args.kind,
             "machine": facts,
             "effort": asdict(effort),
             "providers": list(HEAD_PROVIDERS) if args.linear else args.providers,
             "seconds": round(perf_counter() - start, 1),
             "cases": [record.as_data() for record in records],
         }
-        write_json(out / f"{kind}.json", data)
+        write_json(out / f"{args.kind}.json", data)
 
-    for records in RUNS[kind](console, args, effort, note):
+    for records in RUNS[args.kind](console, args, effort, note):
         write(records)
     write(records)
     console.print(f"{perf_counter() - start:.0f} s; JSON and charts are in {out}", highlight=False)

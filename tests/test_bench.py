@@ -6,6 +6,7 @@ raises, answers wrongly or hands the call to stock has to show a dash and a reas
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import torch
 from programs import ROOT, is_png, run
 
 from bench import program
+from bench.against.measure import compare, take_turns
 from bench.common import devices, process, style
 from bench.common.devices import DEVICES
-from bench.common.figures import BOTH, COPY, FORWARD
+from bench.common.figures import BOTH, COPY, FORWARD, Figures
 from bench.common.measure import Effort
 from bench.heads import measure as heads
 from bench.heads.cases import QUICK, QUICK_VOCABULARIES
@@ -141,6 +143,8 @@ def test_a_case_that_cannot_be_made_has_a_reason_and_no_figure():
         (["--cases", "8x10", "7x7"], "no case matches '7x7'"),
         (["--providers", "apex"], "invalid choice: 'apex'"),
         (["--threads", "0"], "at least 1"),
+        (["--against", "no/such/folder"], "expects a built fused_ce in"),
+        (["--against", ".", "--linear"], "name them in --cases"),
     ],
 )
 def test_what_is_not_there_is_named(options, message, capsys):
@@ -315,6 +319,97 @@ def test_head_whose_loss_is_wrong_has_no_figure(monkeypatch):
     found = {figure.provider: figure for figure in figures}
     assert "loss is" in found["fused"].reason and found["fused"].samples == []
     assert found["stock"].samples
+
+
+def test_a_clock_can_read_what_a_head_is_given():
+    class Reading(type(DEVICES["cpu"])):  # as events on CUDA do
+        def milliseconds(self, call, inputs):
+            assert inputs[0].nbytes > 0
+            return super().milliseconds(call, inputs)
+
+    figures = heads.time_here(QUICK[0], Reading(), Effort(0, least=1, most=1), lambda text: None)
+    assert "fused" in {found.provider for found in figures if found.samples}
+
+
+def test_a_graph_is_captured_in_the_grad_mode_of_its_pass(monkeypatch):
+    captured = []
+
+    def replayed(call, tensors):
+        captured.append(torch.is_grad_enabled())
+        return call
+
+    monkeypatch.setattr(providers, "replayed", replayed)
+    effort, case = Effort(0, least=1, most=1), cases.Case((8, 10), graph=True)
+    record = measure.measure_here(case, ["fused"], DEVICES["cpu"], effort, lambda text: None)
+    assert captured == [result.which == BOTH for result in record.results] == [False, True]
+
+
+def other_build(folder, line=""):
+    """A copy of the package, with a line more; its folder."""
+    shutil.copytree(ROOT / "fused_ce", folder / "fused_ce")
+    with open(folder / "fused_ce" / "__init__.py", "a") as file:
+        file.write(f"\n{line}\n")
+    return folder
+
+
+def test_two_builds_leave_ratios(tmp_path):
+    options = ("--against", other_build(tmp_path), "--cases", "8x10", "--out", tmp_path / "out")
+    printed = run("-m", "bench", "--quick", *map(str, options))
+    assert "new / old" in printed and "middle half" in printed
+    data = json.loads((tmp_path / "out" / "against.json").read_text())
+    measured = {(found["provider"], found["pass"]) for found in data["cases"]}
+    names = ("fused", "recompute", "inplace")
+    assert measured == {("fused", FORWARD), *((name, BOTH) for name in names)}
+    for found in data["cases"]:
+        assert found["name"] == "8x10" and found["reasons"] == []
+        samples = zip(found["old_samples_ms"], found["new_samples_ms"], strict=True)
+        low, high = sorted(new / old for old, new in samples)
+        # Two rounds: the median is the mean of both, and samples are rounded to nanoseconds.
+        assert found["ratio_new_to_old"] == pytest.approx((low + high) / 2, rel=1e-3)
+        assert low * 0.999 < found["middle_half"][0] <= found["middle_half"][1] < high * 1.001
+
+
+@pytest.mark.parametrize("case", [cases.Case((8, 10)), QUICK[0]], ids=["loss", "head"])
+def test_each_process_has_the_build_of_its_folder(tmp_path, case):
+    wrong = "cross_entropy = linear_cross_entropy = lambda *tensors, **options: 1 / 0"
+    folders = other_build(tmp_path, wrong), ROOT
+    effort, device = Effort(0, least=2, most=2), DEVICES["cpu"]
+    pairs = compare(case, ["fused"], folders, device, effort, lambda text: None)
+    assert pairs
+    for pair in pairs:
+        assert pair.old.reason == "ZeroDivisionError: division by zero" and not pair.new.reason
+        assert pair.ratio is None and pair.as_data()["middle_half"] is None
+
+
+def test_a_build_that_cannot_be_loaded_has_a_reason(tmp_path):
+    folders = ROOT, other_build(tmp_path, "raise ImportError('not for this machine')")
+    effort, device = Effort(0, least=2, most=2), DEVICES["cpu"]
+    (pair,) = compare(cases.Case((8, 10)), ["fused"], folders, device, effort, lambda text: None)
+    assert pair.reasons == ["ImportError: not for this machine"] and pair.ratio is None
+
+
+def test_builds_take_turns_in_going_first():
+    asked = []
+
+    class Process:
+        def __init__(self, name):
+            self.name = name
+
+        def ask(self, method, *arguments):
+            if method == "prepare":
+                return [Figures("fused", which) for which in (FORWARD, BOTH)]
+            asked.append((*arguments, self.name))
+            return 1.0
+
+    effort = Effort(0, least=4, most=4)
+    take_turns(cases.Case((8, 10)), [Process("old"), Process("new")], effort, lambda text: None)
+    for number in range(2):
+        names = [name for subject, name in asked if subject == number]
+        assert (
+            names == ["old", "new", "new", "old"] * 2 or names == ["new", "old", "old", "new"] * 2
+        )
+    neighbours = [{asked[place], asked[place + 1]} for place in range(0, len(asked), 2)]
+    assert all(len({subject for subject, _ in both}) == 1 for both in neighbours)
 
 
 def test_scaling_leaves_a_chart(tmp_path, monkeypatch):

@@ -8,11 +8,9 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 INK, FAINT = "#1f2933", "#d9dee4"
 WIDTH, DPI = 8.4, 200
-PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 # Colour and shape, for readers who cannot tell all the colours apart.
 MARKS = {
     "stock": ("#7d97b8", "s", 30),
@@ -34,6 +32,10 @@ LABELS = {
     "quack": "quack",
     "copy": "copying the logits",
 }
+
+
+def plain_number(value: float, _: int) -> str:
+    return f"{value:g}"
 
 
 def style(axes: Axes) -> None:

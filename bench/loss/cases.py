@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
+from typing import TypeVar
 
 from bench.common.precision import DTYPES
 
@@ -127,9 +128,12 @@ class NoSuchCase(ValueError):
     pass
 
 
+Named = TypeVar("Named")  # a case, or a head
+
+
 def select(
-    patterns: Sequence[str] | None, dtype: str | None, table: Sequence[Case] = CASES
-) -> list[Case]:
+    patterns: Sequence[str] | None, dtype: str | None, table: Sequence[Named] = CASES
+) -> list[Named]:
     """The cases of the table that any of the names or globs matches, in its order; `dtype` replaces
     their own. Two that become the same by it are one."""
     chosen = list(table)

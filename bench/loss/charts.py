@@ -13,7 +13,17 @@ from matplotlib.ticker import NullLocator
 
 from bench.common.figures import BOTH, FORWARD
 from bench.common.memory import RESOLUTION
-from bench.common.style import FAINT, INK, LABELS, MARKS, PLAIN, legend, new_figure, save, style
+from bench.common.style import (
+    FAINT,
+    INK,
+    LABELS,
+    MARKS,
+    legend,
+    new_figure,
+    plain_number,
+    save,
+    style,
+)
 from bench.loss.record import Record
 
 BAND = "#f5f7f9"
@@ -50,7 +60,7 @@ def draw_speed(records: Sequence[Record], note: str, path: Path) -> None:
         case_axis(axes, records)
         axes.set_title(which, fontsize=11, color=INK)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(PLAIN)
+        axes.xaxis.set_major_formatter(plain_number)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.axvline(1, color=MARKS["stock"][0], linewidth=2, zorder=1, label=LABELS["stock"])
         for name in MARKS:

@@ -13,7 +13,17 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from rich.table import Table
 
 from bench.common.figures import COPY, FORWARD
-from bench.common.style import FAINT, INK, LABELS, MARKS, PLAIN, legend, new_figure, save, style
+from bench.common.style import (
+    FAINT,
+    INK,
+    LABELS,
+    MARKS,
+    legend,
+    new_figure,
+    plain_number,
+    save,
+    style,
+)
 from bench.common.text import milliseconds_text, new_table, ratio_text
 from bench.loss.record import Record
 from bench.loss.tables import pass_text
@@ -115,7 +125,7 @@ def draw(records: Sequence[Record], note: str, path: Path) -> None:
     size_axis(left, f"milliseconds, {threads} threads")
     left.set_yscale("log")
     left.yaxis.set_minor_locator(NullLocator())
-    left.yaxis.set_major_formatter(PLAIN)
+    left.yaxis.set_major_formatter(plain_number)
     for line in found:
         plot(left, line, line.milliseconds)
     for axes in right:
