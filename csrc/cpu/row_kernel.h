@@ -226,12 +226,14 @@ class RowKernel {
     A* terms = term_block(r, b);
     const A base = base_of(sums.max);
     if (batch_.spreads()) add_gaps(sums, x, base, b, n, read_probabilities(r, b, n));
+    TermSums<double> all;
     for_chunks(n, [&](int64_t i, auto count) {
       const Extent<A> extent = sums.extents[i / kChunk];
       if (adjacent_) prefetch(p_.input, at(input_, p_.input, r, b) + i + kRowBlock, count);
-      sums.add(extent.max == base ? keep_terms<true>(x + i, count, base, extent, terms + i)
-                                  : keep_terms<false>(x + i, count, base, extent, terms + i));
+      all.add(extent.max == base ? keep_terms<true>(x + i, count, base, extent, terms + i)
+                                 : keep_terms<false>(x + i, count, base, extent, terms + i));
     });
+    sums.add(all);
   }
 
   template <class Count>
