@@ -10,20 +10,17 @@ where all have their defaults.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
-from . import ops
+from . import ops, stock
 
-_REDUCTIONS = ("none", "mean", "sum")
 # The gradients of the arguments after input and target; there may be more of them than arguments.
 _NO_MORE = (None,) * 5
 
@@ -33,70 +30,12 @@ def transform_is_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-class Options(NamedTuple):
-    """What a call asks for besides its tensors, in the order of the operators' arguments."""
-
-    reduction: int
-    ignore_index: int
-    label_smoothing: float
-
-
-def _ignored(target: Tensor, ignore_index: int, input: Tensor) -> Tensor:
-    """Which rows are ignored, in a shape that spreads over the classes of the logits."""
-    ignored = target.long() == ignore_index  # a narrower type would wrap the index around
-    return ignored.unsqueeze(1) if input.dim() > 1 else ignored.reshape(1)
-
-
-def stock_loss(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, loss_dtype: torch.dtype
-) -> Tensor:
-    """Stock's loss for its derivatives of any order.
-
-    In the loss's dtype, which under autocast is wider than the logits', and in float32 for the
-    half types. Ignored logits are replaced: zero times a nan among them would not be zero.
-    """
-    dtype = torch.promote_types(loss_dtype, torch.float32)
-    input = input.to(dtype)
-    if not target.is_floating_point():
-        input = input.masked_fill(_ignored(target, options.ignore_index, input), 0)
-    return F.cross_entropy(
-        input,
-        target.to(dtype) if target.is_floating_point() else target.long(),
-        None if weight is None else weight.to(dtype),
-        ignore_index=options.ignore_index,
-        reduction=_REDUCTIONS[options.reduction],
-        label_smoothing=options.label_smoothing,
-    )
-
-
-def stock_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
-    """Differentiates stock's loss, under a graph if the caller wants one.
-
-    The gradient is that for a ``grad_output`` of 1, times ``grad_output``: what may be a batch, or
-    carry a tangent, then only meets a product, and the rest runs outside of any transform. Up to
-    that product it is in float32 at least, or the product would come after a rounding.
-    """
+def _stock_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
     input, target, _, *rest = saved
     weight = rest[0] if rest else None
-    options = Options(*(ctx.options or ops.DEFAULTS))
-    dtype = torch.promote_types(grad_output.dtype, torch.float32)
-    create_graph = torch.is_grad_enabled()
-    with temporarily_clear_interpreter_stack(), torch.enable_grad():
-        wide = [t.to(dtype) if t.is_floating_point() else t for t in (input, target)]
-        loss = stock_loss(*wide, weight, options, dtype)
-        needed = [t for t, needs in zip(wide, ctx.needs_input_grad, strict=False) if needs]
-        ones = torch.ones_like(loss)
-        units = iter(torch.autograd.grad(loss, needed, ones, create_graph=create_graph))
-    if loss.dim() > 0:
-        grad_output = grad_output.unsqueeze(1 if input.dim() > 1 else 0)
-    input_grad, target_grad = (
-        (next(units) * grad_output).to(t.dtype) if needs else None
-        for t, needs in zip((input, target), ctx.needs_input_grad, strict=False)
-    )
-    if not target.is_floating_point():
-        # An ignored row has no gradient, even if what arrives for it is nan.
-        input_grad = input_grad.masked_fill(_ignored(target, options.ignore_index, input), 0)
-    return input_grad, target_grad, *_NO_MORE
+    options = stock.Options(*(ctx.options or ops.DEFAULTS))
+    needs = ctx.needs_input_grad[:2]
+    return *stock.gradients(input, target, weight, options, grad_output, needs), *_NO_MORE
 
 
 def _needs_stock(grad_output: Tensor) -> bool:
@@ -149,7 +88,7 @@ class Recompute(Function):
     def backward(ctx, grad_output):
         saved = ctx.saved_tensors
         if _needs_stock(grad_output):
-            return stock_gradients(ctx, grad_output, saved)
+            return _stock_gradients(ctx, grad_output, saved)
         return _fused_gradients(ctx, grad_output, saved)
 
 
@@ -171,7 +110,7 @@ class GradInForward(Function):
     def backward(ctx, grad_output):
         grad, *saved = ctx.saved_tensors
         if _needs_stock(grad_output):
-            return stock_gradients(ctx, grad_output, saved)
+            return _stock_gradients(ctx, grad_output, saved)
         if torch.compiler.is_compiling() or _graph_is_kept():
             return _fused_gradients(ctx, grad_output, saved)
         ops.eager.rescale_(grad, grad_output, *saved, *ctx.options)

@@ -11,8 +11,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
 
-from . import ops
-from .autograd import Options, stock_gradients, stock_loss, transform_is_active
+from . import ops, stock
+from .autograd import transform_is_active
 
 
 def graph_loss(input: Tensor, target: Tensor, *arguments) -> Tensor:
@@ -29,10 +29,12 @@ def _save_forward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_loss: Tensor, _) -> tuple:
-    saved = input, target, stats, weight = ctx.saved_tensors
+    input, target, stats, weight = ctx.saved_tensors
     if transform_is_active():
         # A graph that runs as it was captured: the transform began only after it.
-        return stock_gradients(ctx, grad_loss, saved)
+        needs, options = ctx.needs_input_grad[:2], stock.Options(*ctx.options)
+        gradients = stock.gradients(input, target, weight, options, grad_loss, needs)
+        return *gradients, *(None,) * 5
     needs_input, needs_target, *_ = ctx.needs_input_grad
     arguments = (input, target, stats, grad_loss, weight, *ctx.options)
     return (
@@ -44,7 +46,7 @@ def _backward(ctx, grad_loss: Tensor, _) -> tuple:
 
 def _by_stock(of_target: bool, input, target, weight, options, grad_output, create_graph):
     """What one of the two backward operators returns, by stock's formula."""
-    loss = stock_loss(input, target, weight, options, grad_output.dtype)
+    loss = stock.loss(input, target, weight, options, grad_output.dtype)
     (gradient,) = torch.autograd.grad(
         loss, target if of_target else input, grad_output.to(loss.dtype), create_graph=create_graph
     )
@@ -58,7 +60,7 @@ def _unpack(arguments: tuple) -> tuple:
     """
     input, target, _, grad_output, *given = arguments
     weight, *options = (*given, *(None, *ops.DEFAULTS)[len(given) :])
-    return input, target, weight, Options(*options), grad_output
+    return input, target, weight, stock.Options(*options), grad_output
 
 
 class _Gradient(Function):

@@ -15,14 +15,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.library import custom_op
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import autograd, functional, ops
+from . import autograd, functional, ops, stock
 
 _NONE, _MEAN, _SUM = map(_Reduction.get_enum, ("none", "mean", "sum"))
 _ROW_MULTIPLE = 128  # what GEMMs like their rows to be a multiple of
@@ -297,18 +296,15 @@ def _raise_as_stock(call: _Call) -> None:
     if target.shape != call.logits_shape:
         if target.dtype in functional._INDEX_DTYPES:
             target = target.long()
-        F.nll_loss(
-            _stand_in(call),
-            target,
-            call.weight,
-            ignore_index=options["ignore_index"],
-            reduction=options["reduction"],
-        )
+        reduction = _Reduction.get_enum(options["reduction"])
+        stock.nll_loss(_stand_in(call), target, call.weight, reduction, options["ignore_index"])
 
 
 def _unfused(call: _Call) -> Tensor:
     """The formula with all logits."""
-    logits = F.linear(call.input, call.linear_weight, call.linear_bias).reshape(call.logits_shape)
+    logits = stock.linear(call.input, call.linear_weight, call.linear_bias).reshape(
+        call.logits_shape
+    )
     return functional.cross_entropy(logits, call.target, call.weight, **call.options)
 
 
@@ -849,16 +845,16 @@ def _unfused_gradients(ctx: Any, grad_output: Tensor, tensors: list) -> tuple:
     positions = target.shape[2 if target.is_floating_point() else 1 :]
     with temporarily_clear_interpreter_stack(), torch.enable_grad(), _no_autocast(input):
         layer = [None if t is None else t.to(dtype) for t in (input, linear_weight, linear_bias)]
-        logits = F.linear(*layer)
+        logits = stock.linear(*layer)
         rows = logits.reshape(len(input), -1, *positions)
-        options = autograd.Options(reduction, ignore_index, label_smoothing)
-        loss = autograd.stock_loss(rows, target, weight, options, dtype)
+        options = stock.Options(reduction, ignore_index, label_smoothing)
+        loss = stock.loss(rows, target, weight, options, dtype)
         (unit,) = torch.autograd.grad(loss, rows, torch.ones_like(loss), create_graph=create_graph)
     if loss.dim() > 0:
         grad_output = grad_output.unsqueeze(1)
     logits_grad = unit * grad_output
     if not target.is_floating_point():
-        ignored = autograd._ignored(target, ignore_index, rows)
+        ignored = stock.ignored(target, ignore_index, rows)
         logits_grad = logits_grad.masked_fill(ignored, 0)
     logits_grad = logits_grad.reshape(logits.shape)
     products = (
