@@ -25,7 +25,7 @@ PYTEST := pytest -q --timeout 900 --timeout-method thread
 
 BIN := $(VENV)/bin
 LIBRARY := fused_ce/_C.so
-CXX_FILES := $(wildcard $(foreach dir,csrc csrc/* tests/simulator tests/simulated_backend,$(addprefix $(dir)/*.,h cpp cuh cu)))
+CXX_FILES := $(wildcard $(foreach dir,csrc csrc/* tests/cuda/simulator tests/cuda/simulator/* tests/cpu/native,$(addprefix $(dir)/*.,h cpp cuh cu)))
 # What replaces the pins; 2.11, for one, refuses the newest setuptools.
 OTHER_TORCH := s|^torch==.*|$(TORCH)|; s|^setuptools==|setuptools>=77,<=|
 INSTALLED := $(VENV)/.installed-$(subst /,_,$(if $(TORCH),$(TORCH),pinned))
@@ -67,7 +67,7 @@ test-torch:
 	$(OTHER)/bin/python -m pip install --quiet '$(TORCH)' -r $(OTHER)/requirements.txt
 	$(OTHER)/bin/python -m pip install --quiet --no-deps dist/fused_ce-*.whl
 	$(OTHER)/bin/$(PYTEST) -m "not slow" tests \
-		--ignore tests/test_build.py --ignore tests/test_demo.py --ignore tests/test_bench.py $(ARGS)
+		$(addprefix --ignore tests/programs/,test_build.py test_demo.py test_bench.py) $(ARGS)
 
 demo: build
 	$(BIN)/python -m bench.demo $(ARGS)

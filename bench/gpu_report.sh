@@ -54,8 +54,8 @@ if ! has_code; then
 fi
 # What only CUDA has comes first; a hundred failures tell as much as a thousand.
 pytest=("$python" -m pytest -q -p no:cacheprovider -m "cuda and not slow" --maxfail=100 --tb=short)
-step test_cuda 120 "${pytest[@]}" tests/test_cuda.py
-step test_parity 170 "${pytest[@]}" tests --ignore tests/test_cuda.py
+step test_cuda 120 "${pytest[@]}" tests/cuda/test_gpu.py
+step test_parity 170 "${pytest[@]}" tests --ignore tests/cuda/test_gpu.py
 # A head's times are written before its memory, the slower half, is measured.
 step linear 80 "$python" -m bench --device cuda --linear --seconds "${BENCH_SECONDS:-1}" --out "$out"
 # The file is written after every case; the charts at the end, for which half a minute is kept.

@@ -1,9 +1,9 @@
 """Every test starts from the same random state and leaves the number of threads as it was."""
 
 import pytest
-import simulated
 import torch
-from devices import DEVICES
+from support import simulated
+from support.devices import DEVICES
 
 
 @pytest.fixture(autouse=True)

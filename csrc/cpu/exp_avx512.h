@@ -3,7 +3,7 @@
 // Plain C++ has no word for two of them: a table in a register, which leaves a polynomial of degree
 // 3 instead of 6, and a scaling by 2^n that rounds subnormal results itself, so that nobody has to
 // look for arguments with such a result. That takes a quarter off the exps of a row. NaN comes out
-// as NaN; exp is within 1 ulp of exact (tests/test_math.py).
+// as NaN; exp is within 1 ulp of exact (tests/cpu/test_math.py).
 #pragma once
 
 #include <cstdint>

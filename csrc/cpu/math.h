@@ -4,7 +4,7 @@
 // exp(x) = 2^n exp(r), |r| <= ln(2)/2, with ln(2) in two parts; log1p(y) = log(u) + (y - (u-1))/u
 // for u = 1 + y, the second term giving back what rounding u lost. NaN comes out as NaN. Measured:
 // exp is within 0.9 ulp of exact in float (1.2 without fused multiply-add) and 1.1 in double, log1p
-// within 2 (tests/test_math.py).
+// within 2 (tests/cpu/test_math.py).
 #pragma once
 
 #include <cmath>

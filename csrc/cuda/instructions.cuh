@@ -1,7 +1,7 @@
 // The instructions that C++ has no words for, as PTX, each beside the same thing in portable C++.
 //
-// nvcc takes the first half. A host compiler takes the second: that is how tests/simulator compiles
-// the kernels, with a cuda_runtime.h of its own for everything that CUDA C++ does have words for.
+// nvcc takes the first half. A host compiler takes the second: that is how tests/cuda/simulator
+// compiles the kernels, with a cuda_runtime.h of its own for all that CUDA C++ does have words for.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,0 +1,132 @@
+// Prints the largest error, in ulp, of the functions of cpu/math.h against the C library's in long
+// double, over every STEP-th float of their domain (for log1p: over double arguments spread the
+// same way), as the instruction set that ATEN_CPU_CAPABILITY names computes them.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+
+#include "../../../csrc/cpu/exp_avx512.h"
+#include "../../../csrc/cpu/math.h"
+#include "../../../csrc/cpu/simd.h"
+
+namespace {
+
+using fused_ce::math::bits_as;
+
+template <class T>
+long double ulp(long double value) {
+  int exponent;
+  std::frexp(value, &exponent);
+  constexpr int kDigits = std::numeric_limits<T>::digits;
+  constexpr int kLowest = std::numeric_limits<T>::min_exponent;
+  return std::ldexp(1.0L, std::max(exponent, kLowest) - kDigits);
+}
+
+struct Worst {
+  long double error = 0.0L;
+  long double at = 0.0L;
+
+  template <class T>
+  void see(T argument, T got, long double exact) {
+    const long double error = std::fabs(got - exact) / ulp<T>(exact);
+    if (!(error <= this->error)) *this = {error, argument};
+  }
+};
+
+void report(const char* name, const Worst& worst) {
+  std::printf("%s %.4Lf at %.9Lg\n", name, worst.error, worst.at);
+}
+
+constexpr int kChunk = 4096;
+
+template <class T, class Span, class Exact, class Next>
+Worst sweep_spans(const Span& span, const Exact& exact, Next next) {
+  T x[kChunk], y[kChunk];
+  Worst worst;
+  for (bool more = true; more;) {
+    int n = 0;
+    while (n < kChunk && (more = next(x[n]))) n++;
+    fused_ce::simd::run([&] { span(x, n, y); });
+    for (int i = 0; i < n; i++) worst.see(x[i], y[i], exact(static_cast<long double>(x[i])));
+  }
+  return worst;
+}
+
+template <class T, class Function, class Exact, class Next>
+Worst sweep(const Function& function, const Exact& exact, Next next) {
+  return sweep_spans<T>(
+      [&](const T* x, int n, T* y) {
+#pragma omp simd
+        for (int i = 0; i < n; i++) y[i] = function(x[i]);
+      },
+      exact, next);
+}
+
+}  // namespace
+
+int main(int, char** argv) {
+  const uint64_t step = std::strtoull(argv[1], nullptr, 10);
+  const auto exp = [](long double x) { return std::exp(x); };
+  const auto log1p = [](long double y) { return std::log1p(y); };
+
+  // From -0 to where exp rounds to zero.
+  uint64_t bits = 0x80000000u;
+  report("exp_float", sweep<float>([](float x) { return fused_ce::math::exp_nonpositive(x); }, exp,
+                                   [&](float& x) {
+                                     x = bits_as<float>(static_cast<uint32_t>(bits));
+                                     bits += step;
+                                     return x >= -104.5f;
+                                   }));
+
+  bits = 0x80000000u;
+  report("exp_normal_float",
+         sweep<float>([](float x) { return fused_ce::math::exp_normal(x); }, exp,
+                      [&](float& x) {
+                        x = bits_as<float>(static_cast<uint32_t>(bits));
+                        bits += step;
+                        return x > -fused_ce::math::kNormalExp<float>;
+                      }));
+
+  bits = 0x80000000u;
+  if (fused_ce::avx512::has_exp())
+    report("exp_avx512",
+           sweep_spans<float>([](const float* x, int64_t n,
+                                 float* y) { fused_ce::avx512::exp_differences(x, 0.0f, n, y); },
+                              exp,
+                              [&](float& x) {
+                                x = bits_as<float>(static_cast<uint32_t>(bits));
+                                bits += step;
+                                return x >= -104.5f;
+                              }));
+
+  // The same floats, spread over the arguments of the other two.
+  bits = 0x80000000u;
+  report("exp_double",
+         sweep<double>([](double x) { return fused_ce::math::exp_nonpositive(x); }, exp,
+                       [&](double& x) {
+                         x = bits_as<float>(static_cast<uint32_t>(bits)) * 6.8;
+                         bits += step;
+                         return x >= -708.0;
+                       }));
+  bits = 0;
+  report("log1p_double",
+         sweep<double>(
+             [](double y) { return fused_ce::math::log1p_nonnegative(y, 1.0 / (1.0 + y)); }, log1p,
+             [&](double& y) {
+               y = bits_as<float>(static_cast<uint32_t>(bits)) * 1.0000001;
+               bits += step;
+               return y < 1e38;
+             }));
+  bits = 0;
+  report("log1p_float",
+         sweep<float>(
+             [](float y) { return fused_ce::math::log1p_nonnegative(y, 1.0f / (1.0f + y)); }, log1p,
+             [&](float& y) {
+               y = bits_as<float>(static_cast<uint32_t>(bits));
+               bits += step;
+               return y < 1e38f;
+             }));
+}

@@ -1,0 +1,94 @@
+"""Guards the whole way from `cross_entropy` to the CUDA kernels, on machines without a GPU.
+
+A package is put together whose library runs the kernels on the simulator, behind the checks and the
+operators that CUDA has, on tensors of the CPU; then the tests of every device are run with it.
+What a GPU alone can show is in test_gpu.py.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import simulated
+from support.processes import ROOT, TESTS
+from torch.utils.cpp_extension import include_paths
+
+SOURCES = (
+    ROOT / "csrc/ops.cpp",
+    ROOT / "csrc/checks.cpp",
+    TESTS / "cuda/simulator/backend/register.cpp",
+)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """The folder of a fused_ce that computes on the simulator."""
+    objects = tmp_path_factory.mktemp("objects")
+    simulated.build(objects, "-O1", "-fPIC")
+    (objects / "run_cases.cpp.o").unlink()  # another program's main
+    flags = ["-std=c++20", "-O1", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += [f"-I{path}" for path in (simulated.SIMULATOR, *include_paths())]
+    for source in SOURCES:
+        target = objects / f"torch_{Path(source).name}.o"
+        command = [simulated.COMPILER, *flags, "-c", ROOT / source, "-o", target]
+        subprocess.run(command, check=True)
+    place = tmp_path_factory.mktemp("package")
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "fused_ce", place / "fused_ce", ignore=ignored)
+    libraries = Path(torch.__file__).parent / "lib"
+    link = [f"-L{libraries}", "-lc10", "-ltorch", "-ltorch_cpu"]
+    library = ["-shared", "-o", place / "fused_ce/_C.so", *objects.glob("*.o")]
+    subprocess.run([simulated.COMPILER, *library, *link], check=True)
+    return place
+
+
+def run(package, *arguments):
+    # Without -P the fused_ce of the current folder would come first.
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "support.on_simulator"]
+    command += ["-p", "no:cacheprovider", "--tb=short", "--maxfail=20"]
+    environment = {**os.environ, "PYTHONPATH": f"{package}:{TESTS}"}
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+# Options, and the edges of what they mean.
+@pytest.mark.parametrize(
+    "file, chosen",
+    [
+        (
+            "loss/test_parity.py",
+            "an_option or number_of_rows and (rows0 or 33) or target_at_the_edge",
+        ),
+        ("loss/test_modes.py", "in_place or stored_gradient"),
+        ("loss/test_edges.py", "unusual or row_of_nothing or total_weight_of_zero"),
+        ("loss/test_strides.py", "many_strided or layout_of_the_target and probability"),
+    ],
+)
+def test_package_on_the_simulator_differs(package, file, chosen):
+    run(package, TESTS / file, "-m", "not slow and not cuda", "-k", chosen)
+
+
+# Everything, but for rows so many or long that a simulated thread for each takes minutes, and what
+# is about the CPU's threads: the simulator runs on one.
+TOO_LONG = "sum_over_many", "outgrows", "short_tile", "shared_by_threads", "mean_over_many"
+THREADS = "depend", "concurrent"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("loss/test_parity.py", "loss/test_strides.py", "loss/test_edges.py"),
+        *("loss/test_modes.py", "autograd/test_gradients.py"),
+    ],
+)
+def test_whole_suite_on_the_simulator_differs(package, file):
+    chosen = "not (" + " or ".join(TOO_LONG + THREADS) + ")"
+    run(package, TESTS / file, "-m", "not cuda", "-k", chosen)

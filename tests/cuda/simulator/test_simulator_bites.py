@@ -1,0 +1,363 @@
+"""Guards the simulator: a kernel with a fault in it must fail there, for each kind of fault.
+
+Each fault is made in a copy of the sources, which is compiled and run like the real ones. The same
+problems run on the unchanged kernels, in other tests and here under the sanitizers: one of them
+finds accesses that nothing orders, which the simulator's own order of threads may hide.
+"""
+
+import shutil
+import subprocess
+from typing import NamedTuple
+
+import pytest
+import torch
+from support import simulated
+from support.kernel_cases import Case, check_backward, check_forward, forward, grad_like, make
+from support.simulated import Kernels, SimulatorError
+from test_kernel_edges import REGIMES
+
+
+class Fault(NamedTuple):
+    file: str
+    old: str
+    new: str
+    unit: str  # that is compiled from it
+    case: Case
+    noticed: str | None = None  # in what is said of it
+    backward: bool = False
+
+
+BLOCK, CLUSTER, TILE = REGIMES["block"], REGIMES["cluster"], REGIMES["tile"]
+
+FAULTS = {
+    "barrier missing before a block's sums are read": Fault(
+        "row_on_chip.cuh",
+        "if (lane == 0) shared.parts[warp] = sums;\n    __syncthreads();",
+        "if (lane == 0) shared.parts[warp] = sums;",
+        "row_on_chip_bfloat16",
+        BLOCK,
+    ),
+    "barrier missing before a cluster's sums are read": Fault(
+        "row_on_chip.cuh",
+        "Peer::arrive();\n    Peer::await();",
+        "Peer::arrive();",
+        "row_on_chip_float32",
+        CLUSTER,
+    ),
+    "one class too few of a cluster's share": Fault(
+        "row_on_chip.cuh",
+        "(row.packs + Layout::kCluster - 1) / Layout::kCluster",
+        "row.packs / Layout::kCluster",
+        "row_on_chip_float32",
+        Case(17005, rows=(2,)),
+    ),
+    "last pack taken from beyond the row": Fault(
+        "streaming_forward.cu",
+        "packs[i] = pack < row.packs ?",
+        "packs[i] = pack <= row.packs ?",
+        "streaming_forward",
+        Case(4 * (4096 + 1500), rows=(3,), clusters=False),
+        "outside of a buffer",
+    ),
+    "single element off by one": Fault(
+        "vector_row.cuh",
+        "+ thread - kPack;",
+        "+ thread - kPack + 1;",
+        "elementwise_backward",
+        Case(1001),
+        backward=True,
+    ),
+    "target's logit read when it may be overwritten": Fault(
+        "row_on_chip.cuh",
+        "loss = index_loss(sums, target_logit, weight, k);",
+        "loss = index_loss(sums, widen(x[t]), weight, k);",
+        "row_on_chip_bfloat16",
+        BLOCK,
+    ),
+    "target's neighbour taken for it": Fault(
+        "vector_row.cuh",
+        "if (j == distance) values[j]",
+        "if (j == distance + 1) values[j]",
+        "row_on_chip_bfloat16",
+        BLOCK,
+    ),
+    "barrier missing after the copy of a tile": Fault(
+        "tile_rows_forward.cu",
+        "k.spreads();\n  __syncthreads();",
+        "k.spreads();",
+        "tile_rows_forward",
+        TILE,
+    ),
+    "barrier that some threads do not reach": Fault(
+        "tile_rows_forward.cu",
+        "k.spreads();\n  __syncthreads();",
+        "k.spreads();\n  if (tile.has_row()) __syncthreads();",
+        "tile_rows_forward",
+        TILE,
+        "deadlock",
+    ),
+    "shuffle that some lanes do not reach": Fault(
+        "tile_rows_forward.cu",
+        "sums.max = max_lanes<kLanes>(sums.max);",
+        "if (tile.has_row()) sums.max = max_lanes<kLanes>(sums.max);",
+        "tile_rows_forward",
+        Case(10, rows=(133,)),
+    ),
+    "classes of a rotated row counted wrong": Fault(
+        "row_tile.cuh",
+        "start_ + i < rounds_ ?",
+        "start_ + i <= rounds_ ?",
+        "tile_rows_forward",
+        TILE,
+    ),
+    "class too many": Fault(
+        "strided_forward.cu",
+        "if (c < p.classes) gradient.store",
+        "if (c <= p.classes) gradient.store",
+        "strided_forward",
+        REGIMES["kept"],
+    ),
+    "ticket drawn too early": Fault(
+        "block_sum.cuh",
+        "atomicAdd(ticket, 1u) == count - 1",
+        "atomicAdd(ticket, 1u) == count - 2",
+        "two_read_forward",
+        REGIMES["two reads by a block"],
+    ),
+    "ignored rows counted": Fault(
+        "totals.cu",
+        "if (!target.is_counted) continue;",
+        "if (!target.is_counted) counted += 1;\n    if (!target.is_counted) continue;",
+        "totals",
+        TILE,
+    ),
+    "sums that another warp is still reading": Fault(
+        "row_threads.cuh",
+        "__syncthreads();  // all are through with the row before",
+        "",
+        "two_read_forward",
+        Case(1030, rows=(60,), dtype=torch.float64),
+    ),
+    "gradient written beyond its row": Fault(
+        "any_row.cuh",
+        "grad[c * p.grad.class_stride] = narrow<T>(value);",
+        "grad[(c + 1) * p.grad.class_stride] = narrow<T>(value);",
+        "two_read_forward",
+        REGIMES["two reads"],
+    ),
+    "pack stored where no pack can be": Fault(
+        "row_on_chip.cuh",
+        ".store(grad + first);",
+        ".store(grad + first + 1);",
+        "row_on_chip_bfloat16",
+        BLOCK,
+        "not aligned",
+    ),
+}
+
+
+def run(kernels, fault_or_case, backward):
+    if backward:
+        check_backward(kernels, fault_or_case, in_place=True)
+    else:
+        check_forward(kernels, fault_or_case, "in place")
+        check_forward(kernels, fault_or_case, "gradient")
+
+
+def with_fault(kernels, fault, directory, *flags):
+    """The same kernels, but for the fault."""
+    shutil.copytree(simulated.KERNELS, directory / "csrc")
+    source = directory / "csrc" / "cuda" / fault.file
+    text = source.read_text()
+    assert text.count(fault.old) >= 1, "the fault's place is gone: find it another"
+    source.write_text(text.replace(fault.old, fault.new))
+    program = simulated.build(
+        directory,
+        *flags,
+        sources=directory / "csrc",
+        base=kernels.program.parent,
+        only=[fault.unit],
+    )
+    return Kernels(program)
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_fault_is_caught(kernels, fault, tmp_path):
+    run(kernels, fault.case, fault.backward)  # without it
+    faulty = with_fault(kernels, fault, tmp_path, "-O1")
+    with pytest.raises((AssertionError, SimulatorError), match=fault.noticed):
+        run(faulty, fault.case, fault.backward)
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    flags = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    return Kernels(simulated.build(tmp_path_factory.mktemp("sanitized"), *flags))
+
+
+# Each regime once more at an odd distance from 16 bytes, and with half the bytes to an element.
+SANITIZED = {
+    **REGIMES,
+    "tile at an offset": Case(13, rows=(150,), dtype=torch.bfloat16, layout="offset3"),
+    "block at an offset": Case(3001, dtype=torch.float16, layout="offset1", smoothing=0.1),
+    "cluster of halves": Case(50257, rows=(2,), dtype=torch.bfloat16),
+    "tile with weights": Case(100, weight=True, smoothing=0.1, reduction="none"),
+    "targets of a byte": Case(100, target=torch.uint8),
+    "six dimensions": Case(12, rows=(2, 1, 3, 2, 2), layout="classes last"),
+}
+
+
+@pytest.mark.parametrize("case", SANITIZED.values(), ids=SANITIZED)
+def test_sanitizers_have_nothing_to_say(sanitized, case):
+    check_forward(sanitized, case, "no grad")
+    check_forward(sanitized, case, "in place")
+    check_backward(sanitized, case)
+
+
+def test_sanitizers_watch_the_buffers(sanitized):
+    """A row of weights that ends one class too early is read beyond its end."""
+    input, target = torch.randn(4, 300), torch.full((4,), 299)
+    with pytest.raises(SimulatorError, match="heap-buffer-overflow"):
+        sanitized.forward(input, target, weight=torch.ones(299))
+
+
+# Order of accesses: whether the result shows it or not
+
+WATCHED = ("-O1", "-fsanitize=thread")
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    kernels = Kernels(simulated.build(tmp_path_factory.mktemp("watched"), *WATCHED))
+    try:
+        overwrite(kernels, TILE)
+    except SimulatorError as error:
+        if "unexpected memory mapping" in str(error):
+            pytest.skip("ThreadSanitizer cannot work with this kernel's layout of memory")
+        raise
+    return kernels
+
+
+def overwrite(kernels, case):
+    """In place, where threads have the most to do with each other."""
+    forward(kernels, case, make(case), "in place", seed=7)
+
+
+@pytest.mark.parametrize("name", [*REGIMES, "tile at an offset", "block at an offset"])
+def test_order_of_accesses_is_left_to_chance(watched, name):
+    case = SANITIZED[name]
+    overwrite(watched, case)
+    data = make(case)
+    loss, stats, _ = forward(watched, case, data, "statistics")
+    grad = grad_like(data, in_place=True)
+    grad_output = torch.full_like(loss, 0.5)
+    watched.backward(grad, data.target, stats, grad_output, grad, seed=11, **data.options)
+
+
+UNORDERED = {
+    "tile overwritten while its target is read": Fault(
+        "row_tile.cuh",
+        "__syncwarp();  // all lanes have read the target's logit",
+        "",
+        "tile_rows_forward",
+        TILE,
+    ),
+    "row overwritten while lanes of its warp read it": Fault(
+        "row_on_chip.cuh",
+        "__syncwarp();\n    return;",
+        "return;",
+        "row_on_chip_float32",
+        REGIMES["warp"],
+    ),
+    "strided row overwritten while lanes of its warp read it": Fault(
+        "row_threads.cuh",
+        "__syncwarp();  // what the warp has read may be overwritten now",
+        "",
+        "two_read_forward",
+        REGIMES["two reads"],
+    ),
+    "losses of other blocks read by lanes that drew no ticket": Fault(
+        "block_sum.cuh",
+        "__threadfence();\n  __syncwarp();",
+        "__threadfence();",
+        "row_on_chip_float32",
+        REGIMES["warp"],
+    ),
+    "loss left without a fence before the ticket": Fault(
+        "block_sum.cuh",
+        "parts[index] = part;\n    __threadfence();",
+        "parts[index] = part;",
+        "row_on_chip_float32",
+        REGIMES["warp"],
+    ),
+    "sums of a cluster written without release": Fault(
+        "row_on_chip.cuh",
+        "__cluster_barrier_arrive();",
+        "__cluster_barrier_arrive_relaxed();",
+        "row_on_chip_float32",
+        CLUSTER,
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", UNORDERED.values(), ids=UNORDERED)
+def test_missing_order_is_noticed(watched, fault, tmp_path):
+    faulty = with_fault(watched, fault, tmp_path, *WATCHED)
+    with pytest.raises(SimulatorError, match="ThreadSanitizer: reported"):
+        overwrite(faulty, fault.case)
+
+
+def compile_and_run(directory, body):
+    """A kernel of one block of 64 threads, on its own."""
+    source = directory / "kernel.cpp"
+    source.write_text(f"""
+        #include <cuda_runtime.h>
+        int main() {{
+          simulator::run({{1, 64, 1, 1024}}, [] {{ {body} }});
+        }}
+    """)
+    program = directory / "kernel"
+    engine = simulated.SIMULATOR / "engine.cpp"
+    command = [simulated.COMPILER, *simulated.FLAGS, f"-I{simulated.SIMULATOR}"]
+    subprocess.run([*command, source, engine, "-o", program], check=True)
+    return subprocess.run([program], capture_output=True, text=True)
+
+
+MISUSES = {
+    "fewer threads at a barrier": ("if (threadIdx.x < 63) __syncthreads();", "deadlock"),
+    "a lane missing in a shuffle": (
+        "if (threadIdx.x != 5) __shfl_xor_sync(0xffffffff, 1, 1);",
+        "deadlock",
+    ),
+    "lanes that disagree": (
+        "if (threadIdx.x % 2) __syncwarp(); else __shfl_xor_sync(0xffffffff, 1, 1);",
+        "lanes of one warp",
+    ),
+    "a part of a warp": ("__syncwarp(0xffff);", "only whole warps"),
+    "a wait without arrival": ("__cluster_barrier_wait();", "without having arrived"),
+    "a peer that is not there": (
+        "__cluster_map_shared_rank(simulator::shared_memory(), 1);",
+        "no block 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("body, message", MISUSES.values(), ids=MISUSES)
+def test_misuse_ends_the_program(tmp_path, body, message):
+    done = compile_and_run(tmp_path, body)
+    assert done.returncode == 3 and message in done.stderr
+
+
+def test_shuffles_and_barriers_do_what_cuda_says(tmp_path):
+    body = """
+      int* shared = static_cast<int*>(simulator::shared_memory());
+      const int other = __shfl_xor_sync(0xffffffff, static_cast<int>(threadIdx.x), 3);
+      if (other != static_cast<int>(threadIdx.x ^ 3)) simulator::fail("xor");
+      if (__shfl_sync(0xffffffff, threadIdx.x, 7) % 32 != 7) simulator::fail("lane");
+      shared[threadIdx.x] = static_cast<int>(threadIdx.x);
+      __syncthreads();
+      const int opposite = 63 - static_cast<int>(threadIdx.x);
+      if (shared[opposite] != opposite) simulator::fail("barrier");
+    """
+    done = compile_and_run(tmp_path, body)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,418 @@
+"""What CUDA adds to the contract, on a GPU: `pytest -m cuda`, skipped elsewhere.
+
+The parity suite itself runs on every device. Here are the sizes that choose between the kernels,
+and what only a device has: streams, graphs, no synchronisation, memory that the allocator counts,
+assertions that end a process, and more elements than 32 bits count.
+"""
+
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.devices import needs_cuda
+from support.layouts import target_of
+from support.reference import MODES, check_against_stock, differentiate, ours, stock
+
+import fused_ce
+from fused_ce import ops
+
+pytestmark = [
+    *needs_cuda,
+    pytest.mark.usefixtures("device"),
+    pytest.mark.parametrize("device", ["cuda"], indirect=True),
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DIFFERENTIATING = ("default", "recompute", "in place")
+GIGABYTE = 2**30
+every_mode = pytest.mark.parametrize("mode", MODES)
+every_gradient = pytest.mark.parametrize("mode", DIFFERENTIATING)
+
+
+def problem(shape=(64, 1000), dtype=torch.float32, kind=torch.int64):
+    return torch.randn(shape).mul(3).to(dtype), target_of(kind, shape, dtype, ignore_index=-100)
+
+
+# Numbers of classes
+
+# Where one kernel hands over to the next, by bytes of a row: 1 KB and 4 KB (a warp's share), 16 and
+# 32 KB (a block's), 64 to 512 KB (two, four and eight blocks'), and what no cluster holds; each
+# with one class less and more, whose rows begin at every alignment. Also the vocabularies of GPT-2,
+# Llama and Gemma.
+EDGES = (256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
+CLASSES = sorted({c + d for c in EDGES for d in (-1, 0, 1)} | {50257, 128256, 256000, 300007})
+
+
+@every_mode
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_number_of_classes_changes_the_loss_or_the_gradient(classes, dtype, mode):
+    input, target = problem((5, classes), dtype)
+    check_against_stock(input, target, mode=mode, label_smoothing=0.1)
+
+
+@every_gradient
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("classes", [19, 1000, 5003, 50257])
+def test_rows_off_the_vectors_alignment_are_misread(classes, offset, dtype, mode):
+    values, target = problem((3, classes), dtype)
+    flat = torch.full((values.numel() + offset + 8,), math.nan, dtype=dtype)
+    input = flat[offset : offset + values.numel()].view(values.shape).copy_(values)
+    check_against_stock(input, target, mode=mode, weight=torch.rand(classes).to(dtype))
+
+
+@every_gradient
+@pytest.mark.parametrize("shape", [(1 << 20, 10), (70001, 3), (2, 19, 257, 263), (1, 1 << 20)])
+def test_many_rows_or_positions_change_the_loss_or_the_gradient(shape, mode):
+    input, target = problem(shape)
+    check_against_stock(input, target, mode=mode, scale=0.25)
+
+
+def test_mean_over_a_million_half_rows_is_rounded_on_the_way():
+    input, target = problem((1 << 20, 10), torch.bfloat16)
+    exact = F.cross_entropy(input.double(), target).item()
+    loss = ops.forward(input, target, None, 1, -100, 0.0, torch.float32)
+    assert loss.item() == pytest.approx(exact, rel=1e-6)
+
+
+def test_bits_depend_on_the_run():
+    for shape in ((5000, 10), (4096, 1000), (33, 50257), (2, 21, 65, 67)):
+        input, target = problem(shape, torch.bfloat16)
+        weight = torch.rand(shape[1]).bfloat16()
+        first = ours(input, target, weight=weight)
+        for _ in range(5):
+            again = ours(input, target, weight=weight)
+            assert torch.equal(again.loss, first.loss)
+            assert torch.equal(again.grad_input, first.grad_input)
+
+
+# Nothing waits
+
+
+@every_mode
+@pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_host_waits_for_the_device(reduction, kind, mode):
+    input, target = problem(kind=kind)
+    options = {"weight": torch.rand(1000), "reduction": reduction, "label_smoothing": 0.1}
+
+    def run(leaf):
+        loss = fused_ce.cross_entropy(leaf, target, **options, **MODES[mode])
+        if mode != "no grad":
+            loss.backward(torch.full_like(loss, 0.25))
+
+    # The first call loads code and allocates, and may wait.
+    first, second = (input.clone().requires_grad_(mode != "no grad") for _ in range(2))
+    run(first)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(second)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def pass_of(mode, reduction, input, target, incoming):
+    """Loss, and the gradient for `incoming`, without touching `input` in place."""
+    if mode == "no grad":
+        return (fused_ce.cross_entropy(input, target, reduction=reduction),)
+    leaf = (input * 1).requires_grad_()
+    loss = fused_ce.cross_entropy(leaf, target, reduction=reduction, **MODES[mode])
+    return loss.detach(), torch.autograd.grad(loss, leaf, incoming)[0]
+
+
+@every_mode
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", [(33, 1001), (8, 50257), (2000, 10), (2, 19, 17, 13)], ids=str)
+def test_replayed_graph_answers_for_other_inputs(shape, reduction, mode):
+    input, target = problem(shape)
+    positions = target.shape if reduction == "none" else ()
+    incoming = torch.ones(positions)
+
+    def run():
+        return pass_of(mode, reduction, input, target, incoming)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    # A graph remembers addresses, and must remember nothing else: not the number of rows that
+    # count, nor that grad_output was 1.
+    for ignored, scale in ((0.0, 1.0), (0.5, 0.25), (1.0, 1.0), (0.1, -2.0)):
+        other, _ = problem(shape)
+        input.copy_(other)
+        target.copy_(torch.randint(0, shape[1], target.shape))
+        target.masked_fill_(torch.rand(target.shape) < ignored, -100)
+        incoming.fill_(scale)
+        graph.replay()
+        replayed = [tensor.clone() for tensor in captured]
+        for value, expected in zip(replayed, run(), strict=True):
+            assert torch.equal(value.nan_to_num(7), expected.nan_to_num(7))
+
+
+def kernels_of(call):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    return [event.name for event in profile.events() if event.device_type == cuda]
+
+
+@pytest.mark.parametrize("shape", [(8, 10), (16, 1000)], ids=str)
+def test_small_call_launches_more_than_it_may(shape):
+    # Two for the loss and its gradient, one to see that grad_output is 1. Autograd makes that 1.
+    input, target = problem(shape)
+    input.requires_grad_()
+    torch.autograd.grad(fused_ce.cross_entropy(input, target), input)
+    losses = []
+    forward = kernels_of(lambda: losses.append(fused_ce.cross_entropy(input, target)))
+    if not forward:
+        pytest.skip("the profiler sees no kernels here")
+    one = torch.ones_like(losses[0])
+    backward = kernels_of(lambda: torch.autograd.grad(losses[0], input, one))
+    assert len(forward) <= 2, forward
+    assert len(backward) <= 1, backward
+
+
+# Streams and devices
+
+
+@every_mode
+def test_work_is_queued_on_another_stream(mode):
+    input, target = problem((256, 5003))
+    expected = pass_of(mode, "mean", input, target, torch.tensor(0.5))
+    late = torch.full_like(input, math.nan)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results = []
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)  # whoever does not wait finds the nan
+            values = late.clone()
+            values.copy_(input)
+            results.append(pass_of(mode, "mean", values, target, torch.tensor(0.5)))
+    torch.cuda.synchronize()
+    for result in results:
+        for value, reference in zip(result, expected, strict=True):
+            assert torch.equal(value, reference)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU, or none")
+@every_mode
+def test_second_device_is_left_for_the_first(mode):
+    input, target = problem()
+    expected = pass_of(mode, "mean", input, target, torch.tensor(0.5))
+    other = [t.to("cuda:1") for t in (input, target, torch.tensor(0.5))]
+    result = pass_of(mode, "mean", *other[:2], other[2])
+    assert torch.cuda.current_device() == 0
+    for value, reference in zip(result, expected, strict=True):
+        assert value.device == torch.device("cuda:1")
+        torch.testing.assert_close(value.to("cuda:0"), reference)
+    with pytest.raises(RuntimeError):
+        fused_ce.cross_entropy(input, other[1])
+
+
+ON_THE_SECOND = """
+import threading, torch, fused_ce
+input, target = torch.zeros(4, 3, device="cuda:1"), torch.zeros(4, device="cuda:1").long()
+thread = threading.Thread(target=lambda: fused_ce.cross_entropy(input, target))
+thread.start()
+thread.join()
+print(torch._C._cuda_hasPrimaryContext(0), torch._C._cuda_hasPrimaryContext(1))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU, or none")
+def test_call_on_the_second_device_takes_memory_of_the_first():
+    # As every process of a group would do with the first GPU, hundreds of megabytes each.
+    root = Path(fused_ce.__file__).parents[1]
+    command = [sys.executable, "-c", ON_THE_SECOND]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
+    assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_tensors_of_the_host_are_followed_from_the_device():
+    input, target = problem((6, 5))
+    with pytest.raises(RuntimeError):
+        fused_ce.cross_entropy(input, target.cpu())
+    with pytest.raises(RuntimeError):
+        fused_ce.cross_entropy(input, target, torch.rand(5, device="cpu"))
+    loss, stats, grad = ops.forward_grad(input, target)
+    assert stats.shape == (2, 7)
+    with pytest.raises(RuntimeError, match="stats must be on the input's device"):
+        ops.backward(input, target, stats.cpu(), loss)
+    with pytest.raises(RuntimeError, match="stats must be what the forward operator returned"):
+        ops.backward(input, target, stats[:, :6].contiguous(), loss)
+    with pytest.raises(RuntimeError, match="grad_output must be on the"):
+        ops.scale_(grad, torch.tensor(0.5, device="cpu"))
+
+
+# The rest of torch
+
+
+@every_gradient
+@pytest.mark.parametrize("shape", [(64, 1000), (2, 19, 17, 13)], ids=str)
+def test_deterministic_algorithms_are_refused_or_differ(shape, mode):
+    # Stock refuses images here, for its sums are in any order.
+    input, target = problem(shape)
+    expected = ours(input, target, mode=mode)
+    torch.use_deterministic_algorithms(True)
+    try:
+        result = ours(input, target, mode=mode)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(result.loss, expected.loss)
+    assert torch.equal(result.grad_input, expected.grad_input)
+
+
+@pytest.mark.parametrize("compile_mode", ["default", "reduce-overhead"])
+def test_compiled_call_differs(compile_mode):
+    def step(input, target):
+        return fused_ce.cross_entropy(input, target, label_smoothing=0.1)
+
+    compiled = torch.compile(step, fullgraph=True, mode=compile_mode)
+    for _ in range(4):  # the third call of reduce-overhead replays a graph
+        input, target = problem()
+        torch.compiler.cudagraph_mark_step_begin()
+        result = differentiate(compiled, input, target, scale=0.5)
+        expected = stock(input, target, label_smoothing=0.1, scale=0.5)
+        torch.testing.assert_close(result[:2], expected[:2])
+
+
+@pytest.mark.parametrize(
+    "mode, most", [("no grad", 0), ("default", 1), ("recompute", 1), ("in place", 0)]
+)
+def test_more_memory_is_taken_than_promised(mode, most):
+    rows, classes = 2048, 32000
+    input, target = problem((rows, classes), torch.bfloat16)
+    input.requires_grad_(mode != "no grad")
+    fused_ce.cross_entropy(*problem((2, 5))).item()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = fused_ce.cross_entropy(input, target, **MODES[mode])
+    if mode != "no grad":
+        torch.autograd.grad(loss, input)
+    rise = torch.cuda.max_memory_allocated() - before
+    assert rise <= most * input.nbytes + 64 * rows + 2**20
+
+
+# Targets out of range
+
+OUT_OF_RANGE = """
+import contextlib, sys, torch, fused_ce
+loss = {"ours": fused_ce.cross_entropy, "stock": torch.nn.functional.cross_entropy}[sys.argv[1]]
+input = torch.randn(6, 5, device="cuda", requires_grad=sys.argv[3] == "grad")
+target = torch.tensor([0, 1, int(sys.argv[2]), 3, 4, 0], device="cuda")
+with contextlib.suppress(RuntimeError):  # a call's second launch may already meet the assertion
+    loss(input, target)
+try:
+    torch.cuda.synchronize()
+except RuntimeError as error:
+    print(error)
+    sys.exit(3)
+"""
+
+
+def assertion_of(who, target, grad="grad"):
+    command = [sys.executable, "-c", OUT_OF_RANGE, who, str(target), grad]
+    root = Path(fused_ce.__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
+    assert done.returncode == 3, done.stderr
+    assert "device-side assert" in done.stdout
+    return set(re.findall(r"Assertion `(.*)` failed", done.stderr))
+
+
+@pytest.mark.parametrize("grad", ["grad", "no grad"])
+@pytest.mark.parametrize("target", [5, -1, 2**40])
+def test_target_out_of_range_is_no_assertion_or_another(target, grad):
+    # An assertion ends the use of the device by its process.
+    assert assertion_of("ours", target, grad) == assertion_of("stock", target, grad)
+
+
+# Sizes beyond 32 bits
+
+
+def needs_memory(gigabytes):
+    free, _ = torch.cuda.mem_get_info()
+    if free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() < gigabytes * GIGABYTE:
+        pytest.skip(f"needs {gigabytes} GiB of free memory on the GPU")
+
+
+def exact_rows(input, target, rows, scale):
+    logits = input[rows].double()
+    gradient = logits.softmax(1)
+    gradient[torch.arange(len(rows)), target[rows]] -= 1
+    return gradient * scale
+
+
+@every_mode
+@pytest.mark.parametrize("shape", [(33_000, 65_101), (2**28 + 3, 9), (9_000, 262_147)], ids=str)
+def test_more_than_2_to_the_31_elements_have_others(shape, mode):
+    rows, classes = shape
+    assert rows * classes > 2**31
+    needs_memory(24)
+    input = torch.empty(shape, dtype=torch.bfloat16).normal_()
+    target = torch.randint(0, classes, (rows,))
+    # The first and last rows, and those in which byte and element numbers pass 31 and 32 bits.
+    edges = {2**30 // classes, 2**31 // classes, rows // 2}
+    chosen = {0, 1, rows - 2, rows - 1} | {e + d for e in edges for d in (-1, 0, 1)}
+    chosen = torch.tensor(sorted(row for row in chosen if 0 <= row < rows))
+    exact = exact_rows(input, target, chosen, 0.25)
+    parts = zip(input.split(2**27 // classes), target.split(2**27 // classes), strict=True)
+    losses = [F.cross_entropy(x.float(), y, reduction="none").double().sum() for x, y in parts]
+    expected = torch.stack(losses).sum().item() / rows
+    if mode == "no grad":
+        assert fused_ce.cross_entropy(input, target).item() == pytest.approx(expected, rel=2**-8)
+        return
+    input.requires_grad_()
+    loss = fused_ce.cross_entropy(input, target, reduction="sum", **MODES[mode])
+    assert loss.item() == pytest.approx(expected * rows, rel=2**-7)
+    (gradient,) = torch.autograd.grad(loss, input, torch.tensor(0.25).bfloat16())
+    torch.testing.assert_close(gradient[chosen].double(), exact, rtol=2**-7, atol=1e-6)
+
+
+# NVIDIA's own checker
+
+SANITIZED = """
+import torch, fused_ce
+for shape in ((5, 3), (33, 100), (7, 1001), (3, 5003), (2, 50257), (2, 19, 5, 7)):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for options in ({}, {"grad_in_forward": False}, {"inplace": True}):
+            input = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+            target = torch.randint(0, shape[1], shape[:1] + shape[2:], device="cuda")
+            loss = fused_ce.cross_entropy(input, target, label_smoothing=0.1, **options)
+            loss.backward(torch.full_like(loss, 0.5))
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="there is no compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_objects(tool, monkeypatch):
+    # Without the allocator's own reserves, memory ends where a tensor ends.
+    monkeypatch.setenv("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
+    # Racecheck follows every access to shared memory; of torch's kernels none is of interest.
+    options = ["--tool", tool, "--kernel-name", "kernel_substring=fused_ce"]
+    options += ["--report-api-errors", "no"]
+    command = ["compute-sanitizer", *options, sys.executable, "-c", SANITIZED]
+    root = Path(fused_ce.__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=root)
+    output = done.stdout + done.stderr
+    if "Device not supported" in output or "SUMMARY" not in output:
+        pytest.skip(f"compute-sanitizer cannot work here: {output.strip()[-200:]}")
+    errors = re.search(r"ERROR SUMMARY: (\d+)|RACECHECK SUMMARY: (\d+)", output)
+    assert errors and int(errors[1] or errors[2]) == 0, output[-4000:]
+    assert done.returncode == 0, output[-4000:]

@@ -1,0 +1,128 @@
+"""Guards that nvcc takes every kernel, and that none needs more registers than its launch grants.
+
+A spilled register is memory traffic that the byte counts of the kernels leave out. The bound is the
+kernel's own: what `__launch_bounds__` says of its blocks, so many of which must fit.
+"""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+SOURCES = sorted((Path(__file__).parents[2] / "csrc" / "cuda").glob("*.cu"))
+REGISTERS = 65536  # of a multiprocessor, on every architecture since compute capability 3.7
+GRANULE = 8  # a thread is given multiples of this
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("nvcc") is None, reason="nvcc, which compiles the CUDA kernels, is not on the PATH"
+)
+
+
+class Usage(NamedTuple):
+    registers: int
+    spilled: int  # bytes
+
+
+def usages(report):
+    """From what `ptxas -v` prints: for each kernel what it uses."""
+    pattern = (
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers"
+    )
+    found = re.findall(pattern, report, re.DOTALL)
+    return {name: Usage(int(used), int(out) + int(back)) for name, out, back, used in found}
+
+
+def bounds(ptx):
+    """From the assembly: for each kernel the registers that leave room for its blocks."""
+    found = {}
+    pattern = r"\.entry (\w+)\(.*?\)\s*((?:\.\w+ [\d, ]+\s*)*)\{"
+    for name, directives in re.findall(pattern, ptx, re.DOTALL):
+        threads = re.search(r"\.maxntid (\d+)", directives)
+        blocks = re.search(r"\.minnctapersm (\d+)", directives)
+        resident = int(threads[1] if threads else 1024) * int(blocks[1] if blocks else 1)
+        found[name] = min(255, REGISTERS // resident // GRANULE * GRANULE)
+    return found
+
+
+def compile_for(source, architecture, directory):
+    command = ["nvcc", "-std=c++20", "-O3", "-Xptxas", "-v", "--keep", "--keep-dir", directory]
+    target = f"arch=compute_{architecture},code=sm_{architecture}"
+    done = subprocess.run(
+        [*command, "-gencode", target, "-c", source, "-o", directory / "kernels.o"],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
+    (assembly,) = directory.glob("*.ptx")
+    return usages(done.stderr), bounds(assembly.read_text())
+
+
+def defines_kernels(source):
+    included = re.findall(r'#include "(\w+\.cuh)"', source.read_text())
+    texts = [source.read_text(), *((source.parent / name).read_text() for name in included)]
+    return source.name != "row_on_chip.cu" and any("__global__" in text for text in texts)
+
+
+@pytest.fixture(scope="module")
+def compiled(request, tmp_path_factory):
+    """What nvcc made of the sources that the selected tests ask for, two at a time."""
+    selected = [getattr(item, "callspec", None) for item in request.session.items]
+    wanted = dict.fromkeys(
+        (spec.params["source"], spec.params["architecture"])
+        for spec in selected
+        if spec and "architecture" in spec.params
+    )
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            key: pool.submit(compile_for, *key, tmp_path_factory.mktemp("nvcc")) for key in wanted
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+# The oldest architecture of the default build has no clusters, and the newest is the one after
+# Hopper.
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_kernels_keep_to_their_registers(source, architecture, compiled):
+    used, allowed = compiled[source, architecture].result()
+    assert used.keys() == allowed.keys()
+    assert used or not defines_kernels(source)
+    for kernel, (registers, spilled) in used.items():
+        assert spilled == 0, f"{kernel} spills {spilled} bytes"
+        assert registers <= allowed[kernel], f"{kernel} has {registers} registers"
+
+
+def test_code_without_clusters_takes_part_of_a_row_for_all(tmp_path):
+    """Such code is what PTX for an older architecture becomes on a device that has clusters."""
+    source = SOURCES[0].parent / "row_on_chip_float16.cu"
+    assembly = tmp_path / "kernels.ptx"
+    command = ["nvcc", "-std=c++20", "-arch=compute_80", "-ptx", source, "-o", assembly]
+    subprocess.run(command, check=True, timeout=900)
+    kernels = re.findall(r"\.entry (\w+)\((.*?)\n\}\n", assembly.read_text(), re.DOTALL)
+    loading = {name for name, body in kernels if "ld.global" in body}
+    ending = {name for name, body in kernels if "trap;" in body}
+    assert loading and ending and loading.isdisjoint(ending)
+    layouts = (SOURCES[0].parent / "row_on_chip.cuh").read_text()
+    layouts = re.findall(r"LayoutAt<(\d)> : RowLayout<\d+, \d+, (\d)>", layouts)
+    clusters = {index for index, blocks in layouts if blocks != "1"}
+    assert {re.search(r"LayoutAtILi(\d)E", name)[1] for name in ending} == clusters
+
+
+def test_kernels_know_nothing_of_torch():
+    """Only registration does, so that kernels compile in seconds and run on the simulator."""
+    for source in SOURCES[0].parent.iterdir():
+        if source.name == "register.cpp":
+            continue
+        for name in re.findall(r'#include [<"](.*)[>"]', source.read_text()):
+            outside = name.startswith("../") and name not in ("../formula.h", "../problem.h")
+            assert "torch" not in name and not outside, f"{source.name} includes {name}"

@@ -1,0 +1,139 @@
+"""How much memory a call takes beyond its arguments, their gradients, and the float32 sum of the
+weight's gradient: what a chunk may take, and not the logits.
+
+Each call is measured by the system, in a process of its own that has made the same call before; as
+in `test_memory`, whose account of the process this uses.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.linear_reference import stock_loss
+from support.memory import MEGABYTE, SLACK, reset_peak, status
+from support.processes import environment
+
+import fused_ce
+
+# 200 MB of float32 logits, and gradients that are small beside a chunk.
+ROWS, FEATURES, CLASSES = 1600, 32, 32768
+BUDGET = 16 * MEGABYTE
+DEFAULT = 64 * MEGABYTE
+
+# name: (function, options, dtype, probability targets)
+CALLS = {
+    "stock": ("stock", {}, "float32", False),
+    "default": ("ours", {}, "float32", False),
+    "budget": ("ours", {"max_chunk_bytes": BUDGET}, "float32", False),
+    "budget, all options": (
+        "ours",
+        {"max_chunk_bytes": BUDGET, "label_smoothing": 0.1, "weight": True, "linear_bias": True},
+        "float32",
+        False,
+    ),
+    "budget, bfloat16": (
+        "ours",
+        {"max_chunk_bytes": BUDGET, "linear_bias": True},
+        "bfloat16",
+        False,
+    ),
+    "budget, float16": ("ours", {"max_chunk_bytes": BUDGET}, "float16", False),
+    "budget, none": ("ours", {"max_chunk_bytes": BUDGET, "reduction": "none"}, "float32", False),
+    "budget, recompute": (
+        "ours",
+        {"max_chunk_bytes": BUDGET, "grad_in_forward": False},
+        "bfloat16",
+        False,
+    ),
+    "budget, probabilities": ("ours", {"max_chunk_bytes": BUDGET}, "float32", True),
+    "budget, probabilities, bfloat16": ("ours", {"max_chunk_bytes": BUDGET}, "bfloat16", True),
+    "budget, no grad": ("ours", {"max_chunk_bytes": BUDGET, "no_grad": True}, "float32", False),
+}
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status"),
+    pytest.mark.filterwarnings("ignore:fused_ce. max_chunk_bytes"),
+]
+
+
+def extra_memory(call):
+    """What the call takes at its peak, and that without gradients and their sums, in bytes."""
+    command = [sys.executable, "-W", "ignore", __file__, call]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    extra, gradients = map(int, result.stdout.split())
+    print(f"{call}: {extra} bytes, {gradients} of them gradients and the weight in another type")
+    return extra, extra - gradients
+
+
+# Every process costs seconds: by default, the calls that take the most besides their logits.
+OFTEN = ("budget, all options", "budget, bfloat16")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow)
+        for name in CALLS
+        if name.startswith("budget")
+    ],
+)
+def test_budget_is_exceeded(call):
+    taken, without_gradients = extra_memory(call)
+    assert without_gradients <= 1.05 * BUDGET + SLACK
+    # And it is used: the measurement itself sees a chunk. (Of the gradients it may see less, where
+    # they lie in what the small call has left.)
+    assert taken > BUDGET / 2
+
+
+@pytest.mark.slow
+def test_default_budget_is_exceeded():
+    taken, without_gradients = extra_memory("default")
+    assert without_gradients <= 1.05 * DEFAULT + SLACK
+    assert taken > DEFAULT / 2
+
+
+@pytest.mark.slow
+def test_stock_takes_no_more_than_ours():
+    assert extra_memory("stock")[1] > 5 * DEFAULT
+
+
+def _measure(name):
+    which, options, dtype, probabilities = CALLS[name]
+    function = stock_loss if which == "stock" else fused_ce.linear_cross_entropy
+    options, dtype = dict(options), getattr(torch, dtype)
+    no_grad = options.pop("no_grad", False)
+    for option in ("weight", "linear_bias"):
+        if option in options:
+            options[option] = torch.rand(CLASSES, dtype=dtype)
+
+    def problem(rows):
+        layer = torch.randn(rows, FEATURES).to(dtype), torch.randn(CLASSES, FEATURES).to(dtype)
+        target = torch.randint(CLASSES, (rows,))
+        if probabilities:
+            target = torch.rand(rows, CLASSES, dtype=dtype)
+        return *(t.requires_grad_(not no_grad) for t in layer), target
+
+    def call(input, linear_weight, target):
+        loss = function(input, linear_weight, target, **options)
+        if not no_grad:
+            loss.backward(torch.ones_like(loss))
+
+    from bench.peak_memory import keep_nothing_freed
+
+    keep_nothing_freed()
+    call(*problem(ROWS))  # leaves nothing behind but what the library of the GEMMs keeps
+    input, linear_weight, target = problem(ROWS)
+    before = reset_peak()
+    call(input, linear_weight, target)
+    extra = status("VmHWM") - before
+    apart = 0 if no_grad else input.nbytes + linear_weight.nbytes
+    if dtype != torch.float32:
+        apart += 4 * linear_weight.numel() * (dtype == torch.float16)  # the weight as float32
+        apart += 4 * linear_weight.numel()  # the sum
+    print(extra, apart)
+
+
+if __name__ == "__main__":
+    _measure(sys.argv[1])

@@ -1,0 +1,238 @@
+"""`CrossEntropyLoss` is an `nn.CrossEntropyLoss` in everything but its arithmetic.
+
+Constructor, attributes, buffer, state_dict, repr, copies and pickles, and moving from one dtype to
+another; bad options raise when the module is called, as in stock, and not when it is made.
+"""
+
+import copy
+import inspect
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn as nn
+from support.layouts import DTYPES
+from support.reference import MODES, differentiate
+
+import fused_ce
+
+OPTIONS = (
+    {},
+    {"weight": [1.0, 2.0, 0.5, 0.0, 3.0]},
+    {"ignore_index": 2},
+    {"reduction": "sum"},
+    {"reduction": "none", "label_smoothing": 0.1},
+    {"weight": [1.0, 2.0, 0.5, 1.0, 3.0], "ignore_index": 0, "label_smoothing": 0.3},
+)
+
+
+def build(kind, options, **extra):
+    """A module of `kind`, with a weight tensor of its own."""
+    options = dict(options)
+    if "weight" in options:
+        options["weight"] = torch.tensor(options["weight"])
+    return kind(**options, **extra)
+
+
+def problem(dtype=torch.float32):
+    return torch.randn(6, 5).to(dtype), torch.tensor([0, 1, 2, 3, 4, 2])
+
+
+def assert_same(module, expected, dtype=torch.float32):
+    assert_close = torch.testing.assert_close
+    input, target = problem(dtype)
+    half = dtype in (torch.bfloat16, torch.float16)
+    tolerance = {"rtol": 3e-2, "atol": 3e-2} if half else {}
+    assert_close(
+        differentiate(module, input, target), differentiate(expected, input, target), **tolerance
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_module_gives_another_loss_or_gradient(options, mode, dtype):
+    module = build(fused_ce.CrossEntropyLoss, options, **MODES[mode]).to(dtype)
+    expected = build(nn.CrossEntropyLoss, options).to(dtype)
+    if mode == "no grad":
+        input, target = problem(dtype)
+        with torch.no_grad():
+            loss = module(input, target)
+        torch.testing.assert_close(loss, expected(input, target), rtol=3e-2, atol=3e-2)
+    else:
+        assert_same(module, expected, dtype)
+
+
+def test_signatures_differ_before_our_own_options():
+    for mine, theirs in (
+        (fused_ce.CrossEntropyLoss.__init__, nn.CrossEntropyLoss.__init__),
+        (fused_ce.cross_entropy, nn.functional.cross_entropy),
+    ):
+        mine = list(inspect.signature(mine).parameters.values())
+        theirs = list(inspect.signature(theirs).parameters.values())
+        ours, rest = mine[: len(theirs)], mine[len(theirs) :]
+        for parameter, expected in zip(ours, theirs, strict=True):
+            assert parameter.name == expected.name
+            assert parameter.default == expected.default
+            assert parameter.kind == expected.kind
+        assert [(p.name, p.default, p.kind) for p in rest] == [
+            ("grad_in_forward", True, inspect.Parameter.KEYWORD_ONLY),
+            ("inplace", False, inspect.Parameter.KEYWORD_ONLY),
+        ]
+
+
+def test_positional_arguments_land_elsewhere():
+    arguments = (torch.rand(5), None, 2, None, "sum", 0.1)
+    assert_same(fused_ce.CrossEntropyLoss(*arguments), nn.CrossEntropyLoss(*arguments))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_module_cannot_take_the_place_of_stocks(options):
+    module, expected = (build(k, options) for k in (fused_ce.CrossEntropyLoss, nn.CrossEntropyLoss))
+    assert isinstance(module, nn.CrossEntropyLoss)
+    assert repr(module) == repr(expected)
+    assert module.extra_repr() == expected.extra_repr()
+    assert module.reduction == expected.reduction
+    assert module.ignore_index == expected.ignore_index
+    assert module.label_smoothing == expected.label_smoothing
+    assert [name for name, _ in module.named_buffers()] == [
+        name for name, _ in expected.named_buffers()
+    ]
+    assert not list(module.parameters())
+    assert module.state_dict().keys() == expected.state_dict().keys()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_state_dict_does_not_load_in_either_direction(strict):
+    weighted = {"weight": [1.0, 2.0, 3.0, 4.0, 5.0]}
+    for source, destination in (
+        (fused_ce.CrossEntropyLoss, nn.CrossEntropyLoss),
+        (nn.CrossEntropyLoss, fused_ce.CrossEntropyLoss),
+    ):
+        saved = build(source, weighted)
+        loaded = build(destination, {"weight": [0.0] * 5})
+        loaded.load_state_dict(saved.state_dict(), strict=strict)
+        assert torch.equal(loaded.weight, saved.weight)
+        assert_same(loaded, saved)
+
+
+def through_pickle(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def through_torch_save(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, through_pickle, through_torch_save])
+@pytest.mark.parametrize("extra", MODES.values(), ids=MODES.keys())
+def test_copy_forgets_an_option(copied, extra):
+    module = build(fused_ce.CrossEntropyLoss, OPTIONS[-1], **extra)
+    twin = copied(module)
+    assert type(twin) is fused_ce.CrossEntropyLoss
+    assert (twin.grad_in_forward, twin.inplace) == (module.grad_in_forward, module.inplace)
+    assert torch.equal(twin.weight, module.weight)
+    assert_same(twin, build(nn.CrossEntropyLoss, OPTIONS[-1]))
+
+
+def test_deepcopy_shares_the_weight():
+    module = build(fused_ce.CrossEntropyLoss, OPTIONS[1])
+    copy.deepcopy(module).weight.zero_()
+    assert module.weight.sum() > 0
+
+
+def test_attributes_are_read_once_and_for_all():
+    module, expected = fused_ce.CrossEntropyLoss(), nn.CrossEntropyLoss()
+    for name, value in (
+        ("weight", torch.rand(5)),
+        ("ignore_index", 2),
+        ("label_smoothing", 0.2),
+        ("reduction", "sum"),
+        ("reduction", "none"),
+        ("weight", None),
+    ):
+        setattr(module, name, value)
+        setattr(expected, name, value)
+        assert_same(module, expected)
+    input, target = problem()
+    leaf = input.clone().requires_grad_()
+    module.inplace, module.reduction = True, "mean"
+    module(leaf, target)
+    assert not torch.equal(leaf.detach(), input)
+
+
+def test_weight_stays_behind_when_the_module_moves():
+    module = build(fused_ce.CrossEntropyLoss, OPTIONS[1])
+    assert module.double().weight.dtype == torch.float64
+    assert module.to(torch.bfloat16).weight.dtype == torch.bfloat16
+    assert module.to("meta").weight.is_meta
+    assert build(fused_ce.CrossEntropyLoss, OPTIONS[1]).half().weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduction": "avg"},
+        {"reduction": None},
+        {"label_smoothing": 1.5},
+        {"ignore_index": 1.0},
+        {"ignore_index": None},
+        {"ignore_index": True},
+        {"weight": torch.ones(4)},
+        {"weight": torch.ones(5, dtype=torch.float64)},
+    ],
+    ids=str,
+)
+def test_bad_option_raises_at_another_time_or_something_else(options):
+    module, expected = fused_ce.CrossEntropyLoss(**options), nn.CrossEntropyLoss(**options)
+    input, target = problem()
+    errors = []
+    for loss in (module, expected):
+        with pytest.raises(Exception) as caught:
+            loss(input, target)
+        errors.append((type(caught.value), str(caught.value)))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("size_average", [None, True, False])
+@pytest.mark.parametrize("reduce", [None, True, False])
+def test_legacy_arguments_choose_another_reduction(size_average, reduce):
+    made = []
+    for kind in (fused_ce.CrossEntropyLoss, nn.CrossEntropyLoss):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            module = kind(size_average=size_average, reduce=reduce)
+        made.append((module.reduction, [(w.category, str(w.message)) for w in caught]))
+    assert made[0] == made[1]
+
+
+def test_module_is_confused_by_the_container_it_is_in():
+    # As a member of a model: buffers under its name, train and eval, apply, zero_grad.
+    class Classifier(nn.Module):
+        def __init__(self, loss):
+            super().__init__()
+            self.layer = nn.Linear(3, 5)
+            self.loss = loss
+
+        def forward(self, x, y):
+            return self.loss(self.layer(x), y)
+
+    models = []
+    for kind in (fused_ce.CrossEntropyLoss, nn.CrossEntropyLoss):
+        torch.manual_seed(1)
+        models.append(Classifier(build(kind, OPTIONS[1])))
+    assert models[0].state_dict().keys() == models[1].state_dict().keys()
+    x, y = torch.randn(6, 3), torch.tensor([0, 1, 2, 3, 4, 2])
+    for training in (True, False):
+        losses = [model.train(training)(x, y) for model in models]
+        torch.testing.assert_close(*losses)
+
+
+def test_scripting_fails_without_saying_what_to_script_instead():
+    with pytest.raises(RuntimeError, match="torch.jit.script takes torch.nn.CrossEntropyLoss"):
+        torch.jit.script(torch.nn.Sequential(fused_ce.CrossEntropyLoss()))

@@ -1,0 +1,235 @@
+"""Any strides, without a copy of the logits and without a wrong element.
+
+Crosses memory layouts with dtypes, targets, reductions and modes. Also guards the layout of what
+comes back: a dense input's gradient has its strides and any other a contiguous one, so that a
+leaf's `.grad` has stock's; in place nothing outside the logits' own elements is written.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.devices import every_device
+from support.layouts import (
+    DTYPES,
+    GEOMETRIES,
+    KINDS,
+    LAYOUTS,
+    OVERLAPPING,
+    SHAPES,
+    covering,
+    gaps_are_untouched,
+    is_dense,
+    lay_out,
+    name_of,
+    target_of,
+)
+from support.reference import MODES, check_against_stock, differentiate, ours, stock
+
+import fused_ce
+
+pytestmark = every_device
+
+AXES = {
+    "geometry": GEOMETRIES,
+    "dtype": DTYPES,
+    # The widths of an index do not meet the logits' layout; test_parity.py has all of them.
+    "kind": (torch.int64, torch.uint8, "probability"),
+    "mode": tuple(MODES),
+    # One number a row, or one for all of them.
+    "reduction": ("mean", "none"),
+    # 5: less than a vector. 67: four vectors of floats and three classes.
+    "classes": (5, 67),
+    "weighted and smooth": (False, True),
+}
+
+
+def is_possible(case):
+    # In place, logits that overlap raise: see test_modes.py.
+    _, layout = case.get("geometry", (None, None))
+    return not (layout in OVERLAPPING and case.get("mode") == "in place")
+
+
+@pytest.mark.parametrize("case", covering(AXES, 3, is_possible), ids=name_of)
+def test_layout_of_the_logits_changes_the_loss_or_a_gradient(case):
+    (shape, layout), dtype, classes = case["geometry"], case["dtype"], case["classes"]
+    options = {"reduction": case["reduction"]}
+    if case["weighted and smooth"]:
+        # The weight is itself a column of a wider table, with a stride of 2.
+        options |= {"weight": torch.rand(classes, 2).to(dtype)[:, 0], "label_smoothing": 0.1}
+    input = lay_out(torch.randn(SHAPES[shape](classes)).mul(3).to(dtype), layout)
+    target = target_of(case["kind"], input.shape, dtype)
+    result = check_against_stock(
+        input,
+        target,
+        mode=case["mode"],
+        scale=0.25,
+        target_grad=case["kind"] == "probability" and case["mode"] != "no grad",
+        **options,
+    )
+    if case["mode"] in ("default", "recompute"):
+        gradient = result.grad_input
+        assert is_dense(gradient)
+        if is_dense(input):
+            assert _meaningful_strides(gradient) == _meaningful_strides(input)
+        else:
+            assert gradient.is_contiguous()
+
+
+def _meaningful_strides(tensor):
+    return [s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]
+
+
+@pytest.mark.parametrize(
+    "shape, layout, mode",
+    [
+        (*geometry, mode)
+        for geometry in GEOMETRIES
+        for mode in ("default", "recompute", "in place")
+        if is_possible({"geometry": geometry, "mode": mode})
+    ],
+)
+def test_grad_of_a_leaf_has_other_strides_than_in_stock(shape, layout, mode):
+    values = torch.randn(SHAPES[shape](5))
+    target = target_of(torch.int64, values.shape, torch.float32)
+    leaves = [lay_out(values, layout).requires_grad_() for _ in range(2)]
+    fused_ce.cross_entropy(leaves[0], target, **MODES[mode]).backward()
+    F.cross_entropy(leaves[1], target).backward()
+    grads = [leaf.grad for leaf in leaves]
+    assert _meaningful_strides(grads[0]) == _meaningful_strides(grads[1])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("shape, layout", [g for g in GEOMETRIES if g[1] not in OVERLAPPING])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_in_place_writes_beside_the_logits(shape, layout, dtype, reduction):
+    input = lay_out(torch.randn(SHAPES[shape](67)).to(dtype), layout).requires_grad_()
+    target = target_of(torch.int64, input.shape, dtype)
+    (expected,) = differentiate(F.cross_entropy, input, target, reduction=reduction)[1:2]
+    loss = fused_ce.cross_entropy(input, target, reduction=reduction, inplace=True)
+    multiples = torch.arange(loss.numel()).remainder(5) - 1.5 if loss.dim() else torch.ones(1)
+    loss.backward(multiples.to(dtype).view(loss.shape))
+    assert gaps_are_untouched(input.detach())
+    tolerance = {"rtol": 0, "atol": 8 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(input.detach(), expected, **tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_of_the_target_changes_the_loss_or_a_gradient(kind, layout):
+    if kind != "probability":
+        # Index targets have no class axis: lay out a tensor that has, and take one class of it.
+        def target_in(layout, shape):
+            classes = shape[1]
+            values = torch.randint(0, classes, shape).double()
+            return lay_out(values, layout).nan_to_num(0).to(kind)[:, 0]
+    else:
+
+        def target_in(layout, shape):
+            return lay_out(torch.rand(shape), layout)
+
+    for shape in LAYOUTS[layout][1]:
+        if shape == "C":
+            continue
+        input = torch.randn(SHAPES[shape](19))
+        for mode in ("default", "recompute", "in place"):
+            check_against_stock(
+                input,
+                target_in(layout, input.shape),
+                mode=mode,
+                target_grad=kind == "probability",
+                label_smoothing=0.1,
+            )
+
+
+# Classes that one thread may have to add up by itself: 150 as in segmentation, 4000 far beyond it.
+@pytest.mark.parametrize("classes", [150, 4000])
+@pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
+def test_many_strided_classes_lose_digits(kind, classes):
+    input = torch.randn(1, classes, 24)
+    targets = [target_of(kind, input.shape, torch.float32)]
+    if kind == "probability":
+        targets.append(torch.rand(input.shape))  # a mass far from 1
+    for target in targets:
+        for mode in MODES:
+            for label_smoothing in (0.0, 0.1):
+                check_against_stock(
+                    input, target, mode=mode, reduction="none", label_smoothing=label_smoothing
+                )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_expanded_or_strided_index_target_is_misread(reduction):
+    input = torch.randn(6, 5, 4)
+    targets = {
+        "one for all rows": torch.randint(0, 5, (1, 4)).expand(6, 4),
+        "one for all": torch.tensor(3).expand(6, 4),
+        "transposed": torch.randint(0, 5, (4, 6)).t(),
+        "every second": torch.randint(0, 5, (6, 8))[:, ::2],
+        "odd offset": torch.randint(0, 5, (25,))[1:].view(6, 4),
+    }
+    for target in targets.values():
+        for kind in (torch.int64, torch.int32, torch.uint8):
+            index = target if kind == torch.int64 else target.to(kind)
+            for mode in MODES:
+                check_against_stock(input, index, mode=mode, reduction=reduction)
+
+
+@pytest.mark.parametrize("weight", ["every second", "expanded", "odd offset"])
+@pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
+def test_strided_weight_is_misread(weight, kind):
+    weight = {
+        "every second": torch.rand(34)[::2],
+        "expanded": torch.tensor(0.5).expand(17),
+        "odd offset": torch.rand(18)[1:],
+    }[weight]
+    input = torch.randn(6, 17)
+    target = target_of(kind, input.shape, torch.float32)
+    for mode in MODES:
+        check_against_stock(input, target, mode=mode, weight=weight, label_smoothing=0.1)
+
+
+@st.composite
+def strided_views(draw):
+    """A view of nan-filled storage: any order of axes, any step and offset along each of them."""
+    rank = draw(st.integers(1, 5))
+    shape = [draw(st.integers(1, 4)) for _ in range(rank)]
+    shape[0 if rank == 1 else 1] = draw(st.integers(1, 20))
+    order = draw(st.permutations(range(rank)))
+    steps = [draw(st.integers(1, 3)) for _ in range(rank)]
+    starts = [draw(st.integers(0, 2)) for _ in range(rank)]
+    sizes = [start + step * size for start, step, size in zip(starts, steps, shape, strict=True)]
+    base = torch.full([sizes[axis] for axis in order], torch.nan)
+    inverse = [order.index(axis) for axis in range(rank)]
+    index = tuple(slice(start, None, step) for start, step in zip(starts, steps, strict=True))
+    view = base.permute(inverse)[index]
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    return view.copy_(torch.randn(shape))
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@given(
+    view=strided_views(),
+    mode=st.sampled_from(sorted(MODES)),
+    kind=st.sampled_from([torch.int64, "probability"]),
+    reduction=st.sampled_from(["mean", "none"]),
+)
+def test_some_view_gets_another_loss_or_gradient(view, mode, kind, reduction):
+    target = target_of(kind, view.shape, torch.float32)
+    # Is it the right element? How exact it is, the other tests ask: in a row of three classes
+    # stock's error is a matter of luck, and no measure for ours.
+    options = {"reduction": reduction, "label_smoothing": 0.1}
+    result, expected = ours(view, target, mode=mode, **options), stock(view, target, **options)
+    for value, reference in zip(result[:2], expected[:2], strict=True):
+        if value is not None:
+            torch.testing.assert_close(value, reference)
+
+
+def test_unreduced_loss_of_a_permuted_input_is_laid_out_otherwise():
+    target = torch.randint(0, 5, (2, 3, 4))
+    for layout in ("channels_last", "reversed axes", "classes last"):
+        input = lay_out(torch.randn(2, 5, 3, 4), layout)
+        loss = ours(input, target, mode="no grad", reduction="none").loss
+        assert loss.stride() == F.cross_entropy(input, target, reduction="none").stride()

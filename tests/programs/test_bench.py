@@ -1,0 +1,340 @@
+"""The benchmark as its user meets it: a process, its output, its JSON and its charts.
+
+Figures are not judged here. What must not be lost is that every one was measured: a provider that
+raises, answers wrongly or hands the call to stock has to show a dash and a reason.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.processes import ROOT, is_png, run
+
+from bench import (
+    cases,
+    charts,
+    devices,
+    fresh_process,
+    linear,
+    measure,
+    program,
+    providers,
+    scaling,
+)
+from bench.devices import DEVICES
+from bench.problem import BOTH, COPY, FORWARD, Problem
+from bench.record import Record, Result
+
+UNCOMPILED = ("stock", "fused", "recompute", "inplace", "copy")
+
+# Every way to have no figure, beside a provider that has one. A file, because the processes that
+# measure read the program's file again, and so have the same faults.
+FAULTY = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import fused_ce
+from bench import program, providers
+
+right = fused_ce.cross_entropy
+
+def wrong_in_place(*arguments, inplace=False, **options):
+    return right(*arguments, **options) * (1.001 if inplace else 1)
+
+def raises():
+    raise NotImplementedError("no such thing")
+
+fused_ce.cross_entropy = wrong_in_place
+fused_ce.explain = lambda *arguments, **options: (
+    "stock: for a change" if options.get("grad_in_forward") is False else "fused: as it should be"
+)
+providers.PROVIDERS["compile"] = providers.Provider(raises)
+if __name__ == "__main__":
+    sys.exit(program.main(sys.argv[1:]))
+"""
+
+
+def test_two_cases_leave_figures_charts_and_json(tmp_path):
+    printed = run(
+        *("-m", "bench", "--quick", "--cases", "8x10", "65536x10", "--out", str(tmp_path)),
+        *("--providers", *UNCOMPILED),
+    )
+    assert "8x10" in printed and "recompute" in printed and "\x1b" not in printed
+    assert is_png(tmp_path / "speed.png")
+    # Logits this small are below what the account of memory resolves.
+    assert not (tmp_path / "memory.png").exists()
+
+    data = json.loads((tmp_path / "bench.json").read_text())
+    machine = data["machine"]
+    assert {"model", "torch", "threads", "huge_pages", "commit"} < machine.keys()
+    assert machine["fused_ce"]["instruction_set"]
+    assert [case["name"] for case in data["cases"]] == ["65536x10", "8x10"]
+    for case in data["cases"]:
+        measured = {(result["provider"], result["pass"]) for result in case["results"]}
+        assert measured == {
+            *((name, FORWARD) for name in ("stock", "fused")),
+            *((name, BOTH) for name in ("stock", "fused", "recompute", "inplace")),
+            ("copy", COPY),
+        }
+        for result in case["results"]:
+            assert len(result["samples_ms"]) == 2
+            assert 0 < result["min_ms"] <= result["median_ms"]
+            assert result["gb_per_s"] == pytest.approx(
+                result["traffic_bytes"] / result["median_ms"] / 1e6
+            )
+            assert result["peak_extra_bytes"] is None or result["peak_extra_bytes"] >= 0
+            ours = result["provider"] in ("fused", "recompute", "inplace")
+            assert result["path"].startswith("fused: ") == ours
+
+
+def test_what_cannot_be_measured_has_a_reason_and_no_figure(tmp_path):
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    options = ("--quick", "--cases", "8x10", "--out", str(tmp_path))
+    printed = run(str(tmp_path / "faulty.py"), *options)
+    (case,) = json.loads((tmp_path / "bench.json").read_text())["cases"]
+    found = {(result["provider"], result["pass"]): result for result in case["results"]}
+    reasons = {
+        ("compile", FORWARD): "no such thing",
+        ("compile", BOTH): "no such thing",
+        ("recompute", BOTH): "stock: for a change",
+        ("inplace", BOTH): "the loss is",
+    }
+    for key, reason in reasons.items():
+        assert reason in found[key]["reason"] and reason in printed
+        assert found[key]["samples_ms"] == []
+        for figure in ("median_ms", "min_ms", "gb_per_s", "ratio_to_stock", "peak_extra_bytes"):
+            assert found[key][figure] is None
+    for name, which in found.keys() - reasons.keys():
+        assert found[name, which]["median_ms"] > 0
+
+
+def test_a_fresh_process_is_another_each_time_and_says_how_it_failed():
+    processes = {fresh_process.call(os.getpid) for _ in range(2)} | {os.getpid()}
+    assert len(processes) == 3
+    torch.set_num_threads(1)
+    assert fresh_process.call(torch.get_num_threads) == 1
+    for function, argument, reason in (
+        (int, "seven", "ValueError: invalid literal"),
+        (os._exit, 3, "exit code 3"),
+        (signal.raise_signal, signal.SIGKILL, "SIGKILL"),
+    ):
+        with pytest.raises(fresh_process.Failed, match=reason):
+            fresh_process.call(function, argument)
+
+
+def test_a_case_that_cannot_be_made_has_a_reason_and_no_figure():
+    effort, heard = measure.Effort(0, least=1, most=1), []
+    for classes, reason in ((0, "RuntimeError"), (10, "")):
+        case = cases.Case((8, classes))
+        record = measure.measure(case, ["stock"], DEVICES["cpu"], effort, heard.append)
+        assert [result.which for result in record.results] == [FORWARD, BOTH]
+        for result in record.results:
+            assert result.reason.startswith(reason) and bool(result.samples) == (not reason)
+    assert len(heard) == measure.notices(case, ["stock"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cases", "8x10", "7x7"], "no case matches '7x7'"),
+        (["--providers", "apex"], "invalid choice: 'apex'"),
+        (["--threads", "0"], "at least 1"),
+    ],
+)
+def test_what_is_not_there_is_named(options, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        program.parse(options)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_one_sentence(capsys):
+    with pytest.raises(SystemExit):
+        program.parse(["--device", "cuda"])
+    assert "there is no GPU here that torch" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_sample_on_cuda_outgrows_the_cache():
+    megabyte = 2**20
+    assert devices.ring(320, 50 * megabyte) == devices.BURST
+    for size, calls in ((megabyte, devices.BURST), (20 * megabyte, 10), (1000 * megabyte, 1)):
+        assert devices.ring(size, 50 * megabyte) == calls
+
+
+def test_peers_are_measured_where_they_are_installed(monkeypatch):
+    monkeypatch.setattr(providers, "find_spec", lambda package: package == "quack" or None)
+    assert "quack" in providers.usual("cuda") and "liger" not in providers.usual("cuda")
+    assert providers.usual("cpu") == [*UNCOMPILED[:1], "compile", *UNCOMPILED[1:]]
+    assert set(charts.MARKS) == set(charts.LABELS) == set(providers.PROVIDERS)
+
+
+def test_memory_that_a_device_counts_needs_no_process_of_its_own():
+    class Counting(type(DEVICES["cpu"])):
+        counts_memory = True
+
+        def rise(self, call):
+            loss, gradient = call()
+            return gradient.nbytes
+
+    effort = measure.Effort(0, least=1, most=1)
+    case = cases.Case((8, 10))
+    record = measure.measure_here(case, ["inplace"], Counting(), effort, lambda text: None)
+    assert [result.peak for result in record.results] == [8 * 10 * 4]
+
+
+def test_a_run_out_of_time_names_what_it_left(tmp_path):
+    options = ("--quick", "--cases", "8x10", "65536x10", "--budget", "0", "--providers", "stock")
+    printed = run("-m", "bench", *options, "--out", str(tmp_path))
+    assert "no time left for 65536x10 8x10" in printed
+
+
+def test_the_driver_is_read_or_unknown(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert devices.driver_version() is None
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 580.159.03\necho 580.159.03\n")
+    program.chmod(0o755)
+    assert devices.driver_version() == "580.159.03"
+
+
+def test_report_without_a_gpu_is_one_sentence(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    command = [ROOT / "bench" / "gpu_report.sh", tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "no torch that can use a GPU here" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("broken", ["", "pytest"])
+def test_report_stops_at_a_failure_or_hides_it(tmp_path, broken):
+    # A Python that agrees to everything, but for the module that is broken.
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase " $* " in *" -m {broken} "*) exit 1 ;; esac\necho "$*"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python)}
+    command = [ROOT / "bench" / "gpu_report.sh", tmp_path / "out"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == (1 if broken else 0), done.stdout
+    assert ("failed: test_cuda test_parity" in done.stdout) == bool(broken)
+    logs = {path.stem for path in (tmp_path / "out").glob("*.log")}
+    assert logs == {"machine", "test_cuda", "test_parity", "linear", "bench"}
+    assert "-m bench --device cuda" in (tmp_path / "out" / "bench.log").read_text()
+
+
+@pytest.mark.parametrize("table", cases.TABLES.values(), ids=cases.TABLES.keys())
+def test_names_are_unique(table):
+    names = [case.name for case in table]
+    assert len(set(names)) == len(names)
+
+
+def test_names_select():
+    assert [case.name for case in cases.select(["8192x1000", "*-fp16"], None)] == [
+        "8192x1000",
+        "1024x32000-fp16",
+    ]
+    # The bfloat16 case of this shape and the float32 one made bfloat16 are one case.
+    assert [case.name for case in cases.select(["512x50257*"], "bf16")] == ["512x50257-bf16"]
+
+
+def test_ratios_are_of_medians_and_missing_ones_stay_missing():
+    case = cases.Case((8, 10))
+    results = [
+        Result("stock", BOTH, traffic=1000, samples=[4.0, 6.0, 90.0]),
+        Result("fused", BOTH, traffic=1000, samples=[2.0, 1.0, 3.0]),
+        Result("inplace", BOTH, traffic=1000, reason="broken"),
+        Result("copy", COPY, traffic=1000, samples=[1.0]),
+    ]
+    record = Record(case, 1, results)
+    assert record.ratio("fused", BOTH) == 3 and record.ratio("copy", BOTH) == 6
+    assert record.share_of_copy(results[1]) == 0.5
+    for missing in (record.ratio("inplace", BOTH), record.ratio("fused", FORWARD)):
+        assert missing is None
+    assert record.share_of_copy(results[2]) is None
+
+
+def test_charts_skip_what_was_not_measured(tmp_path):
+    case = cases.Case((4096, 1000))
+    results = [
+        Result("stock", BOTH, samples=[3.0], peak=3 * case.logits_bytes),
+        Result("fused", BOTH, samples=[1.0], peak=None),
+        Result("inplace", BOTH, reason="broken"),
+    ]
+    for records in ([Record(case, 1, results)], [Record(case, 1, results[2:])]):
+        for draw in (charts.draw_speed, charts.draw_memory):
+            draw(records, "a machine", tmp_path / "chart.png")
+            assert is_png(tmp_path / "chart.png")
+            (tmp_path / "chart.png").unlink()
+
+
+def test_heads_leave_figures_and_a_chart(tmp_path):
+    printed = run("-m", "bench", "--linear", "--quick", "--out", str(tmp_path))
+    assert "torch chunks" in printed and "TFLOP/s" in printed
+    assert is_png(tmp_path / "linear_memory.png")
+    data = json.loads((tmp_path / "linear.json").read_text())
+    timed = [found for found in data["cases"] if found["peak_extra_bytes"] is None]
+    assert {found["provider"] for found in timed} == {"gemms", "stock", "torch chunks", "fused"}
+    for found in timed:
+        if found["reason"]:  # torch before 2.13
+            assert found["provider"] == "torch chunks" and found["median_ms"] is None
+            continue
+        assert len(found["samples_ms"]) == 2 and found["median_ms"] > 0
+        assert found["tflops"] == pytest.approx(6 * 64 * 16 * 500 / found["median_ms"] / 1e9)
+        assert (found["ratio_to_gemms"] == 1) == (found["provider"] == "gemms")
+    peaks = {
+        (found["provider"], found["head"]["classes"]): found["peak_extra_bytes"]
+        for found in data["cases"]
+        if found not in timed
+    }
+    for classes in linear.QUICK_VOCABULARIES:
+        assert peaks["stock", classes] > peaks["fused", classes] > 0
+
+
+def test_heads_that_are_stopped_lose_their_times(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(linear, "measure_peaks", stop)
+    with pytest.raises(KeyboardInterrupt):
+        program.main(["--linear", "--quick", "--out", str(tmp_path)])
+    data = json.loads((tmp_path / "linear.json").read_text())
+    assert [found["provider"] for found in data["cases"]] == list(linear.PROVIDERS)
+
+
+def test_head_whose_loss_is_wrong_has_no_figure(monkeypatch):
+    monkeypatch.setitem(
+        linear.PROVIDERS,
+        "fused",
+        lambda problem: lambda: [1.01 * t for t in linear.stock(problem)()],
+    )
+    effort = measure.Effort(0, least=1, most=1)
+    figures = linear.time_here(linear.QUICK[0], DEVICES["cpu"], effort, lambda text: None)
+    found = {figure.provider: figure for figure in figures}
+    assert "loss is" in found["fused"].reason and found["fused"].samples == []
+    assert found["stock"].samples
+
+
+def test_scaling_leaves_a_chart(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "QUICK_DOUBLINGS", 1)
+    assert program.main(["--scaling", "--quick", "--out", str(tmp_path)]) == 0
+    assert is_png(tmp_path / "scaling.png")
+    measured = json.loads((tmp_path / "scaling.json").read_text())["cases"]
+    sizes = {case["logits_bytes"] for case in measured}
+    assert sizes == {1024000, 2048000}
+    assert {case["threads"] for case in measured} == {1, torch.get_num_threads()}
+
+
+def test_traffic_counts_each_tensor_once():
+    logits, target = 8 * 10 * 4, 8 * 8
+    problem = Problem(cases.Case((8, 10)), "cpu")
+    assert problem.traffic(FORWARD) == logits + target
+    assert problem.traffic(BOTH) == 2 * logits + target
+    assert problem.traffic(COPY) == 2 * logits
+    weighted = Problem(cases.Case((8, 10), weighted=True), "cpu")
+    assert weighted.traffic(FORWARD) == logits + target + 10 * 4
+    probabilities = Problem(cases.Case((8, 10), probabilities=True), "cpu")
+    assert probabilities.traffic(BOTH) == 3 * logits

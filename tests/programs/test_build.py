@@ -1,0 +1,184 @@
+"""Guards the promise that whatever stops a build or an import is one sentence that says what to do.
+
+A build is tried with a torch that is too old and without a compiler, an import without the library
+and with a broken one. Each must end in our sentence, and not in a traceback from deep inside.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_build_without_a_compiler_says_what_to_install():
+    result = run("setup.py", "--version", cwd=ROOT, CXX="no-such-compiler")
+    assert result.returncode != 0
+    assert "no C++ compiler called 'no-such-compiler' was found; install g++" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "wish, sentence",
+    [
+        (
+            "1",
+            "no CUDA toolkit with nvcc was found; install one (12.8 or newer), name it in",
+        ),
+        ("yes", "FUSED_CE_CUDA must be 0, 1 or empty, got 'yes'; correct it"),
+    ],
+)
+def test_build_with_cuda_that_is_not_there_says_what_to_do(wish, sentence, tmp_path):
+    result = run("setup.py", "--version", cwd=ROOT, FUSED_CE_CUDA=wish, CUDA_HOME=str(tmp_path))
+    assert result.returncode != 0
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("wish", ["", "0"])
+def test_build_without_cuda_needs_a_toolkit(wish, tmp_path):
+    result = run("setup.py", "--version", cwd=ROOT, FUSED_CE_CUDA=wish, CUDA_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+
+
+def test_another_torch_is_given_a_setuptools_that_it_refuses(tmp_path):
+    # torch 2.11 takes none from 82 on; ours builds with 77 or newer.
+    command = ["make", "-n", "TORCH=torch==2.11.0", f"VENV={tmp_path}"]
+    command.append(f"{tmp_path}/.installed-torch==2.11.0")
+    environment = {name: os.environ[name] for name in os.environ if not name.startswith("MAKE")}
+    dry = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert dry.returncode == 0, dry.stderr
+    (line,) = (line for line in dry.stdout.splitlines() if line.startswith("sed"))
+    subprocess.run(line, shell=True, cwd=ROOT, check=True)
+    wanted = (tmp_path / "requirements.txt").read_text().splitlines()
+    assert "torch==2.11.0" in wanted
+    assert [name.partition("<=")[0] for name in wanted if name.startswith("setuptools")] == [
+        "setuptools>=77,"
+    ]
+
+
+# What setup() is told, with a torch and a toolkit that are there or not.
+DESCRIBE = """
+import runpy, setuptools, torch
+torch.version.cuda = {cuda!r}
+setuptools.setup = lambda **told: print(*told["ext_modules"][0].sources)
+runpy.run_path("setup.py")
+"""
+
+
+@pytest.mark.parametrize(
+    "torch_cuda, toolkit, wish, expected",
+    [
+        ("12.8", True, "", True),
+        ("12.8", False, "", False),  # explain() then says what is missing
+        ("12.8", True, "0", False),
+        (None, True, "", False),
+        (None, True, "1", True),
+    ],
+)
+def test_kernels_are_built_where_nobody_asks(torch_cuda, toolkit, wish, expected, tmp_path):
+    for name in ("include/cuda_runtime.h", "bin/nvcc") if toolkit else ():
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.touch()
+    code = DESCRIBE.format(cuda=torch_cuda)
+    result = run("-c", code, cwd=ROOT, FUSED_CE_CUDA=wish, CUDA_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    sources = result.stdout.split()
+    assert "csrc/cpu/register.cpp" in sources
+    kernels = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu")}
+    assert kernels
+    assert kernels & set(sources) == (kernels if expected else set())
+
+
+def has_cuda_kernels():
+    from fused_ce import ops
+
+    return ops.has_cuda_kernels
+
+
+@pytest.mark.skipif(not has_cuda_kernels(), reason="this build has no CUDA kernels")
+def test_library_does_not_find_torch_s_stream_or_drops_the_assertion():
+    # The weak symbol for the stream is looked for in what the library itself depends on.
+    library = ROOT / "fused_ce" / "_C.so"
+    listed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
+    assert "[libtorch.so]" in listed.stdout
+    assert "libcudart" not in listed.stdout
+    assert b"t >= 0 && t < n_classes" in library.read_bytes()
+
+
+def test_build_against_an_old_torch_names_the_version_that_is_needed(tmp_path):
+    package = tmp_path / "torch" / "utils"
+    package.mkdir(parents=True)
+    (tmp_path / "torch" / "__init__.py").write_text('__version__ = "2.9.1+cpu"\n')
+    (package / "__init__.py").write_text("")
+    (package / "cpp_extension.py").write_text("")
+    result = run("setup.py", "--version", cwd=ROOT, PYTHONPATH=str(tmp_path))
+    assert result.returncode != 0
+    assert "torch 2.10 or newer is needed, found 2.9.1+cpu; upgrade torch" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def bare_package(tmp_path: Path) -> Path:
+    shutil.copytree(ROOT / "fused_ce", tmp_path / "fused_ce", ignore=shutil.ignore_patterns("*.so"))
+    return tmp_path
+
+
+def test_import_without_the_library_says_how_to_build_it(bare_package):
+    result = run("-c", "import fused_ce", cwd=bare_package)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: fused_ce has no compiled library at ")
+    assert "pip install --no-build-isolation -e ." in last
+
+
+def test_import_of_a_library_that_does_not_load_says_to_reinstall(bare_package):
+    (bare_package / "fused_ce" / "_C.so").write_bytes(b"not a library")
+    result = run("-c", "import fused_ce", cwd=bare_package)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: fused_ce could not load ")
+    assert "reinstall fused_ce for this machine" in last
+
+
+def test_import_under_an_old_torch_names_the_version_that_is_needed(bare_package):
+    code = "import torch; torch.__version__ = '2.9.0'; import fused_ce"
+    result = run("-c", code, cwd=bare_package)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last == "ImportError: fused_ce needs torch 2.10 or newer, found 2.9.0; upgrade torch."
+
+
+def test_wheel_serves_every_python_and_carries_type_information(tmp_path):
+    """Its tag, its files, and that it works away from the source tree."""
+    pip = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
+    built = run(*pip, "-w", str(tmp_path), str(ROOT), cwd=tmp_path)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-" in wheel.name
+
+    unpacked = tmp_path / "unpacked"
+    shutil.unpack_archive(wheel, unpacked, "zip")
+    names = {p.name for p in (unpacked / "fused_ce").iterdir()}
+    assert {"__init__.py", "_C.so", "py.typed"} <= names
+    code = (
+        "import torch, fused_ce; print(fused_ce.__file__); "
+        "print(fused_ce.cross_entropy(torch.zeros(2, 4), torch.tensor([1, 3])).item())"
+    )
+    used = run("-c", code, cwd=unpacked)
+    file, loss = used.stdout.split()
+    assert file.startswith(str(unpacked))
+    assert float(loss) == pytest.approx(1.3862943611198906, rel=1e-6)  # log(4)
