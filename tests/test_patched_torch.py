@@ -317,30 +317,38 @@ def test_answers_are_the_same_where_torchs_loss_is_ours(patch, path):
 
 # The tests that meet the most of stock's formula; all but the slowest of each file.
 @pytest.mark.parametrize(
-    "name, chosen",
+    "file, chosen",
     [
-        ("errors", "not range and not writes_rows"),
-        ("transforms", "not compile"),
-        ("gradients", "twice or create_graph or double or grad_target"),
-        ("machinery", "mode or subclass or wrapper or strange"),
+        ("loss/test_errors.py", "default and not out_of_range and not writes_rows"),
+        ("autograd/test_transforms.py", "not compile and not jit"),
+        ("autograd/test_gradients.py", "default and (twice or create_graph or double)"),
+        ("autograd/test_machinery.py", "function_mode or subclass or wrapper or strange"),
     ],
 )
-def test_tests_pass_where_torchs_loss_is_ours(name, chosen):
-    run(name, chosen)
+def test_tests_pass_where_torchs_loss_is_ours(file, chosen):
+    run(file, chosen)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["errors", "transforms", "gradients", "machinery"])
-def test_all_tests_pass_where_torchs_loss_is_ours(name):
-    run(name, "")
+@pytest.mark.parametrize(
+    "file",
+    [
+        "loss/test_errors.py",
+        "autograd/test_transforms.py",
+        "autograd/test_gradients.py",
+        "autograd/test_machinery.py",
+    ],
+)
+def test_all_tests_pass_where_torchs_loss_is_ours(file):
+    run(file, "")
 
 
-def run(name, chosen):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "patched_torch", "--tb=short"]
+def run(file, chosen):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "support.patched_torch", "--tb=short"]
     command += ["-p", "no:cacheprovider", "-m", "not cuda", "-k", chosen]
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
     done = subprocess.run(
-        [*command, TESTS / f"test_{name}.py"],
+        [*command, TESTS / file],
         cwd=TESTS.parent,
         env=environment,
         capture_output=True,
