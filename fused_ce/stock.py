@@ -6,7 +6,7 @@ and a fallback that called it would call itself: a program may say
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,18 +15,50 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function
 
+from .options import SUM, Options
 
-def _beneath(name: str, operator: str) -> Callable:
-    """A function of torch's own; its operator in a torch that has none of this name."""
-    return getattr(torch._C._nn, name, None) or getattr(torch.ops.aten, operator)
-
-
-_cross_entropy = _beneath("cross_entropy_loss", "cross_entropy_loss")
-nll_loss = _beneath("nll_loss_nd", "nll_loss_nd")
-linear = _beneath("linear", "linear")
+INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.int16, torch.uint8})
 
 
-def cross_entropy(
+def _beneath(name: str) -> Callable:
+    """A function of torch's own; the operator in a torch that has none of this name."""
+    return getattr(torch._C._nn, name, None) or getattr(torch.ops.aten, name)
+
+
+_cross_entropy = _beneath("cross_entropy_loss")
+_nll_loss = _beneath("nll_loss_nd")
+linear = _beneath("linear")
+
+
+def cross_entropy(input: Tensor, target: Tensor, options: Options) -> Tensor:
+    """The call; of integer targets stock takes int64 alone for every shape."""
+    return _cross_entropy(input, _as_stock_takes(target, input), *_arguments(options))
+
+
+def nll_loss(input: Tensor, target: Tensor, options: Options) -> Tensor:
+    target = _as_stock_takes(target, input)
+    return _nll_loss(input, target, options.weight, options.reduction, options.ignore_index)
+
+
+def _arguments(options: Options) -> tuple:
+    return options.weight, options.reduction, options.ignore_index, options.label_smoothing
+
+
+def _as_stock_takes(target: Tensor, input: Tensor) -> Tensor:
+    if (
+        isinstance(target, Tensor)
+        and isinstance(input, Tensor)
+        and target.dtype in INDEX_DTYPES
+        and target.shape != input.shape
+    ):
+        return target.long()
+    return target
+
+
+# Subclasses that override torch's functions.
+
+
+def _public(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
@@ -43,7 +75,7 @@ def cross_entropy(
     return _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
 
 
-def _own_function() -> Callable:
+def _torchs_own() -> Callable:
     """The object that ``torch.nn.functional.cross_entropy`` was when torch was loaded.
 
     A library that has replaced it may have wrapped it; one that did not has left nothing to find,
@@ -54,36 +86,29 @@ def _own_function() -> Callable:
         if getattr(function, "__globals__", None) is F.__dict__:
             return function
         function = getattr(function, "__wrapped__", None)
-    return cross_entropy
+    return _public
 
 
-_function = _own_function()
+_own = _torchs_own()
 
 
-def overridden(input: Tensor, target: Tensor, weight: Tensor | None, **options: Any) -> Any:
-    """Hands the call to a ``__torch_function__``, which looks its function up in a table of
+def overridden(input: Tensor, target: Tensor, weight: Tensor | None, **arguments: Any) -> Any:
+    """Hands the call to a ``__torch_function__``, which looks for the function in a table of
     torch's."""
     tensors = (input, target, weight)
-    return handle_torch_function(_function, tensors, input, target, weight=weight, **options)
+    return handle_torch_function(_own, tensors, input, target, weight=weight, **arguments)
 
 
-class Options(NamedTuple):
-    """What a call asks for besides its tensors, in the order of the operators' arguments."""
-
-    reduction: int
-    ignore_index: int
-    label_smoothing: float
+# Derivatives of any order.
 
 
-def ignored(target: Tensor, ignore_index: int, input: Tensor) -> Tensor:
+def ignored(target: Tensor, options: Options, input: Tensor) -> Tensor:
     """Which rows are ignored, in a shape that spreads over the classes of the logits."""
-    rows = target.long() == ignore_index  # a narrower type would wrap the index around
+    rows = target.long() == options.ignore_index  # a narrower type would wrap the index around
     return rows.unsqueeze(1) if input.dim() > 1 else rows.reshape(1)
 
 
-def loss(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, loss_dtype: torch.dtype
-) -> Tensor:
+def loss(input: Tensor, target: Tensor, options: Options, loss_dtype: torch.dtype) -> Tensor:
     """Stock's loss for its derivatives of any order.
 
     In the loss's dtype, which under autocast is wider than the logits', and in float32 for the
@@ -91,23 +116,21 @@ def loss(
     """
     dtype = torch.promote_types(loss_dtype, torch.float32)
     input = input.to(dtype)
-    if not target.is_floating_point():
-        input = input.masked_fill(ignored(target, options.ignore_index, input), 0)
-    return _cross_entropy(
-        input,
-        target.to(dtype) if target.is_floating_point() else target.long(),
-        None if weight is None else weight.to(dtype),
-        *options,
-    )
+    if target.is_floating_point():
+        target = target.to(dtype)
+    else:
+        input = input.masked_fill(ignored(target, options, input), 0)
+        target = target.long()
+    if options.weight is not None:
+        options = options._replace(weight=options.weight.to(dtype))
+    if options.denominator is None:
+        return _cross_entropy(input, target, *_arguments(options))
+    total = _cross_entropy(input, target, *_arguments(options._replace(reduction=SUM)))
+    return total / options.denominator.to(dtype)
 
 
 def gradients(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: Options,
-    grad_output: Tensor,
-    needs: tuple[bool, bool],
+    input: Tensor, target: Tensor, options: Options, grad_output: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of input and target that are needed, under a graph if the caller wants one.
 
@@ -119,7 +142,7 @@ def gradients(
     create_graph = torch.is_grad_enabled()
     with temporarily_clear_interpreter_stack(), torch.enable_grad():
         wide = [t.to(dtype) if t.is_floating_point() else t for t in (input, target)]
-        value = loss(*wide, weight, options, dtype)
+        value = loss(*wide, options, dtype)
         needed = [t for t, needs_it in zip(wide, needs, strict=True) if needs_it]
         ones = torch.ones_like(value)
         units = iter(torch.autograd.grad(value, needed, ones, create_graph=create_graph))
@@ -131,5 +154,5 @@ def gradients(
     )
     if not target.is_floating_point():
         # An ignored row has no gradient, even if what arrives for it is nan.
-        input_grad = input_grad.masked_fill(ignored(target, options.ignore_index, input), 0)
+        input_grad = input_grad.masked_fill(ignored(target, options, input), 0)
     return input_grad, target_grad

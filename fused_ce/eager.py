@@ -4,90 +4,69 @@ They are written in the ctx style, without ``setup_context``: with it, ``torch.c
 ``torch.func.grad`` gives silent zeros. Transforms never reach them; ``functional`` sends those to
 stock. A backward that must be differentiable itself is stock's formula, differentiated.
 
-A call is ``(input, target, *arguments)``, as the forward operators take it: the arguments are the
-weight, the reduction, ``ignore_index``, ``label_smoothing`` and the loss's dtype, or none of them
-where all have their defaults.
+A call is ``(input, target, *options)``, as the forward operators take it, with no options at all
+where each is its default.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
 from . import ops, stock
-
-# The gradients of the arguments after input and target; there may be more of them than arguments.
-_NO_MORE = (None,) * 5
-
-
-def transform_is_active() -> bool:
-    """Whether a ``torch.func`` transform or forward-mode differentiation is under way."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+from .eligibility import backward_needs_stock
+from .options import NO_GRADIENTS, Options, split
 
 
-def _stock_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
-    input, target, _, *rest = saved
-    weight = rest[0] if rest else None
-    options = stock.Options(*(ctx.options or ops.DEFAULTS))
-    needs = ctx.needs_input_grad[:2]
-    return *stock.gradients(input, target, weight, options, grad_output, needs), *_NO_MORE
-
-
-def _needs_stock(grad_output: Tensor) -> bool:
-    """Whether the gradient itself is to be differentiated, or comes as a batch of gradients.
-
-    An operator would drop a tangent and refuse a batch, and a transform may have begun only after
-    the forward.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        torch.is_grad_enabled()
-        or transform_is_active()
-        or torch._C._functorch.is_legacy_batchedtensor(grad_output)
-    )
-
-
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether this backward runs with ``retain_graph``, so that another may follow."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def _save(ctx: Any, options: tuple, *tensors: Tensor) -> None:
+    """Keeps for the backward what its operators take."""
+    option_tensors, ctx.options = split(options)
+    ctx.save_for_backward(*tensors, *option_tensors)
+
+
+def _saved_call(ctx: Any, saved: tuple) -> tuple[tuple, tuple]:
+    """Input, target and what was found of their rows; and the options."""
+    return saved[:4], (*saved[4:], *ctx.options)
+
+
 def _fused_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
-    input, target, stats, *weight = saved
+    tensors, options = _saved_call(ctx, saved)
     needs_input, needs_target, *_ = ctx.needs_input_grad
-    arguments = (input, target, stats, grad_output, *weight, *ctx.options)
     return (
-        ops.backward(*arguments) if needs_input else None,
-        ops.backward_target(*arguments) if needs_target else None,
-        *_NO_MORE,
+        ops.backward(*tensors, grad_output, *options) if needs_input else None,
+        ops.backward_target(*tensors, grad_output, *options) if needs_target else None,
+        *NO_GRADIENTS,
     )
 
 
-def _save(ctx: Any, arguments: tuple, *tensors: Tensor) -> None:
-    """Keeps for the backward what its operators take: the tensors, the weight and the options."""
-    ctx.save_for_backward(*tensors, *arguments[:1])
-    ctx.options = arguments[1:4]
+def _stock_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
+    (input, target, *_), options = _saved_call(ctx, saved)
+    needs = ctx.needs_input_grad[:2]
+    return *stock.gradients(input, target, Options(*options), grad_output, needs), *NO_GRADIENTS
 
 
 class Recompute(Function):
     """Keeps a few numbers a row; the gradient is computed from the logits in the backward."""
 
     @staticmethod
-    def forward(ctx, input, target, *arguments):
-        loss, stats = ops.eager.forward_stats(input, target, *arguments)
-        _save(ctx, arguments, input, target, stats)
+    def forward(ctx, input, target, *options):
+        loss, *stats = ops.eager.forward_stats(input, target, *options)
+        _save(ctx, options, input, target, *stats)
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
         saved = ctx.saved_tensors
-        if _needs_stock(grad_output):
+        if backward_needs_stock(grad_output):
             return _stock_gradients(ctx, grad_output, saved)
         return _fused_gradients(ctx, grad_output, saved)
 
@@ -101,20 +80,20 @@ class GradInForward(Function):
     """
 
     @staticmethod
-    def forward(ctx, input, target, *arguments):
-        loss, stats, grad = ops.eager.forward_grad(input, target, *arguments)
-        _save(ctx, arguments, grad, input, target, stats)
+    def forward(ctx, input, target, *options):
+        loss, stats, totals, grad = ops.eager.forward_grad(input, target, *options)
+        _save(ctx, options, grad, input, target, stats, totals)
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
         grad, *saved = ctx.saved_tensors
-        if _needs_stock(grad_output):
+        if backward_needs_stock(grad_output):
             return _stock_gradients(ctx, grad_output, saved)
-        if torch.compiler.is_compiling() or _graph_is_kept():
+        if torch.compiler.is_compiling() or graph_is_kept():
             return _fused_gradients(ctx, grad_output, saved)
-        ops.eager.rescale_(grad, grad_output, *saved, *ctx.options)
-        return grad, None, *_NO_MORE
+        ops.eager.rescale_(grad, grad_output, *saved, *ctx.options)  # the tensors come first
+        return grad, None, *NO_GRADIENTS
 
 
 class _Overwriting(Function):
@@ -127,7 +106,7 @@ class _Overwriting(Function):
                 "fused_ce: the first backward through cross_entropy(inplace=True) overwrote the "
                 "logits, so there can be no second one; use inplace=False to go back twice."
             )
-        if _needs_stock(grad_output):
+        if backward_needs_stock(grad_output):
             raise RuntimeError(
                 "fused_ce: cross_entropy(inplace=True) overwrites the logits, so its gradient "
                 "cannot be differentiated or batched; use inplace=False for that."
@@ -140,8 +119,8 @@ class OverwriteInForward(_Overwriting):
     """Overwrites the logits with the gradient while it computes the loss."""
 
     @staticmethod
-    def forward(ctx, input, target, *arguments):
-        loss = ops.eager.forward_grad_(input, target, *arguments)
+    def forward(ctx, input, target, *options):
+        loss = ops.eager.forward_grad_(input, target, None, *options)
         increment_version(input)
         ctx.save_for_backward(input)
         ctx.consumed = False
@@ -153,40 +132,40 @@ class OverwriteInForward(_Overwriting):
         if torch.compiler.is_compiling():
             # A graph holds no operator that returns what it was given. As the operator has it, a
             # zero stays one even times nan.
-            return torch.where(input == 0, input, input * grad_output), None, *_NO_MORE
+            return torch.where(input == 0, input, input * grad_output), None, *NO_GRADIENTS
         grad = input.detach()
         ops.scale_(grad, grad_output)
         increment_version(input)
-        return grad, None, *_NO_MORE
+        return grad, None, *NO_GRADIENTS
 
 
 class OverwriteInBackward(_Overwriting):
     """Overwrites the logits in the backward, with ``grad_output`` folded in before rounding."""
 
     @staticmethod
-    def forward(ctx, input, target, *arguments):
-        ops.check_overwritable(input, target, *arguments[:1])
-        loss, stats = ops.eager.forward_stats(input, target, *arguments)
-        _save(ctx, arguments, input, target, stats)
+    def forward(ctx, input, target, *options):
+        ops.check_overwritable(input, target, Options(*options).weight)
+        loss, *stats = ops.eager.forward_stats(input, target, *options)
+        _save(ctx, options, input, target, *stats)
         ctx.storage = input.untyped_storage()._cdata
         ctx.consumed = False
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
-        saved = input, target, stats, *weight = _Overwriting.begin_backward(ctx, grad_output)
+        saved = input, *_ = _Overwriting.begin_backward(ctx, grad_output)
         if torch.compiler.is_compiling() or input.untyped_storage()._cdata != ctx.storage:
             # A graph holds no operator that returns what it was given. And a hook on saved tensors
             # may have given a copy back, which others may have been given too.
             return _fused_gradients(ctx, grad_output, saved)
-        arguments = (target, stats, grad_output, *weight, *ctx.options)
+        (_, *tensors), options = _saved_call(ctx, saved)
         target_grad = None
         if ctx.needs_input_grad[1]:
-            target_grad = ops.backward_target(input, *arguments)
+            target_grad = ops.backward_target(input, *tensors, grad_output, *options)
         grad = input.detach()
-        ops.backward_(grad, *arguments)
+        ops.backward_(grad, *tensors, grad_output, *options)
         increment_version(input)
-        return grad, target_grad, *_NO_MORE
+        return grad, target_grad, *NO_GRADIENTS
 
 
 def _entrance(function: type[Function]) -> Callable[..., Tensor]:
@@ -197,8 +176,8 @@ def _entrance(function: type[Function]) -> Callable[..., Tensor]:
     """
     apply = super(Function, function).apply
 
-    def enter(input, target, *arguments):
-        return apply(unwrap_if_dead(input), unwrap_if_dead(target), *arguments)
+    def enter(input, target, *options):
+        return apply(unwrap_if_dead(input), unwrap_if_dead(target), *options)
 
     return enter
 
