@@ -25,8 +25,8 @@ from support.linear_reference import (
 from torch import nn
 
 import fused_ce
-from fused_ce.linear import plan
 from fused_ce import linear_cross_entropy as lce
+from fused_ce.linear import plan
 
 HAS_TORCHS = hasattr(F, "linear_cross_entropy")
 needs_torchs = pytest.mark.skipif(not HAS_TORCHS, reason="torch 2.13 and newer have the function")
