@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import ops
-from .options import Options
 from .stock import INDEX_DTYPES
 
 INVALID = "the arguments are not valid, and stock says why"
@@ -55,24 +54,41 @@ def backward_needs_stock(grad_output: Tensor) -> bool:
     )
 
 
-def stock_reason(input: Tensor, target: Tensor, options: Options) -> str | None:
+def stock_reason(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> str | None:
     """Why the kernels cannot take this call; None if they can."""
-    reason = foreign(input, "logits")
-    if reason is not None:
-        return reason
-    return stock_reason_of_logits(input, input.shape, input.dtype, target, options)
+    if type(input) is not Tensor or input.layout is not _STRIDED or input.is_nested:
+        reason = foreign(input, "logits")
+        if reason is not None:
+            return reason
+    return stock_reason_of_logits(
+        input, input.shape, input.dtype, target, weight, ignore_index, label_smoothing
+    )
 
 
 def stock_reason_of_logits(
-    device_of: Tensor, shape: tuple[int, ...], dtype: torch.dtype, target: Tensor, options: Options
+    device_of: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
 ) -> str | None:
     """The same for logits of this shape and dtype, on the device of a tensor that is at hand."""
-    weight = options.weight
-    reason = foreign(target, "target")
-    if reason is None and weight is not None:
+    if type(target) is not Tensor or target.layout is not _STRIDED or target.is_nested:
+        reason = foreign(target, "target")
+        if reason is not None:
+            return reason
+    if weight is not None:
         reason = foreign(weight, "weight")
-    if reason is not None:
-        return reason
+        if reason is not None:
+            return reason
     if transform_is_active():
         return "a torch.func transform or forward-mode differentiation is active"
     if torch._C._get_tracing_state() is not None:
@@ -85,7 +101,7 @@ def stock_reason_of_logits(
             return reason
     if dtype not in _LOGIT_DTYPES:
         return f"there are no kernels for {dtype} logits"
-    if _is_invalid(device_of, shape, dtype, target, options):
+    if _is_invalid(device_of, shape, dtype, target, weight, ignore_index, label_smoothing):
         return INVALID
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         return "the weight requires grad"
@@ -107,9 +123,8 @@ def foreign(tensor: object, name: str) -> str | None:
     return f"the {name} {'are' if name == 'logits' else 'is'} {what}"
 
 
-def _is_invalid(device_of, shape, dtype, target, options) -> bool:
+def _is_invalid(device_of, shape, dtype, target, weight, ignore_index, label_smoothing) -> bool:
     """Whether stock might refuse the call. The range of the targets is checked by the operators."""
-    weight, _, _, ignore_index, label_smoothing, *_ = options
     target_shape, target_dtype = target.shape, target.dtype
     dims = len(shape)
     if not 0 < dims <= _MAX_DIMS:
@@ -141,9 +156,10 @@ def _is_invalid(device_of, shape, dtype, target, options) -> bool:
         return True
     if weight.shape != (classes,):
         return True
-    mixes = weight.dtype != dtype and target_dtype in INDEX_DTYPES
+    if weight.dtype == dtype or target_dtype not in INDEX_DTYPES:
+        return False
     device = device_of.device.type
-    return mixes and _computed_dtype(weight.dtype, device) != _computed_dtype(dtype, device)
+    return _computed_dtype(weight.dtype, device) != _computed_dtype(dtype, device)
 
 
 def _is_elsewhere(tensor: Tensor, device_of: Tensor) -> bool:

@@ -95,13 +95,17 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     reduction = _Reduction.get_enum(reduction)
-    options = Options(weight, None, reduction, ignore_index, label_smoothing)
-    reason = stock_reason(input, target, options)
+    reason = stock_reason(input, target, weight, ignore_index, label_smoothing)
     if reason is not None:
+        options = Options(weight, None, reduction, ignore_index, label_smoothing)
         return _by_stock(input, target, options, reason)
-    arguments = _operator_options(input, target, options)
+    dtype = loss_dtype(input.dtype, target, weight)
+    # In a plain tuple, since making Options takes a while.
+    options = (weight, None, reduction, ignore_index, label_smoothing, dtype)
+    if weight is None and options == DEFAULTS:
+        options = ()  # an operator takes as long to read them
     mode = _mode(input, target, reduction, grad_in_forward, inplace)
-    return _RUN[mode](input, target, *arguments)
+    return _RUN[mode](input, target, *options)
 
 
 def _refuse_script():
@@ -143,7 +147,9 @@ def explain(*args: Any, **kwargs: Any) -> str:
         options = options_of(call | {"reduction": reduction})
     except ValueError:
         return f"stock: {INVALID}"
-    reason = stock_reason(input, target, options)
+    reason = stock_reason(
+        input, target, options.weight, options.ignore_index, options.label_smoothing
+    )
     if reason is not None:
         return f"stock: {reason}"
     mode = _mode(input, target, options.reduction, call["grad_in_forward"], call["inplace"])
@@ -181,14 +187,6 @@ def _by_stock(input, target, options: Options, reason: str) -> Tensor:
     if fallback.is_on:  # afterwards, since stock may have refused the call
         fallback.warn("cross_entropy", reason)
     return loss
-
-
-def _operator_options(input: Tensor, target: Tensor, options: Options) -> tuple:
-    """What an operator is given: none where they are the defaults, which costs less."""
-    dtype = loss_dtype(input.dtype, target, options.weight)
-    if dtype is not None:
-        return options._replace(loss_dtype=dtype)
-    return options if options.weight is not None or options != DEFAULTS else ()
 
 
 def _mode(input, target, reduction: int, grad_in_forward: bool, inplace: bool) -> str:

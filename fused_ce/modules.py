@@ -22,32 +22,29 @@ from .signatures import keyword_options
 M = TypeVar("M", bound=type[nn.Module])
 
 
-def _with_options_of(
-    function: Callable, stocks: tuple[str, ...], own: tuple[str, ...] = ()
-) -> Callable[[M], M]:
+def _with_options_of(function: Callable, *but: str) -> Callable[[M], M]:
     """Gives a module's constructor the options of ``function`` that stock's does not have.
 
-    ``stocks`` are the attributes of stock's module that are handed on, ``own`` the arguments that
-    the module has by itself. The defaults are attributes of the class, so that an older pickle,
-    which lacks one, means the default.
+    The defaults are attributes of the class, so that an older pickle, which lacks one, means the
+    default.
     """
 
     def decorate(module: M) -> M:
         inherited = inspect.signature(module.__mro__[1].__init__).parameters
-        known = {*inherited, *own}
+        known = {*inherited, *but}
         added = {n: p for n, p in keyword_options(function).items() if n not in known}
         defaults = {name: parameter.default for name, parameter in added.items()}
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            own = {name: kwargs.pop(name, default) for name, default in defaults.items()}
+            given = {name: kwargs.pop(name, default) for name, default in defaults.items()}
             super(module, self).__init__(*args, **kwargs)
-            for name, value in own.items():
+            for name, value in given.items():
                 setattr(self, name, value)
 
         parameters = [*inherited.values(), *added.values()]
         __init__.__signature__ = inspect.Signature(parameters, return_annotation=None)
         module.__init__ = __init__
-        module._handed_on = (*stocks, *added)
+        module._own_options = tuple(added)
         module.__constants__ = [*getattr(module, "__constants__", ()), *added]
         for name, default in defaults.items():
             setattr(module, name, default)
@@ -56,11 +53,7 @@ def _with_options_of(
     return decorate
 
 
-def _handed_on(module: nn.Module) -> dict[str, Any]:
-    return {name: getattr(module, name) for name in module._handed_on}
-
-
-@_with_options_of(cross_entropy, stocks=("weight", "ignore_index", "reduction", "label_smoothing"))
+@_with_options_of(cross_entropy)
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     r"""Cross entropy between logits and target, in one fused pass; a drop-in for
     :class:`torch.nn.CrossEntropyLoss`.
@@ -110,7 +103,15 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Returns the loss of ``input`` against ``target``."""
-        return cross_entropy(input, target, **_handed_on(self))
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            **{name: getattr(self, name) for name in self._own_options},
+        )
 
 
 if hasattr(nn, "LinearCrossEntropyLoss"):
@@ -166,11 +167,7 @@ else:
             )
 
 
-@_with_options_of(
-    linear_cross_entropy,
-    stocks=("weight", "ignore_index", "reduction", "label_smoothing", "options"),
-    own=("linear_bias",),
-)
+@_with_options_of(linear_cross_entropy, "linear_bias")  # which is that of the layer
 class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
     r"""A linear layer and the cross entropy of its output, which is never held as a whole; a
     drop-in for ``torch.nn.LinearCrossEntropyLoss`` of torch 2.13 and newer, for any torch.
@@ -222,5 +219,10 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
             layer.weight.reshape(*shape, layer.in_features),
             target,
             linear_bias=None if layer.bias is None else layer.bias.reshape(shape),
-            **_handed_on(self),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            **{name: getattr(self, name) for name in self._own_options},
         )

@@ -291,7 +291,9 @@ def _stock_reason(call: _Call) -> str | None:
             return "the layer's tensors differ in device or dtype"
     if 0 in call.logits_shape[2:]:
         return "the loss has no positions"
-    reason = stock_reason_of_logits(input, call.logits_shape, dtype, target, call.options)
+    options = call.options
+    of_stock = options.weight, options.ignore_index, options.label_smoothing
+    reason = stock_reason_of_logits(input, call.logits_shape, dtype, target, *of_stock)
     if reason is None and target.requires_grad and torch.is_grad_enabled():
         return "the target requires grad"
     return reason
