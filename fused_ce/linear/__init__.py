@@ -341,8 +341,8 @@ def _chunks(call: _Call) -> str:
     chunks, rows = -(-count // rows), min(rows, count)
     size = rows * columns * dtype.itemsize
     if chunks == 1:
-        return f"1 chunk of {rows} rows, {size} bytes"
-    return f"{chunks} chunks of {rows} rows, {size} bytes each"
+        return f"1 chunk of {rows} row{'s' * (rows != 1)}, {size} bytes"
+    return f"{chunks} chunks of {rows} row{'s' * (rows != 1)}, {size} bytes each"
 
 
 def _fused(call: _Call) -> Tensor:
