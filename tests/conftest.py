@@ -3,7 +3,11 @@
 import pytest
 import torch
 from support import simulated
-from support.devices import DEVICES
+from support.devices import DEVICES, MISSING
+
+
+def pytest_report_header():
+    return f"without CUDA: {MISSING}" if MISSING else None
 
 
 @pytest.fixture(autouse=True)

@@ -16,17 +16,18 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
-from support.layouts import (
-    GEOMETRIES,
-    OVERLAPPING,
+from support.grids import (
+    MODES,
+    REDUCTIONS,
     SHAPES,
     covering,
-    is_dense,
-    lay_out,
+    every_differentiating_mode,
+    every_mode,
+    every_reduction,
     name_of,
-    target_of,
 )
-from support.reference import MODES, differentiate, same_layout
+from support.layouts import GEOMETRIES, OVERLAPPING, is_dense, lay_out, target_of
+from support.reference import differentiate, same_layout
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -35,9 +36,6 @@ from torch.library import opcheck
 
 import fused_ce
 from fused_ce import ops
-
-REDUCTIONS = ("none", "mean", "sum")
-DIFFERENTIATING = ("default", "recompute", "in place")
 
 
 @pytest.fixture(autouse=True)
@@ -156,8 +154,8 @@ def targets_of_calls(graphs):
     ]
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("mode", MODES)
+@every_reduction
+@every_mode
 def test_graph_holds_something_else_than_our_operators(mode, reduction):
     input, target = problem()
     backend = AotEagerAndRecordGraphs()
@@ -310,7 +308,7 @@ def test_size_that_depends_on_data_breaks_the_graph(shape, reduction):
         torch.testing.assert_close(differentiate(function, input, target), expected)
 
 
-@pytest.mark.parametrize("mode", DIFFERENTIATING)
+@every_differentiating_mode
 def test_checkpoint_within_a_graph_gives_another_gradient(mode):
     input, target = problem()
 
@@ -324,7 +322,7 @@ def test_checkpoint_within_a_graph_gives_another_gradient(mode):
     torch.testing.assert_close(differentiate(compiled(step), input, target), expected)
 
 
-@pytest.mark.parametrize("mode", DIFFERENTIATING)
+@every_differentiating_mode
 @pytest.mark.parametrize("target_grad", [False, True])
 def test_two_losses_in_one_graph_are_confused(target_grad, mode):
     # The same logits, different reductions, one of them scaled, and a gradient for probabilities.
@@ -359,7 +357,7 @@ def test_graph_break_beside_the_loss_loses_the_gradient():
     torch.testing.assert_close(differentiate(function, input, target), expected)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_double_backward_through_a_graph_is_silently_wrong(backend, reduction):
     # A graph that runs as it was captured is differentiated; AOTAutograd refuses. (Stock's loss is
@@ -438,7 +436,7 @@ def test_transform_of_the_backward_of_a_graph_is_silently_wrong(transform):
 @pytest.mark.skipif(
     not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch cannot trace it"
 )
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @pytest.mark.parametrize("order", [1, 2])
 def test_derivative_within_a_graph_is_silently_wrong(order, reduction):
     input, target = problem()
@@ -650,8 +648,8 @@ def test_operator_breaks_its_schema_for_nothing():
     opcheck(ops.instruction_set, (), test_utils=("test_schema",))
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("mode", MODES)
+@every_reduction
+@every_mode
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every second class"])
 def test_fake_call_returns_another_shape(layout, kind, mode, reduction):
@@ -673,8 +671,8 @@ def test_fake_call_returns_another_shape(layout, kind, mode, reduction):
     assert described(result) == described(call(same_layout(values), target))
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("mode", MODES)
+@every_reduction
+@every_mode
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, "probability"], ids=str)
 def test_meta_tensors_give_another_shape(kind, mode, reduction):
     input, target = problem(kind, (2, 5, 3, 4))
@@ -763,7 +761,7 @@ def test_exported_program_cannot_be_saved():
     torch.testing.assert_close(loaded.module()(x, y), module(x, y))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, "probability"], ids=str)
 def test_jit_trace_records_something_else(kind, mode):
     input, target = problem(kind)

@@ -14,22 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.devices import every_device, on_cpu
+from support.grids import DIFFERENTIATING, MODES, REPEATABLE, every_options_of, every_reduction
 from support.layouts import lay_out, target_of
-from support.reference import MODES, assert_as_accurate, float64, same_layout, stock, ulp
+from support.reference import assert_as_accurate, float64, same_layout, stock, ulp
 from torch.utils.checkpoint import checkpoint
 
 import fused_ce
 
 pytestmark = every_device
-
-REDUCTIONS = ("mean", "sum", "none")
-# The modes in which a graph may be walked more than once.
-REPEATABLE = {name: MODES[name] for name in ("default", "recompute")}
-DIFFERENTIATING = {name: MODES[name] for name in ("default", "recompute", "in place")}
-
-
-def modes(choice):
-    return pytest.mark.parametrize("options", choice.values(), ids=choice.keys())
 
 
 def index_problem(classes=5, dtype=torch.float64):
@@ -41,8 +33,8 @@ def index_problem(classes=5, dtype=torch.float64):
 
 
 @on_cpu
-@modes(REPEATABLE)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_options_of(REPEATABLE)
+@every_reduction
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])  # off, usual, nothing but smoothing
 @pytest.mark.parametrize("weighted", [False, True])
 def test_gradient_is_not_the_slope_of_the_loss(reduction, smoothing, weighted, options):
@@ -64,8 +56,8 @@ def test_gradient_is_not_the_slope_of_the_loss(reduction, smoothing, weighted, o
 
 
 @on_cpu
-@modes(REPEATABLE)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_options_of(REPEATABLE)
+@every_reduction
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("wanted", ["input", "target", "both"])
 def test_gradient_for_probabilities_is_not_the_slope(reduction, smoothing, wanted, options):
@@ -89,9 +81,9 @@ def test_gradient_for_probabilities_is_not_the_slope(reduction, smoothing, wante
         assert torch.autograd.gradgradcheck(loss, (input, target))
 
 
-@modes(DIFFERENTIATING)
+@every_options_of(DIFFERENTIATING)
 @pytest.mark.parametrize("wanted", ["input", "target", "weight", "all"])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 def test_one_of_several_gradients_is_wrong_or_missing(wanted, reduction, options):
     values = {
         "input": torch.randn(6, 5),
@@ -112,7 +104,7 @@ def test_one_of_several_gradients_is_wrong_or_missing(wanted, reduction, options
             torch.testing.assert_close(value, expected)
 
 
-@modes(DIFFERENTIATING)
+@every_options_of(DIFFERENTIATING)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
 # 1 takes the stored gradient and nothing else may; 0 and -2.5 have no inverse and another sign;
@@ -132,7 +124,7 @@ def test_incoming_gradient_is_ignored_or_misapplied(scale, reduction, kind, dtyp
     assert_as_accurate(*grads, exact, "gradient")
 
 
-@modes(DIFFERENTIATING)
+@every_options_of(DIFFERENTIATING)
 @pytest.mark.parametrize("form", ["each its own", "expanded", "every second", "transposed", "nan"])
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
 def test_incoming_gradient_of_a_row_goes_to_another(form, kind, options):
@@ -153,8 +145,8 @@ def test_incoming_gradient_of_a_row_goes_to_another(form, kind, options):
     torch.testing.assert_close(*grads, equal_nan=True)
 
 
-@modes(REPEATABLE)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_options_of(REPEATABLE)
+@every_reduction
 def test_second_backward_differs_from_the_first(reduction, options):
     input, target, _ = index_problem(dtype=torch.float32)
     loss = fused_ce.cross_entropy(input, target, reduction=reduction, **options).sum()
@@ -171,8 +163,8 @@ def test_second_backward_differs_from_the_first(reduction, options):
     torch.testing.assert_close(input.grad, 2 * first)
 
 
-@modes(DIFFERENTIATING)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_options_of(DIFFERENTIATING)
+@every_reduction
 def test_second_backward_without_retain_graph_is_accepted(reduction, options):
     messages = []
     for function, extra in ((fused_ce.cross_entropy, options), (F.cross_entropy, {})):
@@ -186,8 +178,8 @@ def test_second_backward_without_retain_graph_is_accepted(reduction, options):
         assert messages[0] == messages[1]
 
 
-@modes(REPEATABLE)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_options_of(REPEATABLE)
+@every_reduction
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8, "probability"], ids=str)
 def test_double_backward_differs_from_stock(reduction, kind, options):
     # A gradient penalty: backward through the gradient, together with the loss itself.
@@ -216,7 +208,7 @@ def second_order(loss, leaves):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("form", ["default", "recompute", "compiled"])
 def test_double_backward_sees_what_an_ignored_row_holds(form, smoothing, reduction, bad):
@@ -244,7 +236,7 @@ def test_double_backward_sees_what_an_ignored_row_holds(form, smoothing, reducti
         assert (gradient[1] == 0).all() and (gradient[4, :, 0] == 0).all()
 
 
-@modes(REPEATABLE)
+@every_options_of(REPEATABLE)
 @pytest.mark.parametrize("kind, index", [(torch.uint8, -100), (torch.int16, 2**16 + 156)], ids=str)
 def test_double_backward_ignores_what_wraps_around_to_the_index(kind, index, options):
     # Class 156 is what both indices become in the target's own type.
@@ -259,7 +251,7 @@ def test_double_backward_ignores_what_wraps_around_to_the_index(kind, index, opt
     torch.testing.assert_close(*results)
 
 
-@modes(REPEATABLE)
+@every_options_of(REPEATABLE)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_batched_incoming_gradients_fail(reduction, options):
     input, target, _ = index_problem(dtype=torch.float32)
@@ -278,7 +270,7 @@ def test_batched_incoming_gradients_fail(reduction, options):
 
 
 @pytest.mark.parametrize("target_kind", ["ignored", "counted"])
-@modes(REPEATABLE)
+@every_options_of(REPEATABLE)
 def test_small_fp16_gradients_vanish_under_a_scaler(target_kind, options, device):
     # A mean over 4096 rows: many gradients are below fp16's smallest number, 6e-8, and are
     # carried only if the scaler's factor is applied before they are rounded.
@@ -295,7 +287,7 @@ def test_small_fp16_gradients_vanish_under_a_scaler(target_kind, options, device
     assert zero_unscaled.sum() > 1000 + (leaf.grad == 0).sum()
 
 
-@modes(DIFFERENTIATING)
+@every_options_of(DIFFERENTIATING)
 def test_small_fp16_gradients_vanish_under_autocast_and_a_scaler(options, device):
     # Autocast makes the loss a float, which can take the scaler's 65536 that fp16 cannot hold.
     input = torch.randn(4096, 64).mul(3).half()
@@ -310,7 +302,7 @@ def test_small_fp16_gradients_vanish_under_autocast_and_a_scaler(options, device
     assert_every_element_is_rounded_once(leaf.grad, exact)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 def test_small_fp16_gradients_vanish_in_place(reduction):
     input = torch.randn(4096, 64).mul(3).half()
     target = torch.randint(0, 64, (4096,))
@@ -330,7 +322,7 @@ def assert_every_element_is_rounded_once(gradient, exact):
     assert ((gradient.double() - exact).abs() <= half_an_ulp + slack).all()
 
 
-@modes(REPEATABLE)
+@every_options_of(REPEATABLE)
 def test_scaler_steps_part_from_stock(options, device):
     # Scale, unscale, step: the weights after three steps, one of them with accumulation.
     inputs, targets = torch.randn(4, 8, 6), torch.randint(0, 5, (4, 8))
@@ -350,8 +342,8 @@ def test_scaler_steps_part_from_stock(options, device):
     torch.testing.assert_close(*finals)
 
 
-@modes(REPEATABLE)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_options_of(REPEATABLE)
+@every_reduction
 def test_accumulation_into_grad_overwrites_or_shares(reduction, options):
     # Twice the same leaf, in two losses and in one graph; neither may see the other's memory.
     input, target, _ = index_problem(dtype=torch.float32)
@@ -368,8 +360,8 @@ def test_accumulation_into_grad_overwrites_or_shares(reduction, options):
     torch.testing.assert_close(*grads)
 
 
-@modes(DIFFERENTIATING)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_options_of(DIFFERENTIATING)
+@every_reduction
 def test_gradient_does_not_reach_what_made_the_logits(reduction, options):
     # Logits that are not a leaf, of a layer whose own tensors autograd has saved.
     x, target = torch.randn(6, 4, 3), torch.randint(0, 5, (6, 4))
@@ -384,8 +376,8 @@ def test_gradient_does_not_reach_what_made_the_logits(reduction, options):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@modes(DIFFERENTIATING)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_options_of(DIFFERENTIATING)
+@every_reduction
 def test_gradient_through_a_checkpoint_is_wrong(reentrant, reduction, options):
     x, target = torch.randn(6, 3), torch.randint(0, 5, (6,))
     grads = []
@@ -414,8 +406,8 @@ def contiguous_copies():
     "hooks", [contiguous_copies, torch.autograd.graph.save_on_cpu], ids=lambda hooks: hooks.__name__
 )
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "reversed axes", "odd offset"])
-@modes(REPEATABLE)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_options_of(REPEATABLE)
+@every_reduction
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
 def test_saved_tensors_with_other_strides_are_misread(hooks, layout, reduction, kind, options):
     values = torch.randn(2, 5, 3, 4)
@@ -435,7 +427,7 @@ def test_saved_tensors_with_other_strides_are_misread(hooks, layout, reduction, 
 
 
 @pytest.mark.parametrize("hooks", [contiguous_copies, torch.autograd.graph.save_on_cpu])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 def test_in_place_under_saved_tensor_hooks_is_silently_wrong(hooks, reduction):
     # Hooks hand backward a copy of the logits: the right gradient or an error, nothing else.
     input, target = torch.randn(2, 5, 3, 4), torch.randint(0, 5, (2, 3, 4))
@@ -460,7 +452,7 @@ SHARED_WORK = ((5000, 10), (33, 4097), (2, 21, 65, 67), (2, 400003))
 @pytest.mark.parametrize("shape", SHARED_WORK, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
-@modes(DIFFERENTIATING)
+@every_options_of(DIFFERENTIATING)
 def test_bits_depend_on_the_threads_or_the_run(shape, dtype, kind, options):
     input = torch.randn(shape).to(dtype)
     target = target_of(kind, shape, dtype, ignore_index=-100)
@@ -498,7 +490,7 @@ def test_statistics_depend_on_the_threads(shape):
 
 
 @on_cpu
-@modes(DIFFERENTIATING)
+@every_options_of(DIFFERENTIATING)
 def test_concurrent_losses_disturb_each_other(options):
     def run(seed):
         generator = torch.Generator().manual_seed(seed)
@@ -515,8 +507,8 @@ def test_concurrent_losses_disturb_each_other(options):
         assert torch.equal(value[0], alone[0]) and torch.equal(value[1], alone[1])
 
 
-@modes(DIFFERENTIATING)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_options_of(DIFFERENTIATING)
+@every_reduction
 def test_backward_in_another_thread_is_wrong(reduction, options):
     input, target, _ = index_problem(dtype=torch.float32)
     total = "sum" if reduction == "none" else reduction
@@ -527,7 +519,7 @@ def test_backward_in_another_thread_is_wrong(reduction, options):
     torch.testing.assert_close(input.grad, expected)
 
 
-@modes(DIFFERENTIATING)
+@every_options_of(DIFFERENTIATING)
 def test_anomaly_mode_fails(options):
     input, target, _ = index_problem(dtype=torch.float32)
     expected = stock(input, target).grad_input
@@ -536,7 +528,7 @@ def test_anomaly_mode_fails(options):
     torch.testing.assert_close(input.grad, expected)
 
 
-@modes(MODES)
+@every_options_of(MODES)
 def test_inference_mode_gives_another_loss(options):
     with torch.inference_mode():
         input, target = torch.randn(6, 5), torch.randint(0, 5, (6,))
@@ -544,7 +536,7 @@ def test_inference_mode_gives_another_loss(options):
         torch.testing.assert_close(loss, F.cross_entropy(input, target))
 
 
-@modes(DIFFERENTIATING)
+@every_options_of(DIFFERENTIATING)
 def test_gradient_of_an_ignored_row_is_not_exactly_zero(options):
     input, target = torch.randn(40, 19, requires_grad=True), torch.randint(0, 19, (40,))
     target[::3] = -100
@@ -553,7 +545,7 @@ def test_gradient_of_an_ignored_row_is_not_exactly_zero(options):
     assert (input.grad[1::3] != 0).all()
 
 
-@modes(DIFFERENTIATING)
+@every_options_of(DIFFERENTIATING)
 @pytest.mark.parametrize("after_backward", [False, True])
 def test_graph_keeps_the_logits_alive(options, after_backward):
     # Reference counting alone must free everything: a cycle would hold logits until a collection.

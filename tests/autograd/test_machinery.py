@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
-from support.layouts import DTYPES, target_of
+from support.grids import MODES, every_dtype
+from support.layouts import target_of
 from support.memory import LOGITS, MEGABYTE, PER_ROW, ROWS, SLACK, reset_peak, status
 from support.processes import environment
-from support.reference import MODES, differentiate, same_layout
+from support.reference import differentiate, same_layout
 from torch import nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors, get_gradient_edge
 from torch.overrides import TorchFunctionMode
@@ -326,7 +327,7 @@ def test_way_through_autograd_leads_elsewhere(body, call):
 
 @every_call
 @pytest.mark.parametrize("default", [torch.float64, torch.float16], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
 def test_default_dtype_changes_the_result(kind, dtype, default, call):
     options, own = CALLS[call]

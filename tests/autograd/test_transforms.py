@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
+from support.grids import MODES, REDUCTIONS, REPEATABLE, every_options_of, every_reduction
 from support.layouts import target_of
-from support.reference import MODES, same_layout
+from support.reference import same_layout
 from torch.func import (
     functional_call,
     functionalize,
@@ -32,18 +33,11 @@ from torch.func import (
 
 import fused_ce
 
-REDUCTIONS = ("mean", "sum", "none")
-REPEATABLE = {name: MODES[name] for name in ("default", "recompute")}
 SHAPE = (3, 4, 2)
 KINDS = {"index": torch.int64, "probability": "probability"}
 
 
-def every(values):
-    return pytest.mark.parametrize("options", values.values(), ids=values.keys())
-
-
 every_kind = pytest.mark.parametrize("kind", KINDS)
-every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
 def problem(kind="index", dtype=torch.float64, shape=SHAPE):
@@ -403,7 +397,7 @@ def _dual(back, v):
 @pytest.mark.parametrize("transform", LATE)
 @every_kind
 @every_reduction
-@every(REPEATABLE)
+@every_options_of(REPEATABLE)
 def test_transform_of_a_backward_alone_is_silently_wrong(transform, kind, reduction, options):
     input, target, extra = problem(kind)
 
@@ -482,7 +476,7 @@ def test_nonfinite_incoming_gradient_reaches_an_ignored_row(kind, reduction, for
 
 @every_kind
 @every_reduction
-@every(REPEATABLE)
+@every_options_of(REPEATABLE)
 def test_second_derivatives_differ_from_stock(kind, reduction, options):
     # Blocks of the Hessian by hand: every pair of logits, probabilities and incoming gradient.
     input, target, extra = problem(kind)
@@ -505,7 +499,7 @@ def test_second_derivatives_differ_from_stock(kind, reduction, options):
 
 @every_kind
 @every_reduction
-@every(REPEATABLE)
+@every_options_of(REPEATABLE)
 def test_retained_graph_gives_another_second_derivative(kind, reduction, options):
     # First and second derivatives in turns, from one graph that all of them share.
     input, target, extra = problem(kind)
@@ -547,7 +541,7 @@ FUNCTIONALS = {
 
 @pytest.mark.parametrize("name", FUNCTIONALS)
 @every_kind
-@every(REPEATABLE)
+@every_options_of(REPEATABLE)
 def test_functional_derivative_gives_something_else(name, kind, options):
     input, target, extra = problem(kind)
 
@@ -561,7 +555,7 @@ def test_functional_derivative_gives_something_else(name, kind, options):
 @pytest.mark.parametrize(
     "kind, reduction", [("index", "mean"), ("index", "none"), ("probability", "none")]
 )
-@every(REPEATABLE)
+@every_options_of(REPEATABLE)
 def test_derivatives_are_not_slopes_in_every_mode_of_autograd(kind, reduction, options):
     # Forward mode, batched gradients and forward over reverse, all against finite differences.
     input, target, extra = problem(kind, shape=(2, 3, 1))

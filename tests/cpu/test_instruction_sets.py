@@ -18,9 +18,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.layouts import DTYPES, OVERLAPPING, SHAPES, covering, lay_out, name_of, target_of
+from support.grids import (
+    DTYPES,
+    MODES,
+    SHAPES,
+    covering,
+    every_differentiating_mode,
+    every_mode,
+    name_of,
+)
+from support.layouts import OVERLAPPING, lay_out, target_of
 from support.processes import environment
-from support.reference import MODES, check_against_stock, one_thread, ours
+from support.reference import check_against_stock, one_thread, ours
 
 import fused_ce
 
@@ -144,7 +153,7 @@ def test_instruction_set_is_inaccurate_or_not_the_one_asked_for(capability):
         assert bits == digest(shared_results())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 @pytest.mark.parametrize("shape", SHARED_WORK, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "reversed axes"])
 def test_number_of_threads_changes_a_bit(layout, shape, mode):
@@ -217,7 +226,7 @@ def test_threads_fail_in_the_child_of_a_process_that_only_imported():
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 def test_python_threads_disturb_each_other(mode):
     # All start at the same moment, each with several threads of its own and another problem.
     count = 8
@@ -240,7 +249,7 @@ def test_python_threads_disturb_each_other(mode):
                     assert torch.equal(result.grad_input, alone.grad_input)
 
 
-@pytest.mark.parametrize("mode", ["default", "recompute", "in place"])
+@every_differentiating_mode
 def test_replicas_in_threads_part_from_one_model(mode):
     # What DataParallel does: replicas of one model, each in a thread with a part of the batch, and
     # one backward through all of them, into the same parameters.

@@ -15,24 +15,25 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support.devices import needs_cuda
+from support.devices import MISSING
+from support.grids import MODES, every_differentiating_mode, every_mode
 from support.layouts import target_of
-from support.reference import MODES, check_against_stock, differentiate, ours, stock
+from support.reference import check_against_stock, differentiate, ours, stock
 
 import fused_ce
 from fused_ce import ops
 
+if MISSING:
+    pytest.skip(MISSING, allow_module_level=True)
+
 pytestmark = [
-    *needs_cuda,
+    pytest.mark.cuda,
     pytest.mark.usefixtures("device"),
     pytest.mark.parametrize("device", ["cuda"], indirect=True),
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DIFFERENTIATING = ("default", "recompute", "in place")
 GIGABYTE = 2**30
-every_mode = pytest.mark.parametrize("mode", MODES)
-every_gradient = pytest.mark.parametrize("mode", DIFFERENTIATING)
 
 
 def problem(shape=(64, 1000), dtype=torch.float32, kind=torch.int64):
@@ -57,7 +58,7 @@ def test_number_of_classes_changes_the_loss_or_the_gradient(classes, dtype, mode
     check_against_stock(input, target, mode=mode, label_smoothing=0.1)
 
 
-@every_gradient
+@every_differentiating_mode
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offset", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("classes", [19, 1000, 5003, 50257])
@@ -68,7 +69,7 @@ def test_rows_off_the_vectors_alignment_are_misread(classes, offset, dtype, mode
     check_against_stock(input, target, mode=mode, weight=torch.rand(classes).to(dtype))
 
 
-@every_gradient
+@every_differentiating_mode
 @pytest.mark.parametrize("shape", [(1 << 20, 10), (70001, 3), (2, 19, 257, 263), (1, 1 << 20)])
 def test_many_rows_or_positions_change_the_loss_or_the_gradient(shape, mode):
     input, target = problem(shape)
@@ -262,7 +263,7 @@ def test_tensors_of_the_host_are_followed_from_the_device():
 # The rest of torch
 
 
-@every_gradient
+@every_differentiating_mode
 @pytest.mark.parametrize("shape", [(64, 1000), (2, 19, 17, 13)], ids=str)
 def test_deterministic_algorithms_are_refused_or_differ(shape, mode):
     # Stock refuses images here, for its sums are in any order.

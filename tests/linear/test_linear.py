@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.layouts import DTYPES, covering, name_of
+from support.grids import DTYPES, covering, name_of
 from support.linear_reference import (
     check_against_stock,
     chunk_sizes,

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from support.linear_reference import Outcome, differentiate, in_chunks, stock_loss
+from support.grids import every_reduction
+from support.linear_reference import WAYS, Outcome, differentiate, every_way, in_chunks, stock_loss
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -16,11 +17,7 @@ import fused_ce
 from fused_ce import linear_cross_entropy as lce
 
 FEATURES, CLASSES, ROWS = 4, 6, 7
-REDUCTIONS = ("mean", "sum", "none")
-WAYS = {"ahead": {}, "recompute": {"grad_in_forward": False}}
 
-every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
-every_way = pytest.mark.parametrize("way", WAYS)
 every_kind = pytest.mark.parametrize("kind", ("index", "probability", "positions"))
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from support.layouts import covering, name_of
-from support.linear_reference import differentiate, stock_loss
+from support.grids import REDUCTIONS, covering, every_reduction, name_of
+from support.linear_reference import WAYS, differentiate, every_way, stock_loss
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,11 +24,6 @@ from fused_ce import linear
 from fused_ce import linear_cross_entropy as lce
 
 FEATURES, CLASSES = 4, 6
-REDUCTIONS = ("mean", "sum", "none")
-WAYS = {"ahead": {}, "recompute": {"grad_in_forward": False}}
-
-every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
-every_way = pytest.mark.parametrize("way", WAYS)
 
 
 @pytest.fixture(autouse=True)

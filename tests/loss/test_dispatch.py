@@ -7,8 +7,9 @@ autocast gives stock's dtypes; options that only stock serves go there, with sto
 import pytest
 import torch
 import torch.nn.functional as F
-from support.layouts import KINDS, SHAPES, target_of
-from support.reference import MODES, differentiate, same_layout
+from support.grids import KINDS, MODES, SHAPES, every_mode
+from support.layouts import target_of
+from support.reference import differentiate, same_layout
 from torch.overrides import TorchFunctionMode
 
 import fused_ce
@@ -34,7 +35,7 @@ def is_fused(*args, **options):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 def test_ordinary_call_is_not_fused(shape, kind, mode):
     input = torch.randn(SHAPES[shape](5), requires_grad=mode != "no grad")
     target = target_of(kind, input.shape, torch.float32)
@@ -159,7 +160,7 @@ def test_function_mode_does_not_see_our_function():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, "probability"], ids=str)
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_gives_other_dtypes_or_numbers(autocast, weighted, mode, kind, dtype, device):

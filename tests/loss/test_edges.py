@@ -12,9 +12,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.devices import every_device, on_cpu
-from support.layouts import DTYPES, KINDS, SHAPES, target_of
-from support.reference import (
+from support.grids import (
+    KINDS,
     MODES,
+    REDUCTIONS,
+    SHAPES,
+    every_differentiating_mode,
+    every_dtype,
+    every_mode,
+    every_reduction,
+)
+from support.layouts import target_of
+from support.reference import (
     assert_as_accurate,
     check_against_stock,
     differentiate,
@@ -27,11 +36,7 @@ import fused_ce
 
 pytestmark = every_device
 
-REDUCTIONS = ("mean", "sum", "none")
 NAN, INF = math.nan, math.inf
-every_mode = pytest.mark.parametrize("mode", MODES)
-every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @every_mode
@@ -257,7 +262,7 @@ def test_row_of_nothing_finite_spreads_or_is_lost(value, smoothing, kind, reduct
     check_against_stock(input, target, mode=mode, **options)
 
 
-@pytest.mark.parametrize("mode", ["default", "recompute", "in place"])
+@every_differentiating_mode
 @every_dtype
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("classes, position", [*POSITIONS, (66, 0), (66, 65)])
@@ -336,7 +341,7 @@ def test_ignored_row_that_holds_nan_is_read(shape, value, reduction, dtype, mode
             assert (result.grad_input.movedim(1, -1)[~ignored] != 0).any()
 
 
-@pytest.mark.parametrize("mode", ["default", "recompute", "in place"])
+@every_differentiating_mode
 def test_incoming_nan_reaches_an_ignored_row(mode):
     # 0 stands for "not looked at"; a nan that arrives belongs to the rows that were.
     target = torch.tensor([0, -100, 2])
@@ -467,7 +472,7 @@ def test_input_of_the_most_dimensions_is_misread():
 
 # More than a hundred tiles, the last of a run a short one.
 @pytest.mark.parametrize("shape", [(90011, 10), (2, 21, 150, 457)], ids=str)
-@pytest.mark.parametrize("mode", ["default", "recompute", "in place"])
+@every_differentiating_mode
 def test_short_tile_at_the_end_of_a_run_loses_rows(shape, mode):
     input = torch.randn(shape)
     target = torch.randint(0, shape[1], shape[:1] + shape[2:])

@@ -11,8 +11,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from support.layouts import DTYPES, SHAPES, lay_out
-from support.reference import MODES, check_against_stock
+from support.grids import MODES, SHAPES, every_dtype, every_mode
+from support.layouts import lay_out
+from support.reference import check_against_stock
 
 import fused_ce
 
@@ -147,7 +148,7 @@ def raised_by(function, input, target, **options):
 
 
 @pytest.mark.parametrize("call", BAD_CALLS)
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 def test_bad_call_raises_something_else_than_stock(call, mode):
     input, target, *rest = BAD_CALLS[call]()
     options = rest[0] if rest else {}
@@ -229,8 +230,8 @@ def test_message_is_not_the_one_in_the_contract(call):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_mode
+@every_dtype
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_target_out_of_range_is_read_or_written(shape, mode, dtype, reduction):
     # Each kind of index has its own nearest and farthest wrong values; 5 is C itself. A far index
@@ -270,7 +271,7 @@ def test_target_out_of_range_is_read_or_written(shape, mode, dtype, reduction):
 
 # The bad target comes last, after rows that other threads have long finished.
 @pytest.mark.parametrize("shape", [(5000, 10), (65, 4097), (2, 21, 33, 67)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("layout", ["contiguous", "gap after each row"])
 def test_in_place_writes_rows_before_a_bad_target_is_seen(shape, dtype, reduction, layout):
@@ -286,14 +287,14 @@ def test_in_place_writes_rows_before_a_bad_target_is_seen(shape, dtype, reductio
     fused_ce.cross_entropy(input, target.zero_(), reduction=reduction, inplace=True)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 @pytest.mark.parametrize("value", [7, -1, -100, 2**40, -(2**63)])
 def test_ignored_value_out_of_range_raises(mode, value):
     target = torch.tensor([0, value, 4, value])
     check_against_stock(logits(4, 5), target, mode=mode, ignore_index=value)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 def test_several_bad_targets_name_another_one(mode):
     # Stock names the first of them, whatever the number of threads.
     target = torch.zeros(3000, dtype=torch.int64)
@@ -328,7 +329,7 @@ LEGACY = [
 
 
 @pytest.mark.parametrize("options", LEGACY, ids=str)
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 def test_legacy_arguments_mean_or_warn_something_else(options, mode):
     input, target = logits(), torch.tensor([0, 1, 2, 3])
     input.requires_grad_(mode != "no grad")
@@ -345,7 +346,7 @@ def test_legacy_arguments_mean_or_warn_something_else(options, mode):
 
 
 @pytest.mark.parametrize("freed", ["input", "target", "weight"])
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 def test_storage_that_was_freed_is_read(freed, mode):
     # As sharded training does between uses: the sizes stay, the memory goes.
     tensors = {

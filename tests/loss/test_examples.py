@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.reference import MODES, check_against_stock, ours
+from support.grids import every_mode
+from support.reference import check_against_stock, ours
 
 
 def by_definition(logits, targets):
@@ -45,7 +46,7 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_worked_example_has_another_value(example, dtype, mode):
@@ -101,7 +102,7 @@ def test_smoothing_differs_from_its_definition():
     torch.testing.assert_close(result.loss, expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 def test_segmentation_differs_from_stock(mode):
     # Eight classes, a border of one pixel marked 255 as in Pascal VOC, rare classes weighted.
     input = torch.randn(2, 8, 24, 32).contiguous(memory_format=torch.channels_last)
@@ -117,7 +118,7 @@ def test_segmentation_differs_from_stock(mode):
         assert result.grad_input.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 def test_masked_language_model_differs_from_stock(mode):
     # Sentences of four lengths padded to 12; position t predicts token t + 1.
     vocabulary, lengths = 101, (12, 7, 3, 1)

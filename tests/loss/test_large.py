@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support.reference import MODES, stock
+from support.grids import MODES, every_mode
+from support.reference import stock
 
 import fused_ce
 
@@ -98,7 +99,7 @@ def test_equal_logits_of_many_classes_are_not_all_counted():
     assert loss.item() == pytest.approx(math.log(classes), rel=1e-6)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 @pytest.mark.parametrize("axis", ["rows", "classes", "offset"])
 def test_wide_strides_reach_other_elements(axis, mode):
     # Only the pages that hold the logits are ever touched: 8 GiB of addresses, little memory.

@@ -11,15 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.devices import every_device
-from support.layouts import DTYPES, GEOMETRIES, OVERLAPPING, SHAPES, lay_out, target_of
-from support.reference import MODES, assert_as_accurate, float64, ours, same_layout, stock
+from support.grids import (
+    MODES,
+    REDUCTIONS,
+    SHAPES,
+    every_differentiating_mode,
+    every_dtype,
+    every_reduction,
+)
+from support.layouts import GEOMETRIES, OVERLAPPING, lay_out, target_of
+from support.reference import assert_as_accurate, float64, ours, same_layout, stock
 
 import fused_ce
 
 pytestmark = every_device
-
-REDUCTIONS = ("mean", "sum", "none")
-DIFFERENTIATING = ("default", "recompute", "in place")
 
 
 def problem(dtype=torch.float32, shape=(6, 19)):
@@ -43,8 +48,8 @@ def test_modes_cannot_be_told_apart():
     assert len({text.rsplit(", ", 1)[1] for text in said}) == 1
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_dtype
+@every_reduction
 @pytest.mark.parametrize("mode", ["default", "recompute"])
 def test_logits_are_overwritten_without_being_asked(mode, reduction, dtype):
     input, target = problem(dtype)
@@ -56,8 +61,8 @@ def test_logits_are_overwritten_without_being_asked(mode, reduction, dtype):
     assert leaf.grad.data_ptr() != leaf.data_ptr()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_dtype
+@every_reduction
 @pytest.mark.parametrize("is_leaf", [True, False])
 def test_in_place_gradient_is_not_where_the_logits_were(reduction, dtype, is_leaf):
     input, target = problem(dtype)
@@ -92,8 +97,8 @@ def test_in_place_overwrites_before_a_target_gradient_was_computed(dtype):
     assert leaf.grad.data_ptr() == leaf.data_ptr()
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_reduction
+@every_dtype
 @pytest.mark.parametrize("reason", ["no_grad", "inference_mode", "no input grad", "target grad"])
 def test_in_place_writes_where_no_gradient_is_wanted(reason, dtype, reduction):
     input, target = problem(dtype)
@@ -129,7 +134,7 @@ def test_in_place_accepts_logits_that_share_memory(shape, layout, reduction, dty
     ours(input.detach(), target, mode="no grad", reduction=reduction, inplace=True)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("hooked", [False, True])
 def test_in_place_goes_back_twice(hooked, reduction, dtype):
@@ -145,7 +150,7 @@ def test_in_place_goes_back_twice(hooked, reduction, dtype):
     assert torch.equal(input.grad, gradient)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_in_place_pretends_to_be_differentiable_twice(reduction, dtype):
     input, target = problem(dtype)
@@ -155,7 +160,7 @@ def test_in_place_pretends_to_be_differentiable_twice(reduction, dtype):
         torch.autograd.grad(loss, input, create_graph=True)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_in_place_destroys_logits_that_another_node_saved(reduction, dtype):
     input, target = problem(dtype)
@@ -166,7 +171,7 @@ def test_in_place_destroys_logits_that_another_node_saved(reduction, dtype):
         (loss + penalty).backward()
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_in_place_forward_is_not_noticed_by_another_node(reduction, dtype):
     # The other node goes back first: from the logits if they are still there, else not at all.
@@ -194,10 +199,10 @@ def test_two_losses_in_place_on_the_same_logits_are_silently_wrong(first, second
         (one + two).backward()
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, "probability"], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.25])
-@pytest.mark.parametrize("mode", DIFFERENTIATING)
+@every_differentiating_mode
 @pytest.mark.parametrize("changed", ["input", "target", "weight", "ancestor"])
 def test_tensor_changed_before_backward_gives_a_wrong_gradient(
     changed, mode, scale, kind, reduction
@@ -246,7 +251,7 @@ def test_stored_gradient_is_lost_or_shared_by_two_graphs(reduction, scale):
             value.fill_(7)  # whoever got a gradient may do what they like with it
 
 
-@pytest.mark.parametrize("mode", DIFFERENTIATING)
+@every_differentiating_mode
 def test_hook_that_changes_the_gradient_changes_the_next_one(mode):
     input, target = problem()
     input.requires_grad_()
@@ -256,7 +261,7 @@ def test_hook_that_changes_the_gradient_changes_the_next_one(mode):
     torch.testing.assert_close(input.grad, 2 * seen[0])
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 def test_training_in_place_parts_from_stock(reduction):
     # A linear classifier, three steps with accumulation over two batches.
     x, y = torch.randn(3, 2, 8, 6), torch.randint(0, 5, (3, 2, 8))

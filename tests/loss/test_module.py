@@ -13,8 +13,8 @@ import warnings
 import pytest
 import torch
 import torch.nn as nn
-from support.layouts import DTYPES
-from support.reference import MODES, differentiate
+from support.grids import MODES, every_dtype, every_mode
+from support.reference import differentiate
 
 import fused_ce
 
@@ -51,8 +51,8 @@ def assert_same(module, expected, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_mode
+@every_dtype
 def test_module_gives_another_loss_or_gradient(options, mode, dtype):
     module = build(fused_ce.CrossEntropyLoss, options, **MODES[mode]).to(dtype)
     expected = build(nn.CrossEntropyLoss, options).to(dtype)

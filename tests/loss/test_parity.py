@@ -11,8 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.devices import every_device
-from support.layouts import DTYPES, KINDS, SHAPES, covering, name_of, target_of
-from support.reference import MODES, check_against_stock, float64, ours, ulp
+from support.grids import (
+    DTYPES,
+    KINDS,
+    MODES,
+    SHAPES,
+    covering,
+    every_differentiating_mode,
+    every_dtype,
+    every_mode,
+    every_reduction,
+    name_of,
+)
+from support.layouts import target_of
+from support.reference import check_against_stock, float64, ours, ulp
 
 import fused_ce
 
@@ -87,8 +99,8 @@ LONG_ROWS = (2047, 2048, 2049, 4097)
 
 
 @pytest.mark.parametrize("classes", CLASS_COUNTS + LONG_ROWS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", ["default", "recompute", "in place"])
+@every_dtype
+@every_differentiating_mode
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
 def test_number_of_classes_changes_the_loss_or_a_gradient(classes, dtype, mode, kind):
     shape = (5, classes)
@@ -112,9 +124,9 @@ def test_target_at_the_edge_of_a_row_is_missed(classes, position):
 # 0: nothing at all. 1, 2, 3: fewer rows than threads or than a tile. 33: a tile and one row.
 # 5000 x 10: many rows to a thread, and a mean over more rows than fp16 has digits.
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 33, 5000])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@every_dtype
+@every_mode
+@every_reduction
 def test_number_of_rows_changes_the_loss_or_the_gradient(rows, dtype, mode, reduction):
     check_against_stock(
         torch.randn(rows, 10).mul(3).to(dtype),
@@ -127,8 +139,8 @@ def test_number_of_rows_changes_the_loss_or_the_gradient(rows, dtype, mode, redu
 # Enough work for every thread to take part in several blocks: long rows, and wide images, where
 # neighbouring rows share cache lines.
 @pytest.mark.parametrize("shape", [(65, 4097), (2, 21, 33, 67)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", ["default", "recompute", "in place"])
+@every_dtype
+@every_differentiating_mode
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
 def test_work_shared_by_threads_changes_the_loss_or_a_gradient(shape, dtype, mode, kind):
     check_against_stock(
@@ -155,7 +167,7 @@ def test_work_shared_by_threads_changes_the_loss_or_a_gradient(shape, dtype, mod
     ids=["262145 classes", "transposed", "every second class"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
 def test_row_that_outgrows_the_scratch_memory_is_wrong(make, dtype, mode, kind):
     input = make(dtype).mul(3)
@@ -164,7 +176,7 @@ def test_row_that_outgrows_the_scratch_memory_is_wrong(make, dtype, mode, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@every_reduction
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
 def test_half_types_are_rounded_more_than_once(dtype, reduction, kind):
     # Not "as good as stock" but right to the last digit: float arithmetic, one rounding.

@@ -11,21 +11,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.devices import every_device
+from support.grids import DTYPES, KINDS, MODES, SHAPES, covering, every_reduction, name_of
 from support.layouts import (
-    DTYPES,
     GEOMETRIES,
-    KINDS,
     LAYOUTS,
     OVERLAPPING,
-    SHAPES,
-    covering,
     gaps_are_untouched,
     is_dense,
     lay_out,
-    name_of,
     target_of,
 )
-from support.reference import MODES, check_against_stock, differentiate, ours, stock
+from support.reference import check_against_stock, differentiate, ours, stock
 
 import fused_ce
 
@@ -160,7 +156,7 @@ def test_many_strided_classes_lose_digits(kind, classes):
                 )
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@every_reduction
 def test_expanded_or_strided_index_target_is_misread(reduction):
     input = torch.randn(6, 5, 4)
     targets = {

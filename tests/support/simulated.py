@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from support.layouts import class_axis, row_axes
+
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "csrc"
 SIMULATOR = ROOT / "tests" / "cuda" / "simulator"
@@ -26,7 +28,7 @@ DTYPES = (
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
     *(torch.int64, torch.int32, torch.int16, torch.uint8),
 )
-REDUCTIONS = ("none", "mean", "sum")
+REDUCTION_NUMBERS = ("none", "mean", "sum")
 FORWARD, BACKWARD, BACKWARD_TARGET, SCALE = range(4)
 UNWRITTEN = 0xCD  # what results hold before the kernels write them
 
@@ -127,14 +129,6 @@ def build(directory, *flags, sources=KERNELS, base=None, only=None):
     units.sort(key=lambda unit: unit not in wanted)
     subprocess.run([COMPILER, *flags, *map(target, units), "-o", program], check=True)
     return program
-
-
-def row_axes(tensor):
-    return [d for d in range(tensor.dim()) if tensor.dim() == 1 or d != 1][: tensor.dim() - 1]
-
-
-def class_axis(tensor):
-    return 0 if tensor.dim() == 1 else 1
 
 
 class _Calls:
@@ -257,7 +251,7 @@ class Kernels:
         sizes = [input.shape[d] for d in row_axes(input)]
         p.rows = math.prod(sizes)
         p.probabilities = target.is_floating_point()
-        p.reduction = REDUCTIONS.index(reduction)
+        p.reduction = REDUCTION_NUMBERS.index(reduction)
         p.ignore_index = ignore_index
         p.label_smoothing = label_smoothing
         calls.operand("input", input, classes=True)

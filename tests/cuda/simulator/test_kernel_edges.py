@@ -6,6 +6,7 @@ On the simulator, for one problem of each regime of csrc/cuda/launch.cu.
 
 import pytest
 import torch
+from support.grids import DTYPES, every_dtype
 from support.kernel_cases import (
     Case,
     assert_close,
@@ -28,7 +29,7 @@ REGIMES = {
     "strided": Case(40, rows=(2, 24)),
     "kept": Case(20, rows=(2, 24)),
     "two reads": Case(70, dtype=torch.float64),
-    "two reads by a block": Case(1200, layout="every second class"),
+    "two reads by a block": Case(1200, layout="every second element"),
     "probabilities": Case(50, target=torch.float32),
 }
 INDEX_REGIMES = {name: case for name, case in REGIMES.items() if name != "probabilities"}
@@ -240,7 +241,7 @@ def test_reduction_of_many_rows_is_rounded_once(kernels, reduction, weight):
     assert narrow == wide.bfloat16()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@every_dtype
 @every_regime
 def test_grad_output_of_one_leaves_the_gradient_alone(kernels, case, dtype):
     data = make(case)
@@ -276,7 +277,7 @@ def test_totals_are_kept_with_the_statistics(kernels, case):
             assert stats[0, -1].item() == pytest.approx(weight.sum().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@every_dtype
 @pytest.mark.parametrize("layout", ["dense", "strided", "many"])
 def test_scale_multiplies_what_is_not_zero(kernels, dtype, layout):
     shape = (3, 20000) if layout == "many" else (3, 5, 7)
@@ -315,7 +316,7 @@ def test_weight_of_all_classes_is_shared_out_by_smoothing(kernels):
 
 def test_unwritten_memory_is_noticed():
     """The comparisons above rest on it: what no kernel has written is far from every result."""
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    for dtype in DTYPES:
         value = unwritten([4], dtype)
         with pytest.raises(AssertionError):
             assert_close(value, torch.zeros(4, dtype=torch.float64), dtype, 1.0, "nothing")

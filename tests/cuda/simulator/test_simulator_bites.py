@@ -198,8 +198,8 @@ def sanitized(tmp_path_factory):
 # Each regime once more at an odd distance from 16 bytes, and with half the bytes to an element.
 SANITIZED = {
     **REGIMES,
-    "tile at an offset": Case(13, rows=(150,), dtype=torch.bfloat16, layout="offset3"),
-    "block at an offset": Case(3001, dtype=torch.float16, layout="offset1", smoothing=0.1),
+    "tile at an offset": Case(13, rows=(150,), dtype=torch.bfloat16, layout="offset of 3"),
+    "block at an offset": Case(3001, dtype=torch.float16, layout="odd offset", smoothing=0.1),
     "cluster of halves": Case(50257, rows=(2,), dtype=torch.bfloat16),
     "tile with weights": Case(100, weight=True, smoothing=0.1, reduction="none"),
     "targets of a byte": Case(100, target=torch.uint8),
