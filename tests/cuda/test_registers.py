@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-SOURCES = sorted((Path(__file__).parents[2] / "csrc" / "cuda").glob("*.cu"))
+SOURCES = sorted((Path(__file__).parents[2] / "csrc" / "cuda").rglob("*.cu"))
 REGISTERS = 65536  # of a multiprocessor, on every architecture since compute capability 3.7
 GRANULE = 8  # a thread is given multiples of this
 

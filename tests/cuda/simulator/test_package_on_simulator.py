@@ -24,26 +24,28 @@ SOURCES = (
 )
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory):
+@pytest.fixture(scope="session")
+def package(once_a_run):
     """The folder of a fused_ce that computes on the simulator."""
-    objects = tmp_path_factory.mktemp("objects")
-    simulated.build(objects, "-O1", "-fPIC")
-    (objects / "run_cases.cpp.o").unlink()  # another program's main
+    kernels = once_a_run("simulator", simulated.build)
+    return once_a_run("package", lambda place: build_package(place, kernels))
+
+
+def build_package(place, kernels):
+    # Less another program's main.
+    objects = [unit for unit in kernels.glob("*.o") if not unit.name.startswith(simulated.PROGRAM)]
     flags = ["-std=c++20", "-O1", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += [f"-I{path}" for path in (simulated.SIMULATOR, *include_paths())]
     for source in SOURCES:
-        target = objects / f"torch_{Path(source).name}.o"
-        command = [simulated.COMPILER, *flags, "-c", ROOT / source, "-o", target]
+        objects.append(place / f"{source.name}.o")
+        command = [simulated.COMPILER, *flags, "-c", source, "-o", objects[-1]]
         subprocess.run(command, check=True)
-    place = tmp_path_factory.mktemp("package")
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "fused_ce", place / "fused_ce", ignore=ignored)
     libraries = Path(torch.__file__).parent / "lib"
     link = [f"-L{libraries}", "-lc10", "-ltorch", "-ltorch_cpu"]
-    library = ["-shared", "-o", place / "fused_ce/_C.so", *objects.glob("*.o")]
+    library = ["-shared", "-o", place / "fused_ce/_C.so", *objects]
     subprocess.run([simulated.COMPILER, *library, *link], check=True)
-    return place
 
 
 def run(package, *arguments):

@@ -167,32 +167,33 @@ def run(kernels, fault_or_case, backward):
 def with_fault(kernels, fault, directory, *flags):
     """The same kernels, but for the fault."""
     shutil.copytree(simulated.KERNELS, directory / "csrc")
-    source = directory / "csrc" / "cuda" / fault.file
+    (source,) = (directory / "csrc" / "cuda").rglob(fault.file)
     text = source.read_text()
     assert text.count(fault.old) >= 1, "the fault's place is gone: find it another"
     source.write_text(text.replace(fault.old, fault.new))
-    program = simulated.build(
+    simulated.build(
         directory,
         *flags,
         sources=directory / "csrc",
-        base=kernels.program.parent,
+        base=kernels.directory,
         only=[fault.unit],
     )
-    return Kernels(program)
+    return Kernels(directory)
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_fault_is_caught(kernels, fault, tmp_path):
     run(kernels, fault.case, fault.backward)  # without it
-    faulty = with_fault(kernels, fault, tmp_path, "-O1")
-    with pytest.raises((AssertionError, SimulatorError), match=fault.noticed):
-        run(faulty, fault.case, fault.backward)
+    with with_fault(kernels, fault, tmp_path, "-O0") as faulty:
+        with pytest.raises((AssertionError, SimulatorError), match=fault.noticed):
+            run(faulty, fault.case, fault.backward)
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
+@pytest.fixture(scope="session")
+def sanitized(once_a_run):
     flags = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    return Kernels(simulated.build(tmp_path_factory.mktemp("sanitized"), *flags))
+    with Kernels(once_a_run("sanitized", lambda place: simulated.build(place, *flags))) as kernels:
+        yield kernels
 
 
 # Each regime once more at an odd distance from 16 bytes, and with half the bytes to an element.
@@ -223,19 +224,20 @@ def test_sanitizers_watch_the_buffers(sanitized):
 
 # Order of accesses: whether the result shows it or not
 
-WATCHED = ("-O1", "-fsanitize=thread")
+WATCHED = ("-O0", "-fsanitize=thread")
 
 
-@pytest.fixture(scope="module")
-def watched(tmp_path_factory):
-    kernels = Kernels(simulated.build(tmp_path_factory.mktemp("watched"), *WATCHED))
-    try:
-        overwrite(kernels, TILE)
-    except SimulatorError as error:
-        if "unexpected memory mapping" in str(error):
-            pytest.skip("ThreadSanitizer cannot work with this kernel's layout of memory")
-        raise
-    return kernels
+@pytest.fixture(scope="session")
+def watched(once_a_run):
+    place = once_a_run("watched", lambda place: simulated.build(place, *WATCHED))
+    with Kernels(place) as kernels:
+        try:
+            overwrite(kernels, TILE)
+        except SimulatorError as error:
+            if "unexpected memory mapping" in str(error):
+                pytest.skip("ThreadSanitizer cannot work with this kernel's layout of memory")
+            raise
+        yield kernels
 
 
 def overwrite(kernels, case):
@@ -302,9 +304,9 @@ UNORDERED = {
 
 @pytest.mark.parametrize("fault", UNORDERED.values(), ids=UNORDERED)
 def test_missing_order_is_noticed(watched, fault, tmp_path):
-    faulty = with_fault(watched, fault, tmp_path, *WATCHED)
-    with pytest.raises(SimulatorError, match="ThreadSanitizer: reported"):
-        overwrite(faulty, fault.case)
+    with with_fault(watched, fault, tmp_path, *WATCHED) as faulty:
+        with pytest.raises(SimulatorError, match="ThreadSanitizer: data race"):
+            overwrite(faulty, fault.case)
 
 
 def compile_and_run(directory, body):
