@@ -49,7 +49,7 @@ void write(const void* from, size_t bytes) {
 }
 
 constexpr size_t kAlignment = 16;
-constexpr unsigned char kAround = 0xa5;
+constexpr unsigned char kAround = 0xff;  // nan, or no index, to whoever reads it
 
 #if defined(__SANITIZE_ADDRESS__)
 

@@ -309,22 +309,7 @@ def test_missing_order_is_noticed(watched, fault, tmp_path):
             overwrite(faulty, fault.case)
 
 
-def compile_and_run(directory, body):
-    """A kernel of one block of 64 threads, on its own."""
-    source = directory / "kernel.cpp"
-    source.write_text(f"""
-        #include <cuda_runtime.h>
-        int main() {{
-          simulator::run({{1, 64, 1, 1024}}, [] {{ {body} }});
-        }}
-    """)
-    program = directory / "kernel"
-    engine = simulated.SIMULATOR / "engine.cpp"
-    command = [simulated.COMPILER, *simulated.FLAGS, f"-I{simulated.SIMULATOR}"]
-    subprocess.run([*command, source, engine, "-o", program], check=True)
-    return subprocess.run([program], capture_output=True, text=True)
-
-
+SHARED_BYTES = 1024
 MISUSES = {
     "fewer threads at a barrier": ("if (threadIdx.x < 63) __syncthreads();", "deadlock"),
     "a lane missing in a shuffle": (
@@ -341,25 +326,54 @@ MISUSES = {
         "__cluster_map_shared_rank(simulator::shared_memory(), 1);",
         "no block 1",
     ),
+    "a store beyond the shared memory": (
+        "static_cast<char*>(simulator::shared_memory())[1024] = 0;",
+        "beyond the shared memory",
+    ),
 }
 
 
-@pytest.mark.parametrize("body, message", MISUSES.values(), ids=MISUSES)
-def test_misuse_ends_the_program(tmp_path, body, message):
-    done = compile_and_run(tmp_path, body)
-    assert done.returncode == 3 and message in done.stderr
+# What shuffles and barriers do, by CUDA's rules.
+RULES = """
+  int* shared = static_cast<int*>(simulator::shared_memory());
+  const int other = __shfl_xor_sync(0xffffffff, static_cast<int>(threadIdx.x), 3);
+  if (other != static_cast<int>(threadIdx.x ^ 3)) simulator::fail("xor");
+  if (__shfl_sync(0xffffffff, threadIdx.x, 7) % 32 != 7) simulator::fail("lane");
+  shared[threadIdx.x] = static_cast<int>(threadIdx.x);
+  __syncthreads();
+  const int opposite = 63 - static_cast<int>(threadIdx.x);
+  if (shared[opposite] != opposite) simulator::fail("barrier");
+"""
+BODIES = {"rules": RULES, **{name: body for name, (body, _) in MISUSES.items()}}
 
 
-def test_shuffles_and_barriers_do_what_cuda_says(tmp_path):
-    body = """
-      int* shared = static_cast<int*>(simulator::shared_memory());
-      const int other = __shfl_xor_sync(0xffffffff, static_cast<int>(threadIdx.x), 3);
-      if (other != static_cast<int>(threadIdx.x ^ 3)) simulator::fail("xor");
-      if (__shfl_sync(0xffffffff, threadIdx.x, 7) % 32 != 7) simulator::fail("lane");
-      shared[threadIdx.x] = static_cast<int>(threadIdx.x);
-      __syncthreads();
-      const int opposite = 63 - static_cast<int>(threadIdx.x);
-      if (shared[opposite] != opposite) simulator::fail("barrier");
-    """
-    done = compile_and_run(tmp_path, body)
+def build_small_kernels(place):
+    """A program of kernels of one block of 64 threads, one of which it is told to run."""
+    source = place / "kernels.cpp"
+    launch = 'if (!std::strcmp(arguments[1], "%s")) simulator::run({1, 64, 1, %d}, [] { %s });'
+    launches = "\n".join(launch % (name, SHARED_BYTES, body) for name, body in BODIES.items())
+    source.write_text(f"""
+        #include <cuda_runtime.h>
+        #include <cstring>
+        int main(int, char** arguments) {{ {launches} }}
+    """)
+    engine = simulated.SIMULATOR / "engine.cpp"
+    command = [simulated.COMPILER, *simulated.FLAGS, f"-I{simulated.SIMULATOR}"]
+    subprocess.run([*command, source, engine, "-o", place / "kernels"], check=True)
+
+
+@pytest.fixture(scope="session")
+def run_small_kernel(once_a_run):
+    program = once_a_run("small_kernels", build_small_kernels) / "kernels"
+    return lambda name: subprocess.run([program, name], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", MISUSES)
+def test_misuse_ends_the_program(run_small_kernel, name):
+    done = run_small_kernel(name)
+    assert done.returncode == 3 and MISUSES[name][1] in done.stderr
+
+
+def test_shuffles_and_barriers_do_what_cuda_says(run_small_kernel):
+    done = run_small_kernel("rules")
     assert done.returncode == 0, done.stderr
