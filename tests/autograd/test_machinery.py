@@ -7,8 +7,6 @@ torch would not allow an overwriting there; a wrong gradient it never gives.
 
 import contextlib
 import copy
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -18,8 +16,6 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from support.grids import MODES, every_dtype
 from support.layouts import target_of
-from support.memory import LOGITS, MEGABYTE, PER_ROW, ROWS, SLACK, reset_peak, status
-from support.processes import environment
 from support.reference import differentiate, same_layout
 from torch import nn
 from torch.autograd.graph import allow_mutation_on_saved_tensors, get_gradient_edge
@@ -689,45 +685,6 @@ def test_negative_view_is_written_in_place(reduction):
 
 # Autocast
 
-# name: (options, grad mode, most that it may take, in logits)
-AUTOCAST = {
-    "default": ({}, True, 1),
-    "recompute": ({"grad_in_forward": False}, True, 1),
-    "in place": ({"inplace": True}, True, 0),
-    "no grad": ({}, False, 0),
-}
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_autocast_copies_the_logits_as_floats():
-    # Stock's first step there is a copy of the half precision logits, twice their size.
-    command = [sys.executable, __file__]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    extra = dict(zip(AUTOCAST, map(int, result.stdout.split()), strict=True))
-    for name, (_, _, logits) in AUTOCAST.items():
-        assert extra[name] <= logits * LOGITS + PER_ROW * ROWS + SLACK, name
-    assert extra["default"] > LOGITS - SLACK  # the measurement sees what there is
-
-
-def _measure_autocast():
-    def call(rows, bytes, options, with_grad):
-        logits = torch.randn(rows, bytes // rows // 2, dtype=torch.bfloat16)
-        logits.requires_grad_(with_grad)
-        target = torch.randint(0, logits.shape[1], (rows,))
-        before = reset_peak()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = fused_ce.cross_entropy(logits, target, **options)
-        assert loss.dtype == torch.float32
-        if with_grad:
-            (loss * 4).backward()
-            assert logits.grad.dtype == torch.bfloat16
-        return status("VmHWM") - before
-
-    for options, with_grad, _ in AUTOCAST.values():
-        call(160, MEGABYTE, options, with_grad)
-        print(call(ROWS, LOGITS, options, with_grad))
-
 
 @pytest.mark.parametrize("inside", [True, False])
 @every_call
@@ -769,7 +726,3 @@ def test_program_prints_a_warning():
         for options in MODES.values():
             loss = fused_ce.cross_entropy(input.clone().requires_grad_(), target, **options)
             (loss * 2).backward()
-
-
-if __name__ == "__main__":
-    _measure_autocast()

@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from support.devices import every_device, on_cpu
 from support.grids import (
+    DIFFERENTIATING,
+    DTYPES,
     KINDS,
     MODES,
     REDUCTIONS,
     SHAPES,
+    crossed,
     every_differentiating_mode,
     every_dtype,
     every_mode,
@@ -39,11 +42,7 @@ pytestmark = every_device
 NAN, INF = math.nan, math.inf
 
 
-@every_mode
-@every_dtype
-@every_reduction
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@crossed(shape=SHAPES, smoothing=(0.0, 0.1), reduction=REDUCTIONS, dtype=DTYPES, mode=MODES)
 def test_all_rows_ignored_give_another_value(shape, smoothing, reduction, dtype, mode):
     # nan, 0, or zeros; and a gradient of zeros, also from the nan.
     input = torch.randn(SHAPES[shape](5)).to(dtype)
@@ -64,11 +63,11 @@ def test_all_rows_ignored_give_another_value(shape, smoothing, reduction, dtype,
             assert (result.grad_input == 0).all()
 
 
-@every_mode
-@every_dtype
-@every_reduction
 # No rows, with every rank; and rows without positions.
-@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (0, 5, 3, 4), (0, 5, 1, 2, 2), (2, 5, 0)])
+EMPTY = ((0, 5), (0, 5, 3), (0, 5, 3, 4), (0, 5, 1, 2, 2), (2, 5, 0))
+
+
+@crossed(shape=EMPTY, reduction=REDUCTIONS, dtype=DTYPES, mode=MODES)
 def test_empty_batch_gives_another_value(shape, reduction, dtype, mode):
     for kind in KINDS:
         check_against_stock(
@@ -91,10 +90,7 @@ def test_no_classes_and_nothing_counted_fails(reduction, mode):
     torch.testing.assert_close(result, expected, equal_nan=True)
 
 
-@every_mode
-@every_dtype
-@every_reduction
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@crossed(smoothing=(0.0, 0.1), reduction=REDUCTIONS, dtype=DTYPES, mode=MODES)
 def test_total_weight_of_zero_gives_another_value(smoothing, reduction, dtype, mode):
     # The counted rows weigh nothing: 0 / 0, and the gradient is nan as well; sums are just 0.
     input, target = torch.randn(4, 5).to(dtype), torch.tensor([0, 1, 1, 0])
@@ -133,9 +129,7 @@ def test_weighted_mean_divides_by_something_else(kind, smoothing, ignored, mode)
     torch.testing.assert_close(result.loss, losses[counted].sum() / divisor)
 
 
-@every_mode
-@every_dtype
-@every_reduction
+@crossed(reduction=REDUCTIONS, dtype=DTYPES, mode=MODES)
 def test_unbatched_input_takes_only_one_form_of_target(reduction, dtype, mode):
     input = torch.randn(19).to(dtype)
     for index, kind in itertools.product((3, -100), (torch.int64, torch.int32, torch.int16)):
@@ -151,9 +145,7 @@ def test_unbatched_input_takes_only_one_form_of_target(reduction, dtype, mode):
     check_against_stock(input, probability, mode=mode, reduction=reduction)
 
 
-@every_mode
-@every_dtype
-@pytest.mark.parametrize("offset", [1000.0, -1000.0, 30000.0])
+@crossed(offset=(1000.0, -1000.0, 30000.0), dtype=DTYPES, mode=MODES)
 def test_large_logits_lose_their_digits(offset, dtype, mode):
     # Shifting all logits of a row changes nothing, if they are exact: eighths in float.
     step = 8 if dtype in (torch.float64, torch.float32) else 2**-5
@@ -211,12 +203,17 @@ def test_largest_finite_logits_overflow(largest, dtype, mode):
 POSITIONS = ((5, 0), (5, 4), (19, 17), (4097, 0), (4097, 2048), (4097, 4096))
 
 
-@every_mode
-@every_dtype
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("classes, position", POSITIONS)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_nonfinite_logit_spreads_or_is_lost(value, classes, position, smoothing, dtype, mode):
+# Which value, where, and in which type meet in the code.
+@crossed(
+    often=3,
+    value=(NAN, INF, -INF),
+    place=POSITIONS,
+    smoothing=(0.0, 0.1),
+    dtype=DTYPES,
+    mode=MODES,
+)
+def test_nonfinite_logit_spreads_or_is_lost(value, place, smoothing, dtype, mode):
+    classes, position = place
     # In the target's own class and in another one; the other rows stay as they are.
     input = torch.randn(4, classes).to(dtype)
     input[1, position] = input[2, position] = value
@@ -235,11 +232,14 @@ def test_nonfinite_logit_spreads_or_is_lost(value, classes, position, smoothing,
 
 
 # Quiet and signalling, of either sign, with low bits: memory full of ones is the last.
-@every_mode
-@pytest.mark.parametrize("bits", [0x7FC00001, 0x7F800001, 0x7FFFFFFF, -1], ids=hex)
-@pytest.mark.parametrize("classes, position", POSITIONS)
-@pytest.mark.parametrize("layout", ["rows", "lanes"])
-def test_nan_with_a_payload_becomes_a_number(bits, classes, position, layout, mode):
+@crossed(
+    bits=(0x7FC00001, 0x7F800001, 0x7FFFFFFF, -1),
+    place=POSITIONS,
+    layout=("rows", "lanes"),
+    mode=MODES,
+)
+def test_nan_with_a_payload_becomes_a_number(bits, place, layout, mode):
+    classes, position = place
     input = torch.randn(4, classes)
     input.view(torch.int32)[1, position] = bits
     if layout == "lanes":
@@ -249,11 +249,13 @@ def test_nan_with_a_payload_becomes_a_number(bits, classes, position, layout, mo
     assert result.loss[1].isnan()
 
 
-@every_mode
-@every_reduction
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
+@crossed(
+    value=(NAN, INF, -INF),
+    smoothing=(0.0, 0.1),
+    kind=(torch.int64, "probability"),
+    reduction=REDUCTIONS,
+    mode=MODES,
+)
 def test_row_of_nothing_finite_spreads_or_is_lost(value, smoothing, kind, reduction, mode):
     input = torch.randn(4, 19)
     input[1] = value
@@ -262,11 +264,15 @@ def test_row_of_nothing_finite_spreads_or_is_lost(value, smoothing, kind, reduct
     check_against_stock(input, target, mode=mode, **options)
 
 
-@every_differentiating_mode
-@every_dtype
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("classes, position", [*POSITIONS, (66, 0), (66, 65)])
-def test_target_gradient_beside_a_nonfinite_logit_differs(classes, position, value, dtype, mode):
+@crossed(
+    often=3,
+    place=(*POSITIONS, (66, 0), (66, 65)),
+    value=(NAN, INF, -INF),
+    dtype=DTYPES,
+    mode=DIFFERENTIATING,
+)
+def test_target_gradient_beside_a_nonfinite_logit_differs(place, value, dtype, mode):
+    classes, position = place
     input = torch.randn(3, classes).to(dtype)
     input[1, position] = value
     target = torch.rand(3, classes).softmax(1).to(dtype)
@@ -313,11 +319,13 @@ def test_unusual_probabilities_are_refused_or_clamped(smoothing, mode):
         )
 
 
-@every_mode
-@every_dtype
-@every_reduction
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("shape", [(6, 19), (6, 4097), (3, 19, 7), (2, 19, 5, 5)], ids=str)
+@crossed(
+    shape=((6, 19), (6, 4097), (3, 19, 7), (2, 19, 5, 5)),
+    value=(NAN, INF, -INF),
+    reduction=REDUCTIONS,
+    dtype=DTYPES,
+    mode=MODES,
+)
 def test_ignored_row_that_holds_nan_is_read(shape, value, reduction, dtype, mode):
     # Stock's gradient is nan there. Ours has the loss and gradient of the row being anything else.
     input = torch.randn(shape).to(dtype)
@@ -364,9 +372,7 @@ def test_ignore_index_of_another_width_is_taken_for_a_class(mode):
         check_against_stock(input, target, mode=mode, ignore_index=index)
 
 
-@every_mode
-@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+@crossed(shape=SHAPES, kind=KINDS[:-1], mode=MODES)
 def test_narrow_indices_are_not_accepted_everywhere(shape, kind, mode):
     input = torch.randn(SHAPES[shape](19))
     target = target_of(kind, input.shape, torch.float32)
@@ -474,6 +480,7 @@ def test_input_of_the_most_dimensions_is_misread():
 @pytest.mark.parametrize("shape", [(90011, 10), (2, 21, 150, 457)], ids=str)
 @every_differentiating_mode
 def test_short_tile_at_the_end_of_a_run_loses_rows(shape, mode):
+    torch.set_num_threads(2)
     input = torch.randn(shape)
     target = torch.randint(0, shape[1], shape[:1] + shape[2:])
     ours_ = ours(input, target, mode=mode, reduction="sum")

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from support.grids import MODES, SHAPES, every_dtype, every_mode
+from support.grids import DTYPES, MODES, SHAPES, crossed, every_mode
 from support.layouts import lay_out
 from support.reference import check_against_stock
 
@@ -229,10 +229,7 @@ def test_message_is_not_the_one_in_the_contract(call):
         fused_ce.cross_entropy(input, target, **(rest[0] if rest else {}))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@every_mode
-@every_dtype
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@crossed(shape=SHAPES, mode=MODES, dtype=DTYPES, reduction=("mean", "none"))
 def test_target_out_of_range_is_read_or_written(shape, mode, dtype, reduction):
     # Each kind of index has its own nearest and farthest wrong values; 5 is C itself. A far index
     # leaves the process at once if it is followed; -100 is no class if it is not ignored.
@@ -270,11 +267,14 @@ def test_target_out_of_range_is_read_or_written(shape, mode, dtype, reduction):
 
 
 # The bad target comes last, after rows that other threads have long finished.
-@pytest.mark.parametrize("shape", [(5000, 10), (65, 4097), (2, 21, 33, 67)], ids=str)
-@every_dtype
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("layout", ["contiguous", "gap after each row"])
+@crossed(
+    shape=((5000, 10), (65, 4097), (2, 21, 33, 67)),
+    dtype=DTYPES,
+    reduction=("mean", "none"),
+    layout=("contiguous", "gap after each row"),
+)
 def test_in_place_writes_rows_before_a_bad_target_is_seen(shape, dtype, reduction, layout):
+    torch.set_num_threads(3)
     input = lay_out(logits(*shape, dtype=dtype), layout).requires_grad_()
     before = input.detach().clone()
     target = indices(*shape[:1], *shape[2:])

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from support.devices import every_device
 from support.grids import (
+    DIFFERENTIATING,
     DTYPES,
     KINDS,
     MODES,
+    REDUCTIONS,
     SHAPES,
     covering,
-    every_differentiating_mode,
-    every_dtype,
-    every_mode,
+    crossed,
     every_reduction,
     name_of,
 )
@@ -98,10 +98,12 @@ CLASS_COUNTS = (1, 2, 3, 10, 16, 17, 19, 63, 64, 65, 100, 127, 128, 129, 1000)
 LONG_ROWS = (2047, 2048, 2049, 4097)
 
 
-@pytest.mark.parametrize("classes", CLASS_COUNTS + LONG_ROWS)
-@every_dtype
-@every_differentiating_mode
-@pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
+@crossed(
+    classes=CLASS_COUNTS + LONG_ROWS,
+    dtype=DTYPES,
+    mode=DIFFERENTIATING,
+    kind=(torch.int64, "probability"),
+)
 def test_number_of_classes_changes_the_loss_or_a_gradient(classes, dtype, mode, kind):
     shape = (5, classes)
     check_against_stock(
@@ -123,10 +125,7 @@ def test_target_at_the_edge_of_a_row_is_missed(classes, position):
 
 # 0: nothing at all. 1, 2, 3: fewer rows than threads or than a tile. 33: a tile and one row.
 # 5000 x 10: many rows to a thread, and a mean over more rows than fp16 has digits.
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 33, 5000])
-@every_dtype
-@every_mode
-@every_reduction
+@crossed(rows=(0, 1, 2, 3, 33, 5000), dtype=DTYPES, mode=MODES, reduction=REDUCTIONS)
 def test_number_of_rows_changes_the_loss_or_the_gradient(rows, dtype, mode, reduction):
     check_against_stock(
         torch.randn(rows, 10).mul(3).to(dtype),
@@ -138,11 +137,14 @@ def test_number_of_rows_changes_the_loss_or_the_gradient(rows, dtype, mode, redu
 
 # Enough work for every thread to take part in several blocks: long rows, and wide images, where
 # neighbouring rows share cache lines.
-@pytest.mark.parametrize("shape", [(65, 4097), (2, 21, 33, 67)], ids=str)
-@every_dtype
-@every_differentiating_mode
-@pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
+@crossed(
+    shape=((65, 4097), (2, 21, 33, 67)),
+    dtype=DTYPES,
+    mode=DIFFERENTIATING,
+    kind=(torch.int64, "probability"),
+)
 def test_work_shared_by_threads_changes_the_loss_or_a_gradient(shape, dtype, mode, kind):
+    torch.set_num_threads(3)
     check_against_stock(
         torch.randn(shape).mul(3).to(dtype),
         target_of(kind, shape, dtype),
@@ -157,20 +159,16 @@ def test_work_shared_by_threads_changes_the_loss_or_a_gradient(shape, dtype, mod
 # Rows whose exponentials have nowhere to stay, so that they are computed twice: a half type beyond
 # 262144 classes, a tile of a half type's lanes that has grown too large, and a strided row of more
 # classes than are gathered into a tile.
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda dtype: torch.randn(2, 262145).to(dtype),
-        lambda dtype: torch.randn(4097, 40).to(dtype).t(),
-        lambda dtype: torch.randn(5, 2 * 4097).to(dtype)[:, ::2],
-    ],
-    ids=["262145 classes", "transposed", "every second class"],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@every_mode
-@pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
-def test_row_that_outgrows_the_scratch_memory_is_wrong(make, dtype, mode, kind):
-    input = make(dtype).mul(3)
+OUTGROWN = {
+    "262145 classes": lambda dtype: torch.randn(2, 262145).to(dtype),
+    "transposed": lambda dtype: torch.randn(4097, 40).to(dtype).t(),
+    "every second class": lambda dtype: torch.randn(5, 2 * 4097).to(dtype)[:, ::2],
+}
+
+
+@crossed(rows=OUTGROWN, dtype=DTYPES[1:], mode=MODES, kind=(torch.int64, "probability"))
+def test_row_that_outgrows_the_scratch_memory_is_wrong(rows, dtype, mode, kind):
+    input = OUTGROWN[rows](dtype).mul(3)
     target = target_of(kind, input.shape, dtype, ignore_index=-100)
     check_against_stock(input, target, mode=mode, label_smoothing=0.1)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.devices import every_device
-from support.grids import DTYPES, KINDS, MODES, SHAPES, covering, every_reduction, name_of
+from support.grids import DTYPES, KINDS, MODES, SHAPES, cases_of, every_reduction
 from support.layouts import (
     GEOMETRIES,
     LAYOUTS,
@@ -47,7 +47,7 @@ def is_possible(case):
     return not (layout in OVERLAPPING and case.get("mode") == "in place")
 
 
-@pytest.mark.parametrize("case", covering(AXES, 3, is_possible), ids=name_of)
+@pytest.mark.parametrize("case", cases_of(AXES, often=2, seldom=3, valid=is_possible))
 def test_layout_of_the_logits_changes_the_loss_or_a_gradient(case):
     (shape, layout), dtype, classes = case["geometry"], case["dtype"], case["classes"]
     options = {"reduction": case["reduction"]}

@@ -1,7 +1,8 @@
 """The axes that tests are crossed over, and selections of their combinations.
 
-A full product is worth its time where the axes meet in the code; elsewhere `covering` gives the few
-cases in which every two of their values meet.
+A full product is worth its time where all axes meet in the code. Elsewhere `covering` gives the few
+cases in which every two or three of their values meet, and the rest of the product is left to the
+slow tests.
 """
 
 import itertools
@@ -83,6 +84,32 @@ def covering(axes, strength, valid=lambda case: True):
             del wanted[combination]
         cases.append(best)
     return cases
+
+
+def cases_of(axes, *, often, seldom=None, valid=lambda case: True):
+    """A selection of strength `often`; as slow cases, one of strength `seldom`, or all others."""
+    chosen = covering(axes, often, valid)
+    if seldom is None:
+        names = tuple(axes)
+        product = (zip(names, values, strict=True) for values in itertools.product(*axes.values()))
+        others = [case for case in map(dict, product) if valid(case)]
+    else:
+        others = covering(axes, seldom, valid)
+    slow = [case for case in others if case not in chosen]
+    return [
+        *(pytest.param(case, id=name_of(case)) for case in chosen),
+        *(pytest.param(case, id=name_of(case), marks=pytest.mark.slow) for case in slow),
+    ]
+
+
+def crossed(often=2, **axes):
+    """The test's arguments in a covering selection of their combinations; the others are slow."""
+    axes = {name: tuple(values) for name, values in axes.items()}
+    cases = cases_of(axes, often=often)
+    return pytest.mark.parametrize(
+        tuple(axes),
+        [pytest.param(*case.values[0].values(), id=case.id, marks=case.marks) for case in cases],
+    )
 
 
 def name_of(case):
