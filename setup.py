@@ -34,13 +34,7 @@ if shutil.which(get_cxx_compiler()) is None:
         "newer (or clang 14), or name one in the environment variable CXX."
     )
 
-SOURCES = [
-    "csrc/ops.cpp",
-    "csrc/checks.cpp",
-    "csrc/cpu/kernels.cpp",
-    "csrc/cpu/register.cpp",
-    "csrc/cpu/scale.cpp",
-]
+SOURCES = ["csrc/ops.cpp", "csrc/checks.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
 CUDA_SOURCES = ["csrc/cuda/register.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))]
 DEFAULT_ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"
 

@@ -144,8 +144,8 @@ Operand single_operand(const Facts& tensor, const char* name) {
 // Every operand with rows, whether in use or not.
 template <class P>
 auto operands(P& p) {
-  return std::array{&p.input, &p.target,      &p.grad,    &p.target_grad,
-                    &p.loss,  &p.grad_output, &p.row_max, &p.row_rest};
+  return std::array{&p.input,       &p.target,  &p.grad,     &p.target_grad, &p.loss,
+                    &p.grad_output, &p.row_max, &p.row_rest, &p.row_mass};
 }
 
 }  // namespace
@@ -213,10 +213,10 @@ Operand scalar_of(const Tensor& grad_output, const Tensor& grad) {
   return single_operand(value, "grad_output");
 }
 
-ProblemBuilder::ProblemBuilder(const Arguments& a, bool finds_totals)
-    : finds_totals_(finds_totals) {
+ProblemBuilder::ProblemBuilder(const Tensor& input_tensor, const Tensor& target_tensor,
+                               const OptionArguments& given) {
   Problem& p = problem_;
-  const Facts input(a.input), target(a.target);
+  const Facts input(input_tensor), target(target_tensor);
   device_type_ = input.device_type;
   device_index_ = input.device_index;
   FCE_CHECK(input.dim() >= 1 && input.dim() <= kMaxRowDims + 1,
@@ -248,26 +248,43 @@ ProblemBuilder::ProblemBuilder(const Arguments& a, bool finds_totals)
       set_row_operand(p.target, target, "target");
   }
 
-  if (a.weight) {
-    const Facts weight(*a.weight);
-    check_device(weight, "weight");
-    FCE_CHECK(weight.dim() == 1 && weight.numel == p.classes,
-              "weight must be 1-D with one value for each of the " + std::to_string(p.classes) +
-                  " classes, got shape " + to_string(weight.sizes));
-    checked_dtype(weight, true, "weight");
-    checked_data(weight, "weight");
-    weight_ = *a.weight;
-    if (weight.type != stats_dtype_) weight_ = torch::stable::to(*weight_, stats_dtype_);
-    if (!weight_->is_contiguous()) weight_ = torch::stable::contiguous(*weight_);
-    p.weight = checked_data(Facts(*weight_), "weight");
-  }
+#define FCE_COPY_NUMBER(type, schema_type, name, value) p.options.name = given.name;
+  FCE_FOR_OPTIONS(FCE_NOTHING, FCE_COPY_NUMBER, FCE_NOTHING)
+  const auto reduction = static_cast<int64_t>(p.options.reduction);
+  FCE_CHECK(reduction >= 0 && reduction <= 2,
+            "reduction must be 0 (none), 1 (mean) or 2 (sum), got " + std::to_string(reduction));
+  FCE_CHECK(!(p.options.label_smoothing > 1.0), "label_smoothing must be at most 1");
+  if (!p.is_smoothed()) p.options.label_smoothing = 0.0;  // what is negative or nan, too
+  if (given.weight) set_weight(*given.weight);
+  if (given.denominator) set_denominator(*given.denominator);
+}
 
-  FCE_CHECK(a.reduction >= 0 && a.reduction <= 2,
-            "reduction must be 0 (none), 1 (mean) or 2 (sum), got " + std::to_string(a.reduction));
-  p.reduction = static_cast<Reduction>(a.reduction);
-  p.ignore_index = a.ignore_index;
-  FCE_CHECK(!(a.label_smoothing > 1.0), "label_smoothing must be at most 1");
-  p.label_smoothing = a.label_smoothing > 0.0 ? a.label_smoothing : 0.0;
+void ProblemBuilder::set_weight(const Tensor& tensor) {
+  const Facts weight(tensor);
+  FCE_CHECK(weight.dim() == 1 && weight.numel == problem_.classes,
+            "weight must be 1-D with one value for each of the " +
+                std::to_string(problem_.classes) + " classes, got shape " +
+                to_string(weight.sizes));
+  problem_.options.weight = values_of(weight_ = tensor, weight, stats_dtype_, "weight");
+}
+
+void ProblemBuilder::set_denominator(const Tensor& tensor) {
+  const Facts denominator(tensor);
+  FCE_CHECK(denominator.numel == 1, "denominator must hold one value");
+  FCE_CHECK(problem_.divides(), "a denominator goes with the reduction 1 (mean) alone");
+  problem_.options.denominator =
+      values_of(denominator_ = tensor, denominator, ScalarType::Double, "denominator");
+}
+
+// The tensor's elements, one after another in the type; `tensor` becomes what holds them.
+Values ProblemBuilder::values_of(std::optional<Tensor>& tensor, const Facts& facts,
+                                 ScalarType dtype, const char* name) const {
+  check_device(facts, name);
+  checked_dtype(facts, true, name);
+  checked_data(facts, name);
+  if (facts.type != dtype) tensor = torch::stable::to(*tensor, dtype);
+  if (!tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
+  return {checked_data(Facts(*tensor), name), *dtype_of(dtype)};
 }
 
 void ProblemBuilder::check_device(const Facts& tensor, const char* name) const {
@@ -321,7 +338,7 @@ void ProblemBuilder::set_target_grad(const Tensor& target_grad) {
 void ProblemBuilder::set_loss(const Tensor& tensor) {
   const Facts loss(tensor);
   checked_dtype(loss, true, "loss");
-  if (problem_.reduction == Reduction::kNone)
+  if (!problem_.reduces())
     set_row_operand(problem_.loss, loss, "loss");
   else
     problem_.loss = single_operand(loss, "loss");
@@ -334,20 +351,26 @@ void ProblemBuilder::set_stats(const Tensor& tensor) {
       stats.type == stats_dtype_ && tensor.is_contiguous() && equal(stats.sizes, stats_sizes()),
       "stats must be what the forward operator returned for the same arguments");
   auto* data = static_cast<std::byte*>(checked_data(stats, "stats"));
-  const int64_t columns = stats.sizes[1];
+  const int64_t row_bytes = problem_.rows * stats.item_bytes;
   set_logical(problem_.row_max, data, stats_dtype_);
-  set_logical(problem_.row_rest, data + columns * stats.item_bytes, stats_dtype_);
-  if (!finds_totals_) return;
-  problem_.totals.data = data + problem_.rows * stats.item_bytes;
-  problem_.totals.dtype = *dtype_of(stats_dtype_);
-  problem_.totals.class_stride = columns;
+  set_logical(problem_.row_rest, data + row_bytes, stats_dtype_);
+  if (problem_.probabilities) set_logical(problem_.row_mass, data + 2 * row_bytes, stats_dtype_);
+}
+
+void ProblemBuilder::set_totals(const Tensor& tensor) {
+  const Facts totals(tensor);
+  check_device(totals, "totals");
+  FCE_CHECK(totals.type == ScalarType::Double && totals.contiguous && totals.dim() == 1 &&
+                totals.numel * totals.item_bytes == sizeof(Totals),
+            "totals must be what the forward operator returned for the same arguments");
+  problem_.totals = static_cast<Totals*>(checked_data(totals, "totals"));
 }
 
 void ProblemBuilder::set_grad_output(const Tensor& tensor) {
   const Facts grad_output(tensor);
   checked_dtype(grad_output, true, "grad_output");
   check_device(grad_output, "grad_output");
-  if (problem_.reduction == Reduction::kNone) {
+  if (!problem_.reduces()) {
     set_row_operand(problem_.grad_output, grad_output, "grad_output");
   } else {
     FCE_CHECK(grad_output.numel == 1, "grad_output must hold one value");

@@ -26,14 +26,12 @@ using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The arguments that all operators share, as the dispatcher hands them over.
-struct Arguments {
-  const Tensor& input;                  // [N, C, ...]
-  const Tensor& target;                 // [N, ...] or [N, C, ...]
-  const std::optional<Tensor>& weight;  // [C]
-  int64_t reduction;
-  int64_t ignore_index;
-  double label_smoothing;
+#define FCE_OPTIONAL_TENSOR(name) std::optional<Tensor> name;
+#define FCE_OPTIONAL_TYPE(name) std::optional<ScalarType> name;
+
+// The options, as the dispatcher hands them over.
+struct OptionArguments {
+  FCE_FOR_OPTIONS(FCE_OPTIONAL_TENSOR, FCE_NUMBER_MEMBER, FCE_OPTIONAL_TYPE)
 };
 
 struct Facts;
@@ -41,25 +39,33 @@ struct Facts;
 // Collects the operands of one call, checks each against the input, and lays them out as a Problem.
 class ProblemBuilder {
  public:
-  // With `finds_totals` the statistics have room for what a backend finds on the device.
-  ProblemBuilder(const Arguments& arguments, bool finds_totals);
+  ProblemBuilder(const Tensor& input,   // [N, C, ...]
+                 const Tensor& target,  // [N, ...] or [N, C, ...]
+                 const OptionArguments& options);
 
   void set_grad(const Tensor& grad);                // [N, C, ...]
   void set_target_grad(const Tensor& target_grad);  // [N, C, ...]
   void set_loss(const Tensor& loss);                // [N, ...] or []
-  void set_stats(const Tensor& stats);              // [2, stats_sizes()[1]]
+  void set_stats(const Tensor& stats);              // stats_sizes()
+  void set_totals(const Tensor& totals);            // [2]
   void set_grad_output(const Tensor& grad_output);  // [N, ...] or []
 
   // Sizes of the row dimensions, in the input's order.
   Sizes row_sizes() const { return {row_sizes_.data(), static_cast<size_t>(row_dims_)}; }
   bool has_probabilities() const { return problem_.probabilities; }
   ScalarType stats_dtype() const { return stats_dtype_; }
-  std::array<int64_t, 2> stats_sizes() const { return {2, problem_.rows + finds_totals_}; }
+  std::array<int64_t, 2> stats_sizes() const {
+    return {problem_.probabilities ? 3 : 2, problem_.rows};
+  }
 
   // Merges and orders the row dimensions. The builder must outlive the problem.
   Problem& build();
 
  private:
+  void set_weight(const Tensor& weight);
+  void set_denominator(const Tensor& denominator);
+  Values values_of(std::optional<Tensor>& tensor, const Facts& facts, ScalarType dtype,
+                   const char* name) const;
   void set_class_operand(Operand& operand, const Facts& tensor, const char* name);
   void set_row_operand(Operand& operand, const Facts& tensor, const char* name);
   void set_logical(Operand& operand, void* data, ScalarType dtype);
@@ -67,12 +73,11 @@ class ProblemBuilder {
 
   Problem problem_;
   int32_t device_type_, device_index_;  // of the input
-  bool finds_totals_;
   int64_t class_dim_ = 0;
   Sizes sizes_;                                 // of the input
   std::array<int64_t, kMaxRowDims> row_sizes_;  // without the class dimension
   int row_dims_ = 0;
-  std::optional<Tensor> weight_;  // keeps a converted weight alive
+  std::optional<Tensor> weight_, denominator_;  // keep what was converted alive
   ScalarType stats_dtype_;
 };
 

@@ -8,26 +8,14 @@
 
 #include <cstdint>
 
-namespace fused_ce {
+#include "options.h"
 
-enum class DType : uint8_t {
-  kFloat64,
-  kFloat32,
-  kBFloat16,
-  kFloat16,
-  kInt64,
-  kInt32,
-  kInt16,
-  kUInt8
-};
+namespace fused_ce {
 
 constexpr int64_t size_of(DType dtype) {
   constexpr int64_t kSizes[] = {8, 4, 2, 2, 8, 4, 2, 1};
   return kSizes[static_cast<int>(dtype)];
 }
-
-// The values are those of torch.nn._reduction.
-enum class Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 // Row dimensions left after adjacent ones were merged; checks.cpp refuses more.
 constexpr int kMaxRowDims = 24;
@@ -37,6 +25,12 @@ struct Operand {
   DType dtype = DType::kFloat32;
   int64_t class_stride = 0;
   int64_t row_strides[kMaxRowDims] = {};
+};
+
+// What all rows share.
+struct Totals {
+  double weight_sum = 0.0;   // of all class weights, or the number of classes
+  double denominator = 1.0;  // what the sum of the losses is divided by
 };
 
 struct Problem {
@@ -53,21 +47,18 @@ struct Problem {
   Operand grad_output;  // like the loss, strides 0 for a scalar; no data means 1
   Operand row_max;      // [rows] the maximum logit of the row, in the accumulation type
   Operand row_rest;     // [rows] sum of exp(x - row_max) over all classes but one of the largest
-  // [2], class_stride apart: weight_sum and denominator in the accumulation type, from a backend
-  // that finds them on the device; where there are any, they stand in for the numbers below.
-  Operand totals;
+  Operand row_mass;     // [rows] sum of the coefficients, for probability targets
+  // In memory of the input's device: written by forward where there is any, read by backward.
+  Totals* totals = nullptr;
 
-  const void* weight = nullptr;  // [classes] in the accumulation type, contiguous
   bool probabilities = false;
-  Reduction reduction = Reduction::kMean;
-  int64_t ignore_index = -100;
-  double label_smoothing = 0.0;  // within [0, 1]
-
-  // Found by the scan of the targets, before any kernel runs.
-  double weight_sum = 0.0;   // sum of all class weights, or the number of classes
-  double denominator = 1.0;  // what the sum of the losses is divided by
+  Options options;
+  Totals known;  // what the host knows of the totals, where a kernel is not to read them
 
   bool accumulates_in_double() const { return input.dtype == DType::kFloat64; }
+  bool is_smoothed() const { return options.label_smoothing > 0.0; }
+  bool reduces() const { return options.reduction != Reduction::kNone; }
+  bool divides() const { return options.reduction == Reduction::kMean; }
 };
 
 // All elements of one tensor, no matter which dimension they belong to.

@@ -5,8 +5,7 @@ They are written in the ctx style, without ``setup_context``: with it, ``torch.c
 stock. A backward that must be differentiable itself is stock's formula, differentiated.
 
 A call is ``(input, target, *arguments)``, as the forward operators take it: the arguments are the
-weight, the reduction, ``ignore_index``, ``label_smoothing`` and the loss's dtype, or none of them
-where all have their defaults.
+options of the operators, or none of them where all have their defaults.
 """
 
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from . import ops
 
 _REDUCTIONS = ("none", "mean", "sum")
 # The gradients of the arguments after input and target; there may be more of them than arguments.
-_NO_MORE = (None,) * 5
+_NO_MORE = (None,) * 6
 
 
 def transform_is_active() -> bool:
@@ -34,11 +33,14 @@ def transform_is_active() -> bool:
 
 
 class Options(NamedTuple):
-    """What a call asks for besides its tensors, in the order of the operators' arguments."""
+    """The options in the order of the operators' arguments."""
 
+    weight: Tensor | None
+    denominator: Tensor | None
     reduction: int
     ignore_index: int
     label_smoothing: float
+    loss_dtype: torch.dtype | None
 
 
 def _ignored(target: Tensor, ignore_index: int, input: Tensor) -> Tensor:
@@ -76,9 +78,9 @@ def stock_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
     carry a tangent, then only meets a product, and the rest runs outside of any transform. Up to
     that product it is in float32 at least, or the product would come after a rounding.
     """
-    input, target, _, *rest = saved
-    weight = rest[0] if rest else None
-    options = Options(*(ctx.options or ops.DEFAULTS))
+    input, target, _, _, *weight = saved
+    weight = weight[0] if weight else None
+    options = Options(weight, *(ctx.options or ops.DEFAULTS[1:]))
     dtype = torch.promote_types(grad_output.dtype, torch.float32)
     create_graph = torch.is_grad_enabled()
     with temporarily_clear_interpreter_stack(), torch.enable_grad():
@@ -120,9 +122,8 @@ def _graph_is_kept() -> bool:
 
 
 def _fused_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
-    input, target, stats, *weight = saved
     needs_input, needs_target, *_ = ctx.needs_input_grad
-    arguments = (input, target, stats, grad_output, *weight, *ctx.options)
+    arguments = (*saved[:4], grad_output, *saved[4:], *ctx.options)
     return (
         ops.backward(*arguments) if needs_input else None,
         ops.backward_target(*arguments) if needs_target else None,
@@ -133,7 +134,7 @@ def _fused_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
 def _save(ctx: Any, arguments: tuple, *tensors: Tensor) -> None:
     """Keeps for the backward what its operators take: the tensors, the weight and the options."""
     ctx.save_for_backward(*tensors, *arguments[:1])
-    ctx.options = arguments[1:4]
+    ctx.options = arguments[1:]
 
 
 class Recompute(Function):
@@ -141,8 +142,8 @@ class Recompute(Function):
 
     @staticmethod
     def forward(ctx, input, target, *arguments):
-        loss, stats = ops.eager.forward_stats(input, target, *arguments)
-        _save(ctx, arguments, input, target, stats)
+        loss, *stats = ops.eager.forward_stats(input, target, *arguments)
+        _save(ctx, arguments, input, target, *stats)
         return loss
 
     @staticmethod
@@ -163,8 +164,8 @@ class GradInForward(Function):
 
     @staticmethod
     def forward(ctx, input, target, *arguments):
-        loss, stats, grad = ops.eager.forward_grad(input, target, *arguments)
-        _save(ctx, arguments, grad, input, target, stats)
+        loss, stats, totals, grad = ops.eager.forward_grad(input, target, *arguments)
+        _save(ctx, arguments, grad, input, target, stats, totals)
         return loss
 
     @staticmethod
@@ -202,7 +203,7 @@ class OverwriteInForward(_Overwriting):
 
     @staticmethod
     def forward(ctx, input, target, *arguments):
-        loss = ops.eager.forward_grad_(input, target, *arguments)
+        loss = ops.eager.forward_grad_(input, target, None, *arguments)
         increment_version(input)
         ctx.save_for_backward(input)
         ctx.consumed = False
@@ -227,20 +228,20 @@ class OverwriteInBackward(_Overwriting):
     @staticmethod
     def forward(ctx, input, target, *arguments):
         ops.check_overwritable(input, target, *arguments[:1])
-        loss, stats = ops.eager.forward_stats(input, target, *arguments)
-        _save(ctx, arguments, input, target, stats)
+        loss, *stats = ops.eager.forward_stats(input, target, *arguments)
+        _save(ctx, arguments, input, target, *stats)
         ctx.storage = input.untyped_storage()._cdata
         ctx.consumed = False
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
-        saved = input, target, stats, *weight = _Overwriting.begin_backward(ctx, grad_output)
+        saved = input, *rest = _Overwriting.begin_backward(ctx, grad_output)
         if torch.compiler.is_compiling() or input.untyped_storage()._cdata != ctx.storage:
             # A graph holds no operator that returns what it was given. And a hook on saved tensors
             # may have given a copy back, which others may have been given too.
             return _fused_gradients(ctx, grad_output, saved)
-        arguments = (target, stats, grad_output, *weight, *ctx.options)
+        arguments = (*rest[:3], grad_output, *rest[3:], *ctx.options)
         target_grad = None
         if ctx.needs_input_grad[1]:
             target_grad = ops.backward_target(input, *arguments)

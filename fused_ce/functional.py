@@ -322,10 +322,11 @@ def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.d
 def _arguments(input, target, weight, ignore_index, reduction, label_smoothing) -> tuple:
     """The operators' arguments after the first two, or none of them where they are the defaults."""
     loss_dtype = _loss_dtype(input, target, weight)
-    options = (_Reduction.get_enum(reduction), ignore_index, label_smoothing)
-    if weight is None and loss_dtype is None and options == ops.DEFAULTS:
+    reduction = _Reduction.get_enum(reduction)
+    options = (weight, None, reduction, ignore_index, label_smoothing, loss_dtype)
+    if weight is None and options == ops.DEFAULTS:
         return ()
-    return weight, *options, loss_dtype
+    return options
 
 
 def _mode(input, target, reduction: str, grad_in_forward: bool, inplace: bool) -> str:

@@ -17,28 +17,28 @@ from .autograd import Options, stock_gradients, stock_loss, transform_is_active
 
 def graph_loss(input: Tensor, target: Tensor, *arguments) -> Tensor:
     """Returns the loss; its gradient is recomputed from the logits in the graph's backward."""
-    loss, _ = ops.graph_forward(input, target, *arguments)
+    loss, *_ = ops.graph_forward(input, target, *arguments)
     return loss
 
 
 def _save_forward(ctx, inputs, output) -> None:
-    input, target, weight, *options, _ = inputs
-    _, stats = output
-    ctx.save_for_backward(input, target, stats, weight)
+    input, target, weight, *options = inputs
+    _, stats, totals = output
+    ctx.save_for_backward(input, target, stats, totals, weight)
     ctx.options = options
 
 
-def _backward(ctx, grad_loss: Tensor, _) -> tuple:
-    saved = input, target, stats, weight = ctx.saved_tensors
+def _backward(ctx, grad_loss: Tensor, *_) -> tuple:
+    saved = input, target, stats, totals, weight = ctx.saved_tensors
     if transform_is_active():
         # A graph that runs as it was captured: the transform began only after it.
         return stock_gradients(ctx, grad_loss, saved)
     needs_input, needs_target, *_ = ctx.needs_input_grad
-    arguments = (input, target, stats, grad_loss, weight, *ctx.options)
+    arguments = (input, target, stats, totals, grad_loss, weight, *ctx.options)
     return (
         ops.graph_backward(*arguments) if needs_input else None,
         ops.graph_backward_target(*arguments) if needs_target else None,
-        *(None,) * 5,
+        *(None,) * 6,
     )
 
 
@@ -56,9 +56,9 @@ def _unpack(arguments: tuple) -> tuple:
 
     The dispatcher takes away what equals its default, also where the call spelled it out.
     """
-    input, target, _, grad_output, *given = arguments
-    weight, *options = (*given, *(None, *ops.DEFAULTS)[len(given) :])
-    return input, target, weight, Options(*options), grad_output
+    input, target, _, _, grad_output, *given = arguments
+    options = Options(*given, *ops.DEFAULTS[len(given) :])
+    return input, target, options.weight, options, grad_output
 
 
 class _Gradient(Function):
@@ -84,7 +84,7 @@ class _Gradient(Function):
         by_input, *by_target, by_grad_output = torch.autograd.grad(
             first, wanted, grad, create_graph=create_graph, allow_unused=True
         )
-        return None, by_input, *(by_target or [None]), None, by_grad_output, *(None,) * 4
+        return None, by_input, *(by_target or [None]), None, None, by_grad_output, *(None,) * 6
 
 
 def _autograd_kernel(operator):

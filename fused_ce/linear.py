@@ -382,9 +382,9 @@ class _Problem:
 
     @property
     def options(self) -> tuple:
-        """The arguments that all operators of a chunk share."""
+        """The options that all operators of a chunk share, but for the loss's dtype."""
         reduction = _NONE if self.reduction == _NONE else _SUM
-        return self.weight, reduction, self.ignore_index, self.label_smoothing
+        return self.weight, None, reduction, self.ignore_index, self.label_smoothing
 
     def scale(self, factor: Tensor) -> None:
         """Multiplies a reduced loss, through the class weights: before any gradient is rounded."""
@@ -697,7 +697,7 @@ def _forward_grad(*arguments):
 
         def cross_entropy(logits: Tensor, rows: slice) -> Tensor:
             target = problem.target[rows]
-            return ops.forward_grad_(logits, target, *problem.options, torch.float64)
+            return ops.forward_grad_(logits, target, None, *problem.options, torch.float64)
 
         losses = _through_chunks(problem, gradients, cross_entropy)
         return problem.total(losses), *gradients.result()
@@ -720,10 +720,10 @@ def _backward(*arguments):
         def cross_entropy(logits: Tensor, rows: slice) -> None:
             target = problem.target[rows]
             if problem.reduction == _NONE:
-                _, stats = ops.forward_stats(logits, target, *problem.options)
-                ops.backward_(logits, target, stats, grad_output[rows], *problem.options)
+                _, *stats = ops.forward_stats(logits, target, *problem.options)
+                ops.backward_(logits, target, *stats, grad_output[rows], *problem.options)
             else:
-                ops.forward_grad_(logits, target, *problem.options)
+                ops.forward_grad_(logits, target, None, *problem.options)
 
         _through_chunks(problem, gradients, cross_entropy)
         return tuple(gradients.result())
@@ -851,7 +851,7 @@ def _unfused_gradients(ctx: Any, grad_output: Tensor, tensors: list) -> tuple:
         layer = [None if t is None else t.to(dtype) for t in (input, linear_weight, linear_bias)]
         logits = F.linear(*layer)
         rows = logits.reshape(len(input), -1, *positions)
-        options = autograd.Options(reduction, ignore_index, label_smoothing)
+        options = autograd.Options(weight, None, reduction, ignore_index, label_smoothing, None)
         loss = autograd.stock_loss(rows, target, weight, options, dtype)
         (unit,) = torch.autograd.grad(loss, rows, torch.ones_like(loss), create_graph=create_graph)
     if loss.dim() > 0:

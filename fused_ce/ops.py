@@ -65,8 +65,8 @@ eager = SimpleNamespace(
     rescale_=rescale_._op,
 )
 
-# The reduction, ignore_index and label_smoothing that a call of an operator may leave out.
-DEFAULTS = tuple(argument.default_value for argument in forward._schema.arguments[3:6])
+# The options that a call of an operator may leave out.
+DEFAULTS = tuple(argument.default_value for argument in forward._schema.arguments[2:])
 
 
 # A build for NVIDIA's CUDA is no use to a torch that calls AMD's GPUs cuda.
@@ -95,20 +95,19 @@ def _row_shape(input: Tensor) -> tuple[int, ...]:
     return shape[:1] + shape[2:] if len(shape) > 1 else ()
 
 
-def _fake_loss(
-    input, weight=None, reduction=DEFAULTS[0], ignore_index=None, label_smoothing=None, dtype=None
-) -> Tensor:
-    return input.new_empty(_row_shape(input) if reduction == 0 else (), dtype=dtype)
+def _fake_loss(input, *options) -> Tensor:
+    reduction, loss_dtype = (*options, *DEFAULTS[len(options) :])[2::3]
+    return input.new_empty(_row_shape(input) if reduction == 0 else (), dtype=loss_dtype)
 
 
-def _fake_stats(input: Tensor) -> Tensor:
-    columns = 1
+def _fake_stats(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The statistics of the rows, and the totals."""
+    rows = 1
     for size in _row_shape(input):
-        columns *= size
-    if input.device.type != "cpu":
-        columns += 1  # for the totals
+        rows *= size
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return input.new_empty((2, columns), dtype=dtype)
+    stats = input.new_empty((3 if target.is_floating_point() else 2, rows), dtype=dtype)
+    return stats, input.new_empty(2, dtype=torch.float64)
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -130,41 +129,45 @@ def empty_gradient(like: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fused_ce::forward")
+def _(input, target, *options):
+    return _fake_loss(input, *options)
+
+
 @torch.library.register_fake("fused_ce::forward_grad_")
-def _(input, target, *arguments):
-    return _fake_loss(input, *arguments)
+def _(input, target, grad_output=None, *options):
+    return _fake_loss(input, *options)
 
 
 @torch.library.register_fake("fused_ce::forward_stats")
 @torch.library.register_fake("fused_ce::graph_forward")
-def _(input, target, *arguments):
-    return _fake_loss(input, *arguments), _fake_stats(input)
+def _(input, target, *options):
+    return _fake_loss(input, *options), *_fake_stats(input, target)
 
 
 @torch.library.register_fake("fused_ce::forward_grad")
-def _(input, target, *arguments):
-    return _fake_loss(input, *arguments), _fake_stats(input), empty_gradient(input)
+def _(input, target, *options):
+    return _fake_loss(input, *options), *_fake_stats(input, target), empty_gradient(input)
 
 
 @torch.library.register_fake("fused_ce::backward")
 @torch.library.register_fake("fused_ce::graph_backward")
-def _(input, target, stats, grad_output, *options):
+def _(input, target, stats, totals, grad_output, *options):
     return empty_gradient(input)
 
 
 @torch.library.register_fake("fused_ce::backward_target")
 @torch.library.register_fake("fused_ce::graph_backward_target")
-def _(input, target, stats, grad_output, *options):
+def _(input, target, stats, totals, grad_output, *options):
     return empty_gradient(target)
 
 
 @torch.library.register_fake("fused_ce::backward_")
-def _(input, target, stats, grad_output, *options):
+def _(input, target, stats, totals, grad_output, *options):
     return input
 
 
 @torch.library.register_fake("fused_ce::rescale_")
-def _(grad, grad_output, input, target, stats, *options):
+def _(grad, grad_output, input, target, stats, totals, *options):
     return grad
 
 

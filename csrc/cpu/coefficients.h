@@ -16,7 +16,7 @@ namespace fused_ce::cpu {
 template <class A, class Use>
 inline void with_coefficients(const Problem& p, int64_t first, const A* probabilities,
                               Smoothing<A> smoothing, const Use& use) {
-  const A* weight = static_cast<const A*>(p.weight);
+  const A* weight = static_cast<const A*>(p.options.weight.data);
   if (weight) weight += first;
   if (probabilities && weight) {
     use([=](int64_t i) { return probability_coefficient(probabilities[i], weight[i], smoothing); });

@@ -1,48 +1,23 @@
-// Chooses the kernel and the tiles for a problem, and runs it on the widest vectors there are.
+// What every call consists of: a scan of the targets, the kernels for rows, and the sum of the
+// losses, each over tiles that threads share out between them.
+//
+// A gradient needs the targets in range, and what they add up to, before it is written; a loss
+// alone can wait for what its own pass over the targets finds.
 #include "kernels.h"
 
-#include <algorithm>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
-#include "lane_kernel.h"
-#include "row_kernel.h"
-#include "shared_rows.h"
+#include "row_kernels.h"
 #include "simd.h"
+#include "span.h"
 #include "sum.h"
 
 namespace fused_ce::cpu {
 
 namespace {
-
-// Up to here a row of adjacent classes is faster as a lane among others than on its own.
-constexpr int64_t kMaxLaneClasses = 64;
-// Up to here gathering a scattered row into a tile of its neighbours is.
-constexpr int64_t kMaxGatheredClasses = 1024;
-
-// Lanes count the largest logits of a row in the accumulation type, exactly up to here.
-constexpr int64_t kMaxCountedClasses = int64_t{1} << 24;
-
-// With fewer rows side by side, each is better taken on its own however far apart its classes lie.
-constexpr int64_t kMinLaneRows = 4;
-
-bool prefers_lanes(const Problem& p) {
-  if (p.classes > kMaxCountedClasses) return false;
-  if (p.classes <= kMaxLaneClasses) return true;
-  if (p.input.class_stride == 1 || inner_rows(p) < kMinLaneRows) return false;
-  const int64_t lane_stride = p.input.row_strides[p.row_dims - 1];
-  if (lane_stride == 1) return true;
-  return p.input.class_stride > lane_stride && p.classes <= kMaxGatheredClasses;
-}
-
-int64_t lanes_per_tile(const Problem& p) {
-  // Rows side by side are walked through twice, the second time in the first-level cache; rows that
-  // are turned over are walked through in a copy, and long runs of memory count for more.
-  constexpr int64_t kBesideElements = 2560, kTurnedElements = 32768;
-  constexpr int64_t kMinLanes = 128;  // fewer would read too little of each class at a time
-  const bool beside = p.input.row_strides[p.row_dims - 1] == 1;
-  const int64_t elements = beside ? kBesideElements : kTurnedElements;
-  const int64_t lanes = elements / std::max<int64_t>(1, p.classes) / 16 * 16;
-  return std::clamp(lanes, kMinLanes, kMaxBatch);
-}
 
 // Calls f with a value of the type that the problem's arithmetic is done in.
 template <class F>
@@ -53,149 +28,112 @@ void with_accumulation_type(const Problem& p, const F& f) {
     f(float{});
 }
 
-// How many rows count; a row that counts but is out of range is looked for only if there is one.
-template <class Index>
-TargetScan scan_run(const Problem& p, const Index* targets, int64_t stride, int64_t n) {
-  const int64_t ignored = p.ignore_index, classes = p.classes;
-  int64_t counted = 0, bad = 0;
-#pragma omp simd reduction(+ : counted, bad)
-  for (int64_t i = 0; i < n; i++) {
-    const int64_t index = targets[i * stride];
-    counted += index != ignored ? 1 : 0;
-    bad += index != ignored && (index < 0 || index >= classes) ? 1 : 0;
-  }
-  if (bad == 0) return {static_cast<double>(counted), 0, false};
-  for (int64_t i = 0; i < n; i++) {
-    const int64_t index = targets[i * stride];
-    if (index != ignored && !in_range(p, index)) return {0.0, index, true};
-  }
-  return {};
+template <class Work>
+void for_tiles(const Tiling& tiling, const Threads& threads, const Work& work) {
+  if (tiling.count > tiling.grain)
+    threads.run(tiling.count, tiling.grain, work);
+  else if (tiling.count > 0)
+    work(0, tiling.count);
 }
 
-// The weight of the counted rows, all of them in range.
-template <class A, class Index>
-double add_weights(const Problem& p, const Index* targets, int64_t stride, int64_t n) {
-  const A* weight = static_cast<const A*>(p.weight);
-  CompensatedSum total;
-  for (int64_t i = 0; i < n; i++) {
-    const int64_t index = targets[i * stride];
-    if (is_counted(p, index)) total.add(weight[index]);
-  }
-  return total.value();
-}
-
-TargetScan scan_tile(const Problem& p, const Tile& tile) {
-  const Run run = tile.run(p.target);
-  TargetScan scan;
-  with_index_pointer(p.target, run.first, [&](const auto* targets) {
-    scan = scan_run(p, targets, run.stride, tile.rows);
-    if (!p.weight || scan.has_bad_index) return;
-    with_accumulation_type(p, [&](auto zero) {
-      scan.weights = add_weights<decltype(zero)>(p, targets, run.stride, tile.rows);
+std::vector<TargetScan> scan_targets(const Problem& p, const Threads& threads) {
+  constexpr int64_t kScanRows = 4096;
+  const Tiling tiling = make_tiling(p, kScanRows, 4);
+  std::vector<TargetScan> scans(tiling.count);
+  for_tiles(tiling, threads, [&](int64_t begin, int64_t end) {
+    simd::run([&] {
+      for (int64_t t = begin; t < end; t++) scans[t] = scan_tile(p, Tile(p, tiling, t));
     });
   });
-  return scan;
+  return scans;
 }
 
-template <class Kernel>
-void run_forward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end,
-                 double* tile_losses, TargetScan* scans) {
-  Kernel kernel(p, tiling);
-  for (int64_t t = begin; t < end; t++) {
-    const Tile tile(p, tiling, t);
-    if (scans) scans[t] = scan_tile(p, tile);
-    tile_losses[t] = kernel.forward(tile);
+// The weight of the rows that count; raises for a target out of range.
+double counted_weight(const Problem& p, const std::vector<TargetScan>& scans) {
+  if (p.probabilities) return static_cast<double>(p.rows);
+  CompensatedSum weights;
+  for (const TargetScan& scan : scans) {
+    if (scan.has_bad_index)
+      throw std::out_of_range("Target " + std::to_string(scan.bad_index) + " is out of bounds.");
+    weights.add(scan.weights);
   }
+  return weights.value();
 }
 
-template <class Kernel>
-void run_backward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {
-  Kernel kernel(p, tiling);
-  for (int64_t t = begin; t < end; t++) kernel.backward(Tile(p, tiling, t));
+double denominator_for(const Problem& p, double counted) {
+  if (!p.divides()) return 1.0;
+  if (const Values& given = p.options.denominator; given.data) return load_value<double>(given, 0);
+  // A total weight of zero makes the mean nan, also where smoothing leaves a loss to divide.
+  const bool is_undefined = counted == 0.0 && p.is_smoothed();
+  return is_undefined ? std::numeric_limits<double>::quiet_NaN() : counted;
 }
 
-template <class A>
-void run_backward_target(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {
-  RowKernel<A> kernel(p, tiling);
-  for (int64_t t = begin; t < end; t++) kernel.backward_target(Tile(p, tiling, t));
+double sum_class_weights(const Problem& p) {
+  if (!p.options.weight.data) return static_cast<double>(p.classes);
+  CompensatedSum sum;
+  for (int64_t c = 0; c < p.classes; c++) sum.add(load_value<double>(p.options.weight, c));
+  return sum.value();
+}
+
+bool shares_rows(const Problem& p, const Threads& threads) {
+  return has_long_rows(p) && p.rows < threads.count();
+}
+
+// What a backward needs to know before it writes: that the targets are in range.
+void begin_backward(Problem& p, const Threads& threads) {
+  counted_weight(p, p.probabilities ? std::vector<TargetScan>() : scan_targets(p, threads));
+  p.known = *p.totals;
 }
 
 }  // namespace
 
-Tiling scan_tiling(const Problem& p) {
-  constexpr int64_t kScanRows = 4096;
-  return make_tiling(p, kScanRows, 4);
-}
-
-Tiling row_tiling(const Problem& p) {
-  constexpr int64_t kTileElements = 4096;
-  const int64_t rows = prefers_lanes(p)
-                           ? lanes_per_tile(p)
-                           : std::min(kMaxBatch, kTileElements / std::max<int64_t>(1, p.classes));
-  return make_tiling(p, rows, p.classes);
-}
-
-void scan_targets(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end,
-                  TargetScan* scans) {
-  simd::run([&] {
-    for (int64_t t = begin; t < end; t++) scans[t] = scan_tile(p, Tile(p, tiling, t));
+void forward(Problem& p, const Threads& threads) {
+  const Tiling tiling = row_tiling(p);
+  std::vector<double> tile_losses(tiling.count);
+  std::vector<TargetScan> scans;
+  const bool shares = shares_rows(p, threads);
+  const bool scans_first = !p.probabilities && (p.grad.data || shares);
+  const bool scans_along = !p.probabilities && !scans_first;
+  if (p.is_smoothed() && !p.probabilities) p.known.weight_sum = sum_class_weights(p);
+  if (scans_first) scans = scan_targets(p, threads);
+  if (scans_along)
+    scans.resize(tiling.count);
+  else
+    p.known.denominator = denominator_for(p, counted_weight(p, scans));
+  with_accumulation_type(p, [&](auto zero) {
+    using A = decltype(zero);
+    if (shares) return forward_shared<A>(p, tiling, threads, tile_losses.data());
+    for_tiles(tiling, threads, [&](int64_t begin, int64_t end) {
+      forward_tiles<A>(p, tiling, begin, end, tile_losses.data(),
+                       scans_along ? scans.data() : nullptr);
+    });
   });
-}
-
-double sum_weights(const Problem& p) {
-  if (!p.weight) return static_cast<double>(p.classes);
+  if (scans_along) p.known.denominator = denominator_for(p, counted_weight(p, scans));
+  if (p.totals) *p.totals = p.known;
+  if (!p.reduces()) return;
   CompensatedSum sum;
-  with_accumulation_type(p, [&](auto zero) {
-    const auto* weight = static_cast<const decltype(zero)*>(p.weight);
-    for (int64_t c = 0; c < p.classes; c++) sum.add(weight[c]);
-  });
-  return sum.value();
+  for (const double loss : tile_losses) sum.add(loss);
+  store_value(sum.value() / p.known.denominator, p.loss, 0);
 }
 
-void forward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end,
-             double* tile_losses, TargetScan* scans) {
+void backward(Problem& p, const Threads& threads) {
+  begin_backward(p, threads);
+  const Tiling tiling = row_tiling(p);
   with_accumulation_type(p, [&](auto zero) {
     using A = decltype(zero);
-    simd::run([&] {
-      if (prefers_lanes(p))
-        run_forward<LaneKernel<A>>(p, tiling, begin, end, tile_losses, scans);
-      else
-        run_forward<RowKernel<A>>(p, tiling, begin, end, tile_losses, scans);
+    if (shares_rows(p, threads)) return backward_shared<A>(p, tiling, threads);
+    for_tiles(tiling, threads,
+              [&](int64_t begin, int64_t end) { backward_tiles<A>(p, tiling, begin, end); });
+  });
+}
+
+void backward_target(Problem& p, const Threads& threads) {
+  begin_backward(p, threads);
+  const Tiling tiling = row_tiling(p);
+  with_accumulation_type(p, [&](auto zero) {
+    for_tiles(tiling, threads, [&](int64_t begin, int64_t end) {
+      backward_target_tiles<decltype(zero)>(p, tiling, begin, end);
     });
-  });
-}
-
-void backward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {
-  with_accumulation_type(p, [&](auto zero) {
-    using A = decltype(zero);
-    simd::run([&] {
-      if (prefers_lanes(p))
-        run_backward<LaneKernel<A>>(p, tiling, begin, end);
-      else
-        run_backward<RowKernel<A>>(p, tiling, begin, end);
-    });
-  });
-}
-
-// Shorter rows are not worth it, and may keep their terms in memory that belongs to one thread.
-bool has_long_rows(const Problem& p) { return p.classes > kMaxScratch && !prefers_lanes(p); }
-
-void forward_shared(const Problem& p, const Tiling& tiling, const ParallelFor& parallel_for,
-                    double* tile_losses) {
-  with_accumulation_type(p, [&](auto zero) {
-    SharedRows<decltype(zero)>(p, tiling, parallel_for).forward(tile_losses);
-  });
-}
-
-void backward_shared(const Problem& p, const Tiling& tiling, const ParallelFor& parallel_for) {
-  with_accumulation_type(
-      p, [&](auto zero) { SharedRows<decltype(zero)>(p, tiling, parallel_for).backward(); });
-}
-
-void backward_target(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {
-  with_accumulation_type(p, [&](auto zero) {
-    using A = decltype(zero);
-    simd::run([&] { run_backward_target<A>(p, tiling, begin, end); });
   });
 }
 

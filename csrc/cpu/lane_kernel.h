@@ -27,8 +27,8 @@ class LaneKernel {
   LaneKernel(const Problem& p, const Tiling& tiling)
       : p_(p),
         batch_(p, tiling.tile_rows),
-        smoothing_(p.label_smoothing, p.classes),
-        weight_(static_cast<const A*>(p.weight)),
+        smoothing_(p.options.label_smoothing, p.classes),
+        weight_(static_cast<const A*>(p.options.weight.data)),
         input_direct_(is_direct<A>(p.input, lane_stride(p.input))),
         grad_direct_(is_direct<A>(p.grad, lane_stride(p.grad))),
         needs_tile_(!input_direct_ || (p.grad.data && !(grad_direct_ && in_place()))),
@@ -55,7 +55,6 @@ class LaneKernel {
     begin(tile);
     batch_.read_statistics(tile);
     batch_.read_target_logits(tile, 0, n_);
-    if (p_.probabilities) sum_mass();
     batch_.find_gradients();
     write_gradient(false);
   }
@@ -319,17 +318,6 @@ class LaneKernel {
           gaps[l] += a * (max[l] - x[l]);
           mass[l] += a;
         }
-      });
-    }
-  }
-
-  void sum_mass() {
-    double* mass = batch_.mass;
-    std::fill(mass, mass + n_, 0.0);
-    for (int64_t c = 0; c < p_.classes; c++) {
-      with_lane_coefficients(c, [&](auto coefficient) {
-#pragma omp simd
-        for (int64_t l = 0; l < n_; l++) mass[l] += coefficient(l);
       });
     }
   }

@@ -28,12 +28,12 @@ class RowBatch {
   // For tiles of at most so many rows.
   RowBatch(const Problem& p, int64_t rows)
       : p_(p),
-        smoothing_(p.label_smoothing, p.classes),
+        smoothing_(p.options.label_smoothing, p.classes),
         spreads_(p.probabilities || smoothing_.smooth != 0.0),
         scales_vary_(std::any_of(p.grad_output.row_strides, p.grad_output.row_strides + p.row_dims,
                                  [](int64_t stride) { return stride != 0; })) {
     const double grad_output = p.grad_output.data ? load_value<double>(p.grad_output, 0) : 1.0;
-    std::fill(scale, scale + rows, grad_output / p.denominator);
+    std::fill(scale, scale + rows, grad_output / p.known.denominator);
     std::fill(target_weight_, target_weight_ + rows, A(1));
   }
 
@@ -47,7 +47,7 @@ class RowBatch {
     if (!p_.probabilities) {
       read_targets(tile.run(p_.target));
       for (int64_t r = 0; r < size; r++) has_ignored |= target_class[r] < 0;
-      if (p_.weight) read_target_weights();
+      if (p_.options.weight.data) read_target_weights();
     }
     if (p_.grad_output.data && scales_vary_) read_scales(tile);
   }
@@ -83,6 +83,9 @@ class RowBatch {
     const Run maxima = tile.run(p_.row_max), rests = tile.run(p_.row_rest);
     load_span(p_.row_max, maxima.first, maxima.stride, size, max);
     load_span(p_.row_rest, rests.first, rests.stride, size, rest);
+    if (!p_.probabilities) return;
+    const Run masses = tile.run(p_.row_mass);
+    load_span(p_.row_mass, masses.first, masses.stride, size, mass);
   }
 
   // Writes the losses and the statistics, and finds what the gradient needs where there is one;
@@ -92,7 +95,7 @@ class RowBatch {
       run<true, true>();
     else
       run<true, false>();
-    if (p_.reduction == Reduction::kNone) {
+    if (!p_.reduces()) {
       const Run losses = tile.run(p_.loss);
       store_span(loss_, size, p_.loss, losses.first, losses.stride);
     }
@@ -100,6 +103,10 @@ class RowBatch {
       const Run maxima = tile.run(p_.row_max), rests = tile.run(p_.row_rest);
       store_span(max, size, p_.row_max, maxima.first, maxima.stride);
       store_span(rest, size, p_.row_rest, rests.first, rests.stride);
+      if (p_.probabilities) {
+        const Run masses = tile.run(p_.row_mass);
+        store_span(mass, size, p_.row_mass, masses.first, masses.stride);
+      }
     }
     double total = 0.0;
 #pragma omp simd reduction(+ : total)
@@ -136,7 +143,7 @@ class RowBatch {
  private:
   void read_targets(const Run run) {
     with_index_pointer(p_.target, run.first, [&](const auto* targets) {
-      const int64_t ignored = p_.ignore_index, classes = p_.classes, stride = run.stride;
+      const int64_t ignored = p_.options.ignore_index, classes = p_.classes, stride = run.stride;
       if (stride == 1) prefetch(p_.target, run.first + size, size);
 #pragma omp simd
       for (int64_t r = 0; r < size; r++) {
@@ -148,7 +155,7 @@ class RowBatch {
   }
 
   void read_target_weights() {
-    const A* weight = static_cast<const A*>(p_.weight);
+    const A* weight = static_cast<const A*>(p_.options.weight.data);
     for (int64_t r = 0; r < size; r++)
       target_weight_[r] = target_class[r] >= 0 ? weight[target_class[r]] : A(1);
   }
@@ -156,7 +163,7 @@ class RowBatch {
   void read_scales(const Tile& tile) {
     const Run run = tile.run(p_.grad_output);
     load_span(p_.grad_output, run.first, run.stride, size, scale);
-    const double denominator = p_.denominator;
+    const double denominator = p_.known.denominator;
 #pragma omp simd
     for (int64_t r = 0; r < size; r++) scale[r] /= denominator;
   }
@@ -196,8 +203,8 @@ class RowBatch {
         if (kGradient) exp_factor[r] = probability_factor(r);
       }
     } else {
-      const double weight_sum = p_.weight_sum;
-      const Smoothing<A> loss_smoothing(p_.label_smoothing, p_.classes);
+      const double weight_sum = p_.known.weight_sum;
+      const Smoothing<A> loss_smoothing(p_.options.label_smoothing, p_.classes);
       const Smoothing<double> smoothing = smoothing_;
 #pragma omp simd
       for (int64_t r = 0; r < size; r++) {

@@ -53,7 +53,7 @@ class RowKernel {
   RowKernel(const Problem& p, const Tiling& tiling)
       : p_(p),
         batch_(p, tiling.tile_rows),
-        smoothing_(p.label_smoothing, p.classes),
+        smoothing_(p.options.label_smoothing, p.classes),
         adjacent_(p.input.class_stride == 1),
         terms_in_grad_(is_direct<A>(p.grad, p.grad.class_stride)),
         keeps_terms_(terms_in_grad_ || (p.grad.data && p.classes <= kMaxScratch)),
@@ -106,8 +106,6 @@ class RowKernel {
     begin(tile);
     batch_.read_target_logits(tile, 0, tile.rows);
     batch_.read_statistics(tile);
-    if (p_.probabilities)
-      for (int64_t r = 0; r < tile.rows; r++) batch_.mass[r] = sum_probabilities(r);
     batch_.find_gradients();
   }
 
@@ -381,27 +379,6 @@ class RowKernel {
     batch_.mass[r] = mass;
   }
 
-  double sum_probabilities(int64_t r) {
-    double total = 0.0;
-    for (int64_t b = 0; b < p_.classes; b += kRowBlock) {
-      const int64_t n = std::min(kRowBlock, p_.classes - b);
-      with_coefficients(p_, b, read_probabilities(r, b, n), smoothing_, [&](auto coefficient) {
-        for_chunks(n, [&](int64_t first, auto count) {
-          total += mass_of(count, [&](int64_t i) { return coefficient(first + i); });
-        });
-      });
-    }
-    return total;
-  }
-
-  template <class Count, class Coefficient>
-  static double mass_of(Count n, const Coefficient& coefficient) {
-    double mass = 0.0;
-#pragma omp simd reduction(+ : mass)
-    for (int64_t i = 0; i < n; i++) mass += coefficient(i);
-    return mass;
-  }
-
   // Writes scale (exp_factor exp(x_c - M) - a_c) block by block; term(b, n) gives the function
   // i -> exp_factor exp(x_i - M) of the block at b.
   template <class Term>
@@ -451,7 +428,7 @@ class RowKernel {
   void write_target_gradient(int64_t r, const Run& target_grad) {
     const A log_total = batch_.log_total(r);
     const A scale = static_cast<A>(batch_.scale[r]), max = batch_.max[r];
-    const A* weight = static_cast<const A*>(p_.weight);
+    const A* weight = static_cast<const A*>(p_.options.weight.data);
     for (int64_t b = 0; b < p_.classes; b += kRowBlock) {
       const int64_t n = std::min(kRowBlock, p_.classes - b);
       const A* x = read_logits(r, b, n, buffer_);

@@ -43,17 +43,16 @@ void scale_as(const Elements& e, A factor, int64_t begin, int64_t end) {
 
 }  // namespace
 
-int64_t scale_blocks(const Elements& e) {
+void scale(const Elements& e, double factor, const Threads& threads) {
+  constexpr int64_t kGrainBlocks = 16;
   int64_t blocks = blocks_per_run(e);
   for (int d = 0; d < e.dims - 1; d++) blocks *= e.sizes[d];
-  return blocks;
-}
-
-void scale(const Elements& e, double factor, int64_t begin, int64_t end) {
-  if (e.dtype == DType::kFloat64)
-    scale_as<double>(e, factor, begin, end);
-  else
-    scale_as<float>(e, static_cast<float>(factor), begin, end);
+  threads.run(blocks, kGrainBlocks, [&](int64_t begin, int64_t end) {
+    if (e.dtype == DType::kFloat64)
+      scale_as<double>(e, factor, begin, end);
+    else
+      scale_as<float>(e, static_cast<float>(factor), begin, end);
+  });
 }
 
 }  // namespace fused_ce::cpu

@@ -11,7 +11,6 @@
 #include <memory>
 #include <vector>
 
-#include "kernels.h"
 #include "row_kernel.h"
 #include "simd.h"
 
@@ -20,8 +19,8 @@ namespace fused_ce::cpu {
 template <class A>
 class SharedRows {
  public:
-  SharedRows(const Problem& p, const Tiling& tiling, const ParallelFor& parallel_for)
-      : p_(p), tiling_(tiling), parallel_for_(parallel_for), blocks_(tiling.count * blocks_of(p)) {
+  SharedRows(const Problem& p, const Tiling& tiling, const Threads& threads)
+      : p_(p), tiling_(tiling), threads_(threads), blocks_(tiling.count * blocks_of(p)) {
     for (int64_t t = 0; t < tiling.count; t++)
       leaders_.push_back(std::make_unique<RowKernel<A>>(p, tiling));
   }
@@ -62,7 +61,7 @@ class SharedRows {
   template <class Use>
   void for_pieces(const Use& use) {
     const int64_t per_row = (p_.classes + kPiece - 1) / kPiece;
-    parallel_for_(tiling_.count * per_row, [&](int64_t begin, int64_t end) {
+    threads_.run(tiling_.count * per_row, 1, [&](int64_t begin, int64_t end) {
       simd::run([&] {
         RowKernel<A> kernel(p_, tiling_);
         for (int64_t i = begin; i < end; i++) {
@@ -76,7 +75,7 @@ class SharedRows {
 
   const Problem& p_;
   const Tiling& tiling_;
-  const ParallelFor& parallel_for_;
+  const Threads& threads_;
   std::vector<std::unique_ptr<RowKernel<A>>> leaders_;
   std::vector<BlockSums<A>> blocks_;
 };

@@ -36,18 +36,24 @@ inline void store_as(const A* from, int64_t n, T* to, int64_t stride) {
   }
 }
 
-// Calls f with a pointer of the operand's floating type, at an offset in elements.
-template <class F>
-inline void with_floating_pointer(const Operand& operand, int64_t offset, const F& f) {
-  switch (operand.dtype) {
+// Calls f with a pointer of the floating type of an Operand or of Values, at an offset in elements.
+template <class Storage, class F>
+inline void with_floating_pointer(const Storage& storage, int64_t offset, const F& f) {
+  const auto at = [&](auto element) {
+    using T = decltype(element);
+    using Pointer =
+        std::conditional_t<std::is_same_v<decltype(Storage::data), const void*>, const T*, T*>;
+    f(static_cast<Pointer>(storage.data) + offset);
+  };
+  switch (storage.dtype) {
     case DType::kFloat32:
-      return f(static_cast<float*>(operand.data) + offset);
+      return at(float{});
     case DType::kFloat64:
-      return f(static_cast<double*>(operand.data) + offset);
+      return at(double{});
     case DType::kBFloat16:
-      return f(static_cast<BFloat16*>(operand.data) + offset);
+      return at(BFloat16{});
     case DType::kFloat16:
-      return f(static_cast<Float16*>(operand.data) + offset);
+      return at(Float16{});
     default:
       return;
   }
@@ -75,8 +81,8 @@ __attribute__((noinline)) void store_span(const A* from, int64_t n, const Operan
       [&] { with_floating_pointer(to, offset, [&](auto* p) { store_as(from, n, p, stride); }); });
 }
 
-template <class A>
-inline A load_value(const Operand& from, int64_t offset) {
+template <class A, class Storage>
+inline A load_value(const Storage& from, int64_t offset) {
   A value{};
   with_floating_pointer(from, offset, [&](auto* p) { value = static_cast<A>(to_float(*p)); });
   return value;

@@ -6,10 +6,19 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 
 #include "../problem.h"
 
-namespace fused_ce {
+namespace fused_ce::cpu {
+
+// How work gets to threads, which a kernel never starts itself.
+struct Threads {
+  int64_t (*count)();
+  // Calls work(begin, end) for parts of [0, count) that together make up all of it, each of them
+  // `grain` long at least or all that is left.
+  void (*run)(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& work);
+};
 
 struct Tiling {
   int64_t tile_rows;  // at most this many rows in a tile
@@ -67,4 +76,4 @@ class Tile {
   int64_t index_[kMaxRowDims];
 };
 
-}  // namespace fused_ce
+}  // namespace fused_ce::cpu

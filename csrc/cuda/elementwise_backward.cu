@@ -123,8 +123,8 @@ void elementwise_backward(const Problem& p, const Device& device, When when, Str
   const Grid grid{wanted < most ? wanted : most, kBlock};
   with_vector_type(p, [&](auto zero) {
     using T = decltype(zero);
-    const auto kernel = p.label_smoothing > 0.0 ? elementwise_backward_kernel<T, true>
-                                                : elementwise_backward_kernel<T, false>;
+    const auto kernel = p.is_smoothed() ? elementwise_backward_kernel<T, true>
+                                        : elementwise_backward_kernel<T, false>;
     launch_kernel(kernel, grid, stream, p, when, stretches, Unpacking{});
   });
 }

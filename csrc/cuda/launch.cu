@@ -51,15 +51,15 @@ const auto& regime_for(const Regimes& regimes, const Problem& p, const Device& d
 // The workspace, or with no memory for it its size.
 struct Workspace {
   BlockSum losses{}, weights{};
-  double* totals = nullptr;
+  Totals* totals = nullptr;
   int64_t ticket_count = 0;  // of losses and, behind them, weights
   size_t bytes = 0;
 
   Workspace(const Problem& p, int64_t blocks, void* memory) : memory_(static_cast<char*>(memory)) {
-    const bool reduces = p.reduction != Reduction::kNone;
+    const bool reduces = p.reduces();
     if (reduces) losses = take_sum(blocks);
     if (needs_totals(p)) {
-      totals = take<double>(2);
+      totals = take<Totals>(1);
       weights = take_sum(totals_blocks(p));
     }
     const int64_t loss_tickets = reduces ? 1 + block_groups(blocks) : 0;
@@ -87,10 +87,8 @@ struct Workspace {
 // With what is known on the host about the problem as a whole.
 Problem completed(const Problem& p) {
   Problem problem = p;
-  problem.weight_sum = static_cast<double>(p.classes);
-  const bool divides = p.reduction == Reduction::kMean;
-  problem.denominator = divides ? static_cast<double>(p.rows) : 1.0;
-  if (!needs_totals(p)) problem.totals = {};
+  problem.known = {static_cast<double>(p.classes), p.divides() ? static_cast<double>(p.rows) : 1.0};
+  if (!needs_totals(p)) problem.totals = nullptr;
   return problem;
 }
 
@@ -106,11 +104,11 @@ void forward(const Problem& p, const Device& device, void* memory, Stream stream
   Problem problem = completed(p);
   Result result{workspace.losses, p.totals};
   const bool counts = needs_totals(p);
-  if (!(counts && totals_blocks(p) == 1) && p.reduction != Reduction::kNone)
+  if (!(counts && totals_blocks(p) == 1) && p.reduces())
     cudaMemsetAsync(workspace.losses.tickets, 0, workspace.ticket_count * sizeof(unsigned), stream);
   if (counts) {
-    problem.totals = {workspace.totals, DType::kFloat64, 1};
-    result.totals = {};
+    problem.totals = workspace.totals;
+    result.totals = nullptr;
     find_totals(problem,
                 {problem.totals, p.totals, workspace.weights, workspace.losses.tickets,
                  workspace.ticket_count},

@@ -76,8 +76,8 @@ void elementwise_backward(const Problem& p, const Device& device, When when, Str
 
 // Sets the tickets to zero, and where `count` says so finds the totals.
 struct TotalsWork {
-  Operand totals;       // [2] double, to be found
-  Operand kept_totals;  // the same in the row statistics, where there are any
+  Totals* totals;       // to be found
+  Totals* kept_totals;  // the same for the backward, where there is one
   BlockSum weights;     // with tickets of its own
   unsigned* tickets;    // of the launch that follows
   int64_t ticket_count;

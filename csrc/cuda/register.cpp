@@ -10,7 +10,7 @@
 #include <map>
 #include <mutex>
 
-#include "../calls.h"
+#include "../operators.h"
 #include "launch.h"
 #include "support.h"
 
@@ -64,8 +64,6 @@ class CurrentDevice {
 
 class Cuda {
  public:
-  static constexpr bool kFindsTotals = true;
-
   explicit Cuda(const Tensor& input) : input_(input), current_(input.get_device_index()) {
     const int index = input.get_device_index();
     FCE_CHECK(aoti_torch_get_current_cuda_stream,
@@ -127,7 +125,9 @@ bool has_code_for(int64_t index) {
 
 }  // namespace fused_ce::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(fused_ce, CUDA, m) { fused_ce::register_calls<fused_ce::cuda::Cuda>(m); }
+STABLE_TORCH_LIBRARY_IMPL(fused_ce, CUDA, m) {
+  fused_ce::register_operators<fused_ce::cuda::Cuda>(m);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {
   m.impl("has_cuda_code", TORCH_BOX(&fused_ce::cuda::has_code_for));

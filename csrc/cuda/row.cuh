@@ -90,7 +90,7 @@ struct RowTarget {
   template <class Index>
   __device__ __forceinline__ RowTarget(const Problem& p, const Index& row)
       : index(p.probabilities ? -1 : load_index(p.target, row.offset(p, p.target))),
-        is_counted(p.probabilities || index != p.ignore_index) {}
+        is_counted(p.probabilities || index != p.options.ignore_index) {}
 
   // Stops the kernel where the index is out of range. One thread of the row's calls this, before
   // it reads what lies there.
@@ -106,13 +106,16 @@ struct RowTarget {
   // For all threads of the row.
   template <class A>
   __device__ __forceinline__ A weight(const Problem& p) const {
-    return p.weight && in_range(p) ? static_cast<const A*>(p.weight)[index] : A(1);
+    return p.options.weight.data && in_range(p)
+               ? static_cast<const A*>(p.options.weight.data)[index]
+               : A(1);
   }
 };
 
 // What the losses or the gradients of all rows are divided by.
 __device__ __forceinline__ double denominator(const Problem& p) {
-  return p.totals.data ? load_value<double>(p.totals, p.totals.class_stride) : p.denominator;
+  if (p.options.denominator.data) return *static_cast<const double*>(p.options.denominator.data);
+  return p.totals ? p.totals->denominator : p.known.denominator;
 }
 
 // What the whole problem shares: the same in all threads.
@@ -122,8 +125,8 @@ struct Constants {
   double unit_scale;  // 1 / denominator
 
   __device__ __forceinline__ explicit Constants(const Problem& p)
-      : smoothing(p.label_smoothing, p.classes),
-        weight_sum(p.totals.data ? load_value<double>(p.totals, 0) : p.weight_sum),
+      : smoothing(p.options.label_smoothing, p.classes),
+        weight_sum(p.totals ? p.totals->weight_sum : p.known.weight_sum),
         unit_scale(1.0 / denominator(p)) {}
 
   // Whether classes other than the target have a coefficient where the target is an index.
@@ -132,7 +135,7 @@ struct Constants {
 
 template <class A>
 __device__ __forceinline__ A class_weight(const Problem& p, int64_t c) {
-  return p.weight ? static_cast<const A*>(p.weight)[c] : A(1);
+  return p.options.weight.data ? static_cast<const A*>(p.options.weight.data)[c] : A(1);
 }
 
 // A row whose largest logit is infinite has no softmax.
@@ -241,12 +244,15 @@ __device__ __forceinline__ double row_scale(const Problem& p, const Index& row,
 }
 
 // By one thread of the row's.
-template <class A, class Index>
-__device__ __forceinline__ void store_statistics(const Problem& p, const Index& row, A max,
-                                                 A rest) {
+template <class Index, class Sums>
+__device__ __forceinline__ void store_statistics(const Problem& p, const Index& row,
+                                                 const Sums& sums) {
   if (!p.row_max.data) return;
-  static_cast<A*>(p.row_max.data)[row.offset(p, p.row_max)] = max;
-  static_cast<A*>(p.row_rest.data)[row.offset(p, p.row_rest)] = rest;
+  using A = decltype(sums.max);
+  static_cast<A*>(p.row_max.data)[row.offset(p, p.row_max)] = sums.max;
+  static_cast<A*>(p.row_rest.data)[row.offset(p, p.row_rest)] = sums.rest;
+  if (p.row_mass.data)
+    static_cast<A*>(p.row_mass.data)[row.offset(p, p.row_mass)] = static_cast<A>(sums.mass);
 }
 
 template <class A, class Index>
@@ -257,6 +263,12 @@ __device__ __forceinline__ A load_max(const Problem& p, const Index& row) {
 template <class A, class Index>
 __device__ __forceinline__ A load_rest(const Problem& p, const Index& row) {
   return static_cast<const A*>(p.row_rest.data)[row.offset(p, p.row_rest)];
+}
+
+// Of a row whose target is probabilities.
+template <class A, class Index>
+__device__ __forceinline__ A load_mass(const Problem& p, const Index& row) {
+  return static_cast<const A*>(p.row_mass.data)[row.offset(p, p.row_mass)];
 }
 
 // Whether a gradient that is there already is the one asked for.

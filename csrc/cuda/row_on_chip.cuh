@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(Layout::kBlock, Layout::kMinBlocks)
         store_row(p, index, loss, sums);
       }
       if (p.grad.data) {
-        const double scale = k.unit_scale;
+        const double scale = row_scale(p, index, k);
         const RowGradient<float> gradient = index_gradient(sums.max, sums.rest, weight, scale, k);
         const float target_value =
             target_gradient(sums.max, sums.rest, target_logit, weight, scale, k);
@@ -240,8 +240,8 @@ void launch_row_on_chip(const Problem& p, const Result& result, Stream stream) {
     const int64_t units = ceil_divide(p.rows, Layout::kRows);
     const Grid grid{units * Layout::kCluster, Layout::kBlock, sizeof(typename Layout::Shared),
                     Layout::kCluster};
-    const auto kernel = p.label_smoothing > 0.0 ? row_on_chip_kernel<T, Layout, true>
-                                                : row_on_chip_kernel<T, Layout, false>;
+    const auto kernel = p.is_smoothed() ? row_on_chip_kernel<T, Layout, true>
+                                        : row_on_chip_kernel<T, Layout, false>;
     launch_kernel(kernel, grid, stream, p, result, Unpacking{});
   });
 }

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kThreads>)
       store_row(p, index, loss, sums);
     }
     if constexpr (kGradient) {
-      const double scale = k.unit_scale;
+      const double scale = row_scale(p, index, k);
       const RowGradient<float> gradient = index_gradient(sums.max, sums.rest, weight, scale, k);
       const float target_value =
           target_gradient(sums.max, sums.rest, target_logit, weight, scale, k);
@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kThreads>)
 template <class T, int kThreads>
 void launch(const Problem& p, const Result& result, Stream stream) {
   const Grid grid{p.rows, kThreads, sizeof(Shared<kThreads>)};
-  const auto kernel = p.label_smoothing > 0.0 ? streaming_forward_kernel<T, true, kThreads>
-                                              : streaming_forward_kernel<T, false, kThreads>;
+  const auto kernel = p.is_smoothed() ? streaming_forward_kernel<T, true, kThreads>
+                                      : streaming_forward_kernel<T, false, kThreads>;
   launch_kernel(kernel, grid, stream, p, result);
 }
 

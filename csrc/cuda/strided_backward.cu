@@ -23,12 +23,7 @@ __global__ void __launch_bounds__(kStridedBlock, 2)
     }
     if (!kProbabilities) target.check(p);
     const RowLogits<T> logits(p, row);
-    double mass = 0;
-    if constexpr (kProbabilities) {
-      const Coefficients<kProbabilities, A> a(p, row, k.smoothing);
-#pragma unroll 4
-      for (int64_t c = 0; c < p.classes; c++) mass += a(c);
-    }
+    const double mass = kProbabilities ? load_mass<A>(p, row) : A(0);
     const A target_logit = kProbabilities ? A(0) : logits[target.index];
     const ColumnGradient<T, kProbabilities, A> gradient(p, row, target, load_max<A>(p, row),
                                                         load_rest<A>(p, row), mass, target_logit,

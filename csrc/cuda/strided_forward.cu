@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kStridedBlock, kProbabilities && !kKeeps ? 1 :
       store_row(p, row, loss, sums);
       if (p.grad.data) {
         const ColumnGradient<T, kProbabilities, A> gradient(
-            p, row, target, sums.max, sums.rest, sums.mass, target_logit, k.unit_scale, k);
+            p, row, target, sums.max, sums.rest, sums.mass, target_logit, row_scale(p, row, k), k);
         if constexpr (kKeeps) {
 #pragma unroll
           for (int c = 0; c < kKeptClasses; c++)

@@ -41,11 +41,11 @@ __global__ void __launch_bounds__(256, 4)
     store_row(p, index, loss, is_counted ? sums : RowSums<float>{});
   }
   if (p.grad.data) {
-    differentiate_tile(p, tile, target, sums.max, sums.rest, k.unit_scale, k);
+    differentiate_tile(p, tile, target, sums.max, sums.rest, row_scale(p, index, k), k);
     __syncthreads();
     tile.store(p);
   }
-  if (p.reduction == Reduction::kNone && blockIdx.x > 0) return;
+  if (!p.reduces() && blockIdx.x > 0) return;
   double losses = sum_lanes<kWarp>(static_cast<double>(loss));
   if (threadIdx.x % kWarp == 0) shared.losses[threadIdx.x / kWarp] = losses;
   __syncthreads();

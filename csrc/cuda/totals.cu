@@ -19,6 +19,11 @@ struct Shared {
   double warps[kWarps];
 };
 
+// Whether the mean divides by what the rows that count add up to.
+__host__ __device__ bool counts_rows(const Problem& p) {
+  return p.divides() && !p.options.denominator.data;
+}
+
 // The sum over the block, in thread 0; in the others of its warp as well.
 __device__ double add_threads(double x, Shared& shared) {
   x = sum_lanes<kWarp>(x);
@@ -58,36 +63,37 @@ __global__ void __launch_bounds__(kThreads)
   Shared& shared = *static_cast<Shared*>(shared_memory());
   if (gridDim.x == 1)
     for (int64_t i = threadIdx.x; i < work.ticket_count; i += kThreads) work.tickets[i] = 0;
-  const bool sums_weights = p.weight && p.label_smoothing > 0.0;
+  const bool sums_weights = p.options.weight.data && p.is_smoothed();
   double weight_sum = static_cast<double>(p.classes);
   if (sums_weights && blockIdx.x == 0) weight_sum = add_threads(add_class_weights<A>(p), shared);
   double counted = 0;
-  if (p.reduction == Reduction::kMean) counted = add_threads(add_counted_rows<A>(p), shared);
+  if (counts_rows(p)) counted = add_threads(add_counted_rows<A>(p), shared);
 
-  const auto store = [&](int i, double x) {
-    store_value(x, work.totals, i * work.totals.class_stride);
-    if (work.kept_totals.data) store_value(x, work.kept_totals, i * work.kept_totals.class_stride);
+  const auto store = [&](double Totals::* total, double x) {
+    work.totals->*total = x;
+    if (work.kept_totals) work.kept_totals->*total = x;
   };
-  if (blockIdx.x == 0 && threadIdx.x == 0) store(0, weight_sum);
+  if (blockIdx.x == 0 && threadIdx.x == 0) store(&Totals::weight_sum, weight_sum);
   if (threadIdx.x >= kWarp) return;
   double total = counted;
   if (gridDim.x > 1 && !add_blocks(work.weights, counted, blockIdx.x, gridDim.x, total)) return;
   if (threadIdx.x != 0) return;
   // A total weight of zero makes the mean nan, also where smoothing leaves a loss to divide.
-  const bool is_undefined = total == 0.0 && p.label_smoothing > 0.0;
+  const bool is_undefined = total == 0.0 && p.is_smoothed();
   const double mean = is_undefined ? kNan<double> : total;
-  store(1, p.reduction == Reduction::kMean ? mean : 1.0);
+  const double given = p.options.denominator.data ? denominator(p) : p.known.denominator;
+  store(&Totals::denominator, counts_rows(p) ? mean : given);
 }
 
 }  // namespace
 
 bool needs_totals(const Problem& p) {
   if (p.probabilities) return false;
-  return p.reduction == Reduction::kMean || (p.weight && p.label_smoothing > 0.0);
+  return counts_rows(p) || (p.options.weight.data && p.is_smoothed());
 }
 
 int64_t totals_blocks(const Problem& p) {
-  if (p.rows <= kOneBlockRows || p.reduction != Reduction::kMean) return 1;
+  if (p.rows <= kOneBlockRows || !counts_rows(p)) return 1;
   constexpr int64_t kThreadRows = 8;
   const int64_t wanted = ceil_divide(p.rows, kThreads * kThreadRows);
   return wanted < kEnoughBlocks ? wanted : kEnoughBlocks;

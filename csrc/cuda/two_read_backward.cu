@@ -1,6 +1,4 @@
 // The gradient of any problem at all, from the logits and the row statistics.
-//
-// With probability targets a row is read twice: its coefficients must be summed first.
 #include "any_row.cuh"
 #include "regimes.h"
 
@@ -13,9 +11,7 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
     two_read_backward_kernel(const __grid_constant__ Problem p, When when,
                              RowThreads::Shape shape) {
   using A = Accumulation<T>;
-  using Sums = RowSums<A, kProbabilities>;
   if (when == When::kUnlessGradOutputIsOne && grad_output_is_one(p)) return;
-  auto& shared = *static_cast<RowThreads::Shared<Sums>*>(shared_memory());
   const RowThreads threads(shape);
   const Constants k(p);
   for (int64_t r = threads.first_row(); r < p.rows; r += threads.row_step()) {
@@ -25,16 +21,10 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
       write_zeros<T>(p, row, threads.rank, shape.threads);
       continue;
     }
-    Sums sums;
-    if constexpr (kProbabilities) {
-      const Coefficients<kProbabilities, A> a(p, row, k.smoothing);
-      for (int64_t c = threads.rank; c < p.classes; c += shape.threads) sums.mass += a(c);
-      threads.add(sums, shared);
-    } else if (threads.rank == 0) {
-      target.check(p);
-    }
+    if (!kProbabilities && threads.rank == 0) target.check(p);
     write_gradient<T, kProbabilities>(p, row, target, load_max<A>(p, row), load_rest<A>(p, row),
-                                      sums.mass, k, threads.rank, shape.threads);
+                                      kProbabilities ? load_mass<A>(p, row) : A(0), k, threads.rank,
+                                      shape.threads);
   }
 }
 
@@ -65,8 +55,7 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
 void two_read_backward(const Problem& p, const Device& device, When when, Stream stream) {
   with_logits_type(p, [&](auto zero) {
     using T = decltype(zero);
-    using Larger = RowThreads::Shared<RowSums<Accumulation<T>, true>>;
-    const Grid grid{row_blocks(p, device), RowThreads::kBlock, sizeof(Larger)};
+    const Grid grid{row_blocks(p, device), RowThreads::kBlock};
     const auto kernel =
         p.probabilities ? two_read_backward_kernel<T, true> : two_read_backward_kernel<T, false>;
     launch_kernel(kernel, grid, stream, p, when, row_shape(p));

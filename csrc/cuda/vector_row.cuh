@@ -36,7 +36,7 @@ inline bool has_vector_operands(const Problem& p) {
 
 // Of those that take a row alone: weights of all classes would be as much to read as the logits.
 inline bool is_vector_problem(const Problem& p) {
-  return has_vector_operands(p) && !(p.weight && p.label_smoothing > 0.0);
+  return has_vector_operands(p) && !(p.options.weight.data && p.is_smoothed());
 }
 
 // The classes of one row: `head` single ones, `packs` full packs, and single ones up to the end.

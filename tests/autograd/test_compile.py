@@ -531,28 +531,30 @@ def operator_calls(shape, layout, kind, reduction, dtype):
     target = target_of(kind, input.shape, dtype)
     if kind == "probability":
         target = lay_out(target, layout)
-    options = (torch.rand(5).to(dtype), reduction, -100, 0.1)
+    denominator = torch.tensor(7.0).to(dtype) if reduction == 1 else None
+    options = (torch.rand(5).to(dtype), denominator, reduction, -100, 0.1, dtype)
     problem = (input, target, *options)
-    loss, stats, grad = ops.forward_grad(*problem, dtype)
+    loss, stats, totals, grad = ops.forward_grad(*problem)
     incoming = torch.full_like(loss, 0.5)
-    yield ops.forward, (*problem, dtype)
-    yield ops.forward_stats, (*problem, dtype)
-    yield ops.forward_grad, (*problem, dtype)
-    yield ops.graph_forward, (*problem, dtype)
+    yield ops.forward, problem
+    yield ops.forward_stats, problem
+    yield ops.forward_grad, problem
+    yield ops.graph_forward, problem
     yield ops.forward_grad, (input, target)  # an operator's own options
-    way_back = (input, target, stats, incoming, *options)
+    way_back = (input, target, stats, totals, incoming, *options)
     yield ops.backward, way_back
     yield ops.graph_backward, way_back
     if kind == "probability":
         yield ops.backward_target, way_back
         yield ops.graph_backward_target, way_back
     if reduction != 0:
-        yield ops.rescale_, (grad.clone(), incoming, input, target, stats, *options)
+        yield ops.rescale_, (grad.clone(), incoming, *way_back[:4], *options)
     yield ops.scale_, (grad.clone(), torch.tensor(0.5).to(dtype))
     if layout not in OVERLAPPING:
         yield ops.check_overwritable, problem[:3]
         yield ops.advise_huge_pages, problem[:1]
-        yield ops.forward_grad_, (same_layout(input), *problem[1:], dtype)
+        yield ops.forward_grad_, (same_layout(input), target, None, *options)
+        yield ops.forward_grad_, (same_layout(input), target, incoming, *options)
         yield ops.backward_, (same_layout(input), *way_back[1:])
 
 
@@ -596,17 +598,17 @@ def checks_of(operator):
 
 
 @pytest.mark.parametrize("reduction", [0, 1])
-def test_fake_kernel_forgets_the_totals_or_the_device(reduction):
+def test_fake_kernel_keeps_the_device(reduction):
     # What the CUDA operators return, from tensors that need no GPU.
     with FakeTensorMode():
         input = torch.empty(2, 5, 3, dtype=torch.bfloat16, device="cuda")
         target = torch.empty(2, 3, dtype=torch.int64, device="cuda")
-        loss, stats, grad = ops.forward_grad(input, target, None, reduction)
-        for tensor in (loss, stats, grad, ops.backward(input, target, stats, loss)):
+        results = loss, stats, totals, _ = ops.forward_grad(input, target, None, None, reduction)
+        for tensor in (*results, ops.backward(input, target, stats, totals, loss)):
             assert tensor.is_cuda
         assert loss.shape == ((2, 3) if reduction == 0 else ())
-        assert stats.shape == (2, 2 * 3 + 1)
-        assert stats.dtype == torch.float32
+        assert (stats.shape, stats.dtype) == ((2, 2 * 3), torch.float32)
+        assert (totals.shape, totals.dtype) == ((2,), torch.float64)
 
 
 def test_graph_breaks_to_ask_what_a_device_lacks():
@@ -639,12 +641,12 @@ def test_operator_breaks_its_schema(shape, layout, kind, reduction, dtype):
 def test_operator_breaks_its_schema_for_nothing():
     # An empty batch, of which the mean would be nan, and opcheck takes nan for a difference.
     input, target = torch.randn(0, 5), torch.zeros(0, dtype=torch.int64)
-    problem = (input, target, None, 2, -100, 0.0)
-    opcheck(ops.forward, (*problem, torch.float32))
-    opcheck(ops.forward_grad, (*problem, torch.float32))
-    opcheck(ops.forward_grad_, (*problem, torch.float32))
-    stats = ops.forward_stats(*problem, torch.float32)[1]
-    opcheck(ops.backward, (input, target, stats, torch.tensor(0.5), None, 2))
+    options = (None, None, 2, -100, 0.0, torch.float32)
+    opcheck(ops.forward, (input, target, *options))
+    opcheck(ops.forward_grad, (input, target, *options))
+    opcheck(ops.forward_grad_, (input, target, None, *options))
+    _, *stats = ops.forward_stats(input, target, *options)
+    opcheck(ops.backward, (input, target, *stats, torch.tensor(0.5), None, None, 2))
     opcheck(ops.instruction_set, (), test_utils=("test_schema",))
 
 

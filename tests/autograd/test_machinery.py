@@ -661,11 +661,11 @@ def test_negative_view_is_read_with_the_wrong_sign(which, call):
 def test_operator_loses_what_it_writes_to_a_negative_view():
     # Torch hands it a copy and copies its first result back; without one, memory it does not own.
     input, target = torch.randn(6, 5), torch.arange(6) % 5
-    _, stats, grad = ops.forward_grad(input, target)
+    _, *stats, grad = ops.forward_grad(input, target)
     half = torch.tensor(0.5)
     for operator, values, arguments in (
-        (ops.backward_, input, (target, stats, half)),
-        (ops.rescale_, grad, (half, input, target, stats)),
+        (ops.backward_, input, (target, *stats, half)),
+        (ops.rescale_, grad, (half, input, target, *stats)),
         (ops.scale_, grad, (half,)),
     ):
         view = torch.complex(values, -values).conj().imag

@@ -79,7 +79,7 @@ def test_many_rows_or_positions_change_the_loss_or_the_gradient(shape, mode):
 def test_mean_over_a_million_half_rows_is_rounded_on_the_way():
     input, target = problem((1 << 20, 10), torch.bfloat16)
     exact = F.cross_entropy(input.double(), target).item()
-    loss = ops.forward(input, target, None, 1, -100, 0.0, torch.float32)
+    loss = ops.forward(input, target, None, None, 1, -100, 0.0, torch.float32)
     assert loss.item() == pytest.approx(exact, rel=1e-6)
 
 
@@ -250,12 +250,13 @@ def test_tensors_of_the_host_are_followed_from_the_device():
         fused_ce.cross_entropy(input, target.cpu())
     with pytest.raises(RuntimeError):
         fused_ce.cross_entropy(input, target, torch.rand(5, device="cpu"))
-    loss, stats, grad = ops.forward_grad(input, target)
-    assert stats.shape == (2, 7)
+    loss, stats, totals, grad = ops.forward_grad(input, target)
     with pytest.raises(RuntimeError, match="stats must be on the input's device"):
-        ops.backward(input, target, stats.cpu(), loss)
+        ops.backward(input, target, stats.cpu(), totals, loss)
     with pytest.raises(RuntimeError, match="stats must be what the forward operator returned"):
-        ops.backward(input, target, stats[:, :6].contiguous(), loss)
+        ops.backward(input, target, stats[:, :5].contiguous(), totals, loss)
+    with pytest.raises(RuntimeError, match="totals must be on the input's device"):
+        ops.backward(input, target, stats, totals.cpu(), loss)
     with pytest.raises(RuntimeError, match="grad_output must be on the"):
         ops.scale_(grad, torch.tensor(0.5, device="cpu"))
 

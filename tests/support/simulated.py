@@ -49,8 +49,24 @@ class Operand(ctypes.Structure):
 
 OPERANDS = (
     *("input", "target", "grad", "target_grad", "loss", "grad_output"),
-    *("row_max", "row_rest", "totals"),
+    *("row_max", "row_rest", "row_mass"),
 )
+
+
+class Values(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_uint64), ("dtype", ctypes.c_uint8)]
+
+
+class Options(ctypes.Structure):
+    """As csrc/options.h lists them."""
+
+    _fields_ = [
+        ("weight", Values),
+        ("denominator", Values),
+        ("reduction", ctypes.c_int64),
+        ("ignore_index", ctypes.c_int64),
+        ("label_smoothing", ctypes.c_double),
+    ]
 
 
 class Problem(ctypes.Structure):
@@ -60,13 +76,10 @@ class Problem(ctypes.Structure):
         ("row_dims", ctypes.c_int32),
         ("row_sizes", ctypes.c_int64 * MAX_ROW_DIMS),
         *((name, Operand) for name in OPERANDS),
-        ("weight", ctypes.c_uint64),
+        ("totals", ctypes.c_uint64),
         ("probabilities", ctypes.c_bool),
-        ("reduction", ctypes.c_int64),
-        ("ignore_index", ctypes.c_int64),
-        ("label_smoothing", ctypes.c_double),
-        ("weight_sum", ctypes.c_double),
-        ("denominator", ctypes.c_double),
+        ("options", Options),
+        ("known_totals", ctypes.c_double * 2),
     ]
 
 
@@ -301,6 +314,7 @@ class Kernels:
         target,
         *,
         weight=None,
+        denominator=None,
         reduction="mean",
         ignore_index=-100,
         label_smoothing=0.0,
@@ -313,21 +327,21 @@ class Kernels:
         sizes = [input.shape[d] for d in row_axes(input)]
         p.rows = math.prod(sizes)
         p.probabilities = target.is_floating_point()
-        p.reduction = REDUCTION_NUMBERS.index(reduction)
-        p.ignore_index = ignore_index
-        p.label_smoothing = label_smoothing
+        p.options.reduction = REDUCTION_NUMBERS.index(reduction)
+        p.options.ignore_index = ignore_index
+        p.options.label_smoothing = label_smoothing
         calls.operand("input", input, classes=True)
         calls.operand("target", target, classes=p.probabilities)
-        if weight is not None:
-            p.weight = calls.place(weight)
+        for values, tensor in ((p.options.weight, weight), (p.options.denominator, denominator)):
+            if tensor is not None:
+                values.data, values.dtype = calls.place(tensor), DTYPES.index(tensor.dtype)
         return calls, sizes
 
     def _statistics(self, calls, sizes, stats, written):
-        row_max, row_rest = stats[:, :-1]
-        calls.operand("row_max", row_max.view(sizes), written=written)
-        calls.operand("row_rest", row_rest.view(sizes), written=written)
-        calls.operand("totals", stats[:, -1], written=written, rows=False)
-        calls.call.problem.totals.class_stride = stats.stride(0)
+        rows, totals = stats
+        for name, row in zip(("row_max", "row_rest", "row_mass"), rows, strict=False):
+            calls.operand(name, row.view(sizes), written=written)
+        calls.call.problem.totals = calls.place(totals, written)
 
     def forward(
         self,
@@ -335,11 +349,12 @@ class Kernels:
         target,
         *,
         grad=None,
+        grad_output=None,
         keeps_stats=False,
         loss_dtype=None,
         **options,
     ):
-        """Returns the loss, and the row statistics if asked to keep them."""
+        """Returns the loss, and the row statistics and the totals if asked to keep them."""
         calls, sizes = self._problem(FORWARD, input, target, **options)
         none = options.get("reduction") == "none"
         loss = unwritten(sizes if none else [], loss_dtype or input.dtype)
@@ -347,8 +362,11 @@ class Kernels:
         stats = None
         if keeps_stats:
             dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-            stats = unwritten([2, math.prod(sizes) + 1], dtype)
+            kinds = 3 if target.is_floating_point() else 2
+            stats = unwritten([kinds, math.prod(sizes)], dtype), unwritten([2], torch.float64)
             self._statistics(calls, sizes, stats, True)
+        if grad_output is not None:
+            calls.operand("grad_output", grad_output, rows=none)
         if grad is not None:
             calls.operand("grad", grad, written=True, classes=True)
         calls.lay_out(sizes)

@@ -68,6 +68,7 @@ def run(package, *arguments):
             "loss/test_parity.py",
             "an_option or number_of_rows and (rows0 or 33) or target_at_the_edge",
         ),
+        ("loss/test_operators.py", "denominator or incoming"),
         ("loss/test_modes.py", "in_place or stored_gradient"),
         ("loss/test_edges.py", "unusual or row_of_nothing or total_weight_of_zero"),
         ("loss/test_strides.py", "many_strided or layout_of_the_target and probability"),

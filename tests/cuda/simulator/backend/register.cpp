@@ -5,8 +5,8 @@
 #include <cstring>
 #include <vector>
 
-#include "../../../../csrc/calls.h"
 #include "../../../../csrc/cuda/launch.h"
+#include "../../../../csrc/operators.h"
 #include "../engine.h"
 
 namespace fused_ce::cuda {
@@ -17,8 +17,6 @@ constexpr Device kDevice{3, true};
 
 class Simulated {
  public:
-  static constexpr bool kFindsTotals = true;
-
   explicit Simulated(const Tensor&) {
     static uint64_t seed = 0;
     simulator::set_seed(seed++);
@@ -56,7 +54,7 @@ std::string instruction_set() { return "simulator"; }
 }  // namespace fused_ce::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) {
-  fused_ce::register_calls<fused_ce::cuda::Simulated>(m);
+  fused_ce::register_operators<fused_ce::cuda::Simulated>(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {

@@ -1,7 +1,6 @@
 // The operators in front of a backend: what is checked, allocated and handed back, in which order.
 //
 // Each backend's registration file includes this with a class of its own, made anew for every call:
-//   static constexpr bool kFindsTotals;             on the device: statistics have a column more
 //   explicit Backend(const Tensor& input);          the device and stream of the work
 //   void forward(Problem&);                         targets out of range included
 //   void backward(Problem&), backward_target(Problem&);
@@ -12,7 +11,6 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
@@ -20,6 +18,7 @@
 #include <optional>
 #include <tuple>
 
+#include "boxing.h"
 #include "checks.h"
 
 namespace fused_ce {
@@ -49,7 +48,7 @@ inline Tensor empty(Sizes sizes, ScalarType dtype, const Tensor& like) {
 }
 
 template <class Backend>
-class Calls {
+class Operators {
   using OptionalTensor = std::optional<Tensor>;
 
   // With the strides of a dense tensor, else contiguous: what autograd keeps as a leaf's .grad.
@@ -64,20 +63,22 @@ class Calls {
 
   // One call of any forward operator: which of the outputs are wanted, and where they are.
   struct Forward {
-    Forward(const Arguments& arguments, std::optional<ScalarType> loss_dtype)
-        : input(arguments.input),
-          builder(arguments, Backend::kFindsTotals),
-          reduction(arguments.reduction),
-          loss_type(loss_dtype ? *loss_dtype : input.scalar_type()) {}
+    Forward(const Tensor& input, const Tensor& target, const OptionArguments& options)
+        : input(input),
+          builder(input, target, options),
+          reduces(options.reduction != Reduction::kNone),
+          loss_dtype(options.loss_dtype ? *options.loss_dtype : input.scalar_type()) {}
 
     void keep_stats() {
+      constexpr int64_t kTotals[] = {sizeof(Totals) / sizeof(double)};
       stats = empty(builder.stats_sizes(), builder.stats_dtype(), input);
+      totals = empty(kTotals, ScalarType::Double, input);
       builder.set_stats(*stats);
+      builder.set_totals(*totals);
     }
 
     Tensor run(const OptionalTensor& grad) {
-      const bool none = static_cast<Reduction>(reduction) == Reduction::kNone;
-      Tensor loss = empty(none ? builder.row_sizes() : Sizes(), loss_type, input);
+      Tensor loss = empty(reduces ? Sizes() : builder.row_sizes(), loss_dtype, input);
       builder.set_loss(loss);
       if (grad) builder.set_grad(*grad);
       Backend(input).forward(builder.build());
@@ -86,16 +87,18 @@ class Calls {
 
     const Tensor& input;
     ProblemBuilder builder;
-    int64_t reduction;
-    ScalarType loss_type;
-    OptionalTensor stats;
+    bool reduces;
+    ScalarType loss_dtype;
+    OptionalTensor stats, totals;
   };
 
   // One call of any backward operator.
   struct Backward {
-    Backward(const Arguments& arguments, const Tensor& stats, const Tensor& grad_output)
-        : builder(arguments, Backend::kFindsTotals), backend(arguments.input) {
+    Backward(const Tensor& input, const Tensor& target, const Tensor& stats, const Tensor& totals,
+             const Tensor& grad_output, const OptionArguments& options)
+        : builder(input, target, options), backend(input) {
       builder.set_stats(stats);
+      builder.set_totals(totals);
       builder.set_grad_output(grad_output);
     }
 
@@ -104,50 +107,43 @@ class Calls {
   };
 
  public:
-  static Tensor forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                        int64_t reduction, int64_t ignore_index, double label_smoothing,
-                        std::optional<ScalarType> loss_dtype) {
-    const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
-    return Forward(arguments, loss_dtype).run(std::nullopt);
+  static Tensor forward(const Tensor& input, const Tensor& target, const OptionArguments& options) {
+    return Forward(input, target, options).run(std::nullopt);
   }
 
-  static std::tuple<Tensor, Tensor> forward_stats(const Tensor& input, const Tensor& target,
-                                                  const OptionalTensor& weight, int64_t reduction,
-                                                  int64_t ignore_index, double label_smoothing,
-                                                  std::optional<ScalarType> loss_dtype) {
-    const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
-    Forward call(arguments, loss_dtype);
+  static std::tuple<Tensor, Tensor, Tensor> forward_stats(const Tensor& input, const Tensor& target,
+                                                          const OptionArguments& options) {
+    Forward call(input, target, options);
     call.keep_stats();
     Tensor loss = call.run(std::nullopt);
-    return {loss, *call.stats};
+    return {loss, *call.stats, *call.totals};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> forward_grad(const Tensor& input, const Tensor& target,
-                                                         const OptionalTensor& weight,
-                                                         int64_t reduction, int64_t ignore_index,
-                                                         double label_smoothing,
-                                                         std::optional<ScalarType> loss_dtype) {
-    const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
-    Forward call(arguments, loss_dtype);
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> forward_grad(const Tensor& input,
+                                                                 const Tensor& target,
+                                                                 const OptionArguments& options) {
+    Forward call(input, target, options);
     call.keep_stats();
     Tensor grad = empty_gradient(input);
     Tensor loss = call.run(grad);
-    return {loss, *call.stats, grad};
+    return {loss, *call.stats, *call.totals, grad};
   }
 
   static Tensor forward_grad_(const Tensor& input, const Tensor& target,
-                              const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                              double label_smoothing, std::optional<ScalarType> loss_dtype) {
-    const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
-    check_overwritable(input, target, weight);
-    return Forward(arguments, loss_dtype).run(input);
+                              const OptionalTensor& grad_output, const OptionArguments& options) {
+    check_overwritable(input, target, options.weight);
+    Forward call(input, target, options);
+    if (grad_output) {
+      check_apart(input, *grad_output);
+      call.builder.set_grad_output(*grad_output);
+    }
+    return call.run(input);
   }
 
   static Tensor backward(const Tensor& input, const Tensor& target, const Tensor& stats,
-                         const Tensor& grad_output, const OptionalTensor& weight, int64_t reduction,
-                         int64_t ignore_index, double label_smoothing) {
-    const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
-    Backward call(arguments, stats, grad_output);
+                         const Tensor& totals, const Tensor& grad_output,
+                         const OptionArguments& options) {
+    Backward call(input, target, stats, totals, grad_output, options);
     Tensor grad = empty_gradient(input);
     call.builder.set_grad(grad);
     call.backend.backward(call.builder.build());
@@ -155,23 +151,20 @@ class Calls {
   }
 
   static Tensor backward_(const Tensor& input, const Tensor& target, const Tensor& stats,
-                          const Tensor& grad_output, const OptionalTensor& weight,
-                          int64_t reduction, int64_t ignore_index, double label_smoothing) {
-    const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
-    check_overwritable(input, target, weight);
-    check_apart(input, grad_output);
-    check_apart(input, stats);
-    Backward call(arguments, stats, grad_output);
+                          const Tensor& totals, const Tensor& grad_output,
+                          const OptionArguments& options) {
+    check_overwritable(input, target, options.weight);
+    for (const Tensor* read : {&grad_output, &stats, &totals}) check_apart(input, *read);
+    Backward call(input, target, stats, totals, grad_output, options);
     call.builder.set_grad(input);
     call.backend.backward(call.builder.build());
     return input;
   }
 
   static Tensor backward_target(const Tensor& input, const Tensor& target, const Tensor& stats,
-                                const Tensor& grad_output, const OptionalTensor& weight,
-                                int64_t reduction, int64_t ignore_index, double label_smoothing) {
-    const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
-    Backward call(arguments, stats, grad_output);
+                                const Tensor& totals, const Tensor& grad_output,
+                                const OptionArguments& options) {
+    Backward call(input, target, stats, totals, grad_output, options);
     FCE_CHECK(call.builder.has_probabilities(), "only a target of probabilities has a gradient");
     Tensor target_grad = empty_gradient(target);
     call.builder.set_target_grad(target_grad);
@@ -180,11 +173,10 @@ class Calls {
   }
 
   static Tensor rescale_(const Tensor& grad, const Tensor& grad_output, const Tensor& input,
-                         const Tensor& target, const Tensor& stats, const OptionalTensor& weight,
-                         int64_t reduction, int64_t ignore_index, double label_smoothing) {
+                         const Tensor& target, const Tensor& stats, const Tensor& totals,
+                         const OptionArguments& options) {
     if (Backend::is_known_to_be_one(scalar_of(grad_output, grad))) return grad;
-    const Arguments arguments{input, target, weight, reduction, ignore_index, label_smoothing};
-    Backward call(arguments, stats, grad_output);
+    Backward call(input, target, stats, totals, grad_output, options);
     call.builder.set_grad(grad);
     call.backend.rescale(call.builder.build());
     return grad;
@@ -193,6 +185,7 @@ class Calls {
   static Tensor scale_(const Tensor& grad, const Tensor& grad_output) {
     const Operand factor = scalar_of(grad_output, grad);
     if (grad.numel() == 0 || Backend::is_known_to_be_one(factor)) return grad;
+    check_apart(grad, grad_output);
     Backend(grad).scale(elements_of(grad), factor);
     return grad;
   }
@@ -200,20 +193,20 @@ class Calls {
 
 // To be called in a STABLE_TORCH_LIBRARY_IMPL of the backend's dispatch key.
 template <class Backend, class Library>
-void register_calls(Library& m) {
-  using Operators = Calls<Backend>;
-  m.impl("forward", TORCH_BOX(&Operators::forward));
-  m.impl("forward_stats", TORCH_BOX(&Operators::forward_stats));
-  m.impl("forward_grad", TORCH_BOX(&Operators::forward_grad));
-  m.impl("forward_grad_", TORCH_BOX(&Operators::forward_grad_));
-  m.impl("backward", TORCH_BOX(&Operators::backward));
-  m.impl("backward_", TORCH_BOX(&Operators::backward_));
-  m.impl("backward_target", TORCH_BOX(&Operators::backward_target));
-  m.impl("graph_forward", TORCH_BOX(&Operators::forward_stats));
-  m.impl("graph_backward", TORCH_BOX(&Operators::backward));
-  m.impl("graph_backward_target", TORCH_BOX(&Operators::backward_target));
-  m.impl("rescale_", TORCH_BOX(&Operators::rescale_));
-  m.impl("scale_", TORCH_BOX(&Operators::scale_));
+void register_operators(Library& m) {
+  using All = Operators<Backend>;
+  m.impl("forward", &boxed<&All::forward>);
+  m.impl("forward_stats", &boxed<&All::forward_stats>);
+  m.impl("forward_grad", &boxed<&All::forward_grad>);
+  m.impl("forward_grad_", &boxed<&All::forward_grad_>);
+  m.impl("backward", &boxed<&All::backward>);
+  m.impl("backward_", &boxed<&All::backward_>);
+  m.impl("backward_target", &boxed<&All::backward_target>);
+  m.impl("graph_forward", &boxed<&All::forward_stats>);
+  m.impl("graph_backward", &boxed<&All::backward>);
+  m.impl("graph_backward_target", &boxed<&All::backward_target>);
+  m.impl("rescale_", &boxed<&All::rescale_>);
+  m.impl("scale_", &boxed<&All::scale_>);
 }
 
 }  // namespace fused_ce

@@ -1,0 +1,65 @@
+// From the dispatcher's stack to a function's arguments, and from its result back to the stack.
+//
+// As TORCH_BOX does, for functions that take the options as one struct: it is read from as many
+// places of the stack as the list in options.h has lines.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+#include <type_traits>
+
+#include "checks.h"
+
+namespace fused_ce {
+
+template <class T>
+struct Unboxed {
+  static T take(StableIValue*& next) { return torch::stable::detail::to<T>(*next++); }
+};
+
+#define FCE_TAKE_TENSOR(name) .name = Unboxed<std::optional<Tensor>>::take(next),
+#define FCE_TAKE_NUMBER(type, schema_type, name, value) \
+  .name = static_cast<type>(Unboxed<Schema_##schema_type>::take(next)),
+#define FCE_TAKE_TYPE(name) .name = Unboxed<std::optional<ScalarType>>::take(next),
+
+template <>
+struct Unboxed<OptionArguments> {
+  using Schema_int = int64_t;
+  using Schema_float = double;
+
+  static OptionArguments take(StableIValue*& next) {
+    return {FCE_FOR_OPTIONS(FCE_TAKE_TENSOR, FCE_TAKE_NUMBER, FCE_TAKE_TYPE)};
+  }
+};
+
+template <class... Results>
+void put_results(StableIValue* stack, const std::tuple<Results...>& results) {
+  std::apply(
+      [&](const Results&... result) {
+        ((*stack++ = torch::stable::detail::from<Results>(result)), ...);
+      },
+      results);
+}
+
+template <class Result>
+void put_results(StableIValue* stack, const Result& result) {
+  *stack = torch::stable::detail::from<Result>(result);
+}
+
+template <class Result, class... Parameters>
+void call_boxed(Result (*function)(Parameters...), StableIValue* stack) {
+  StableIValue* next = stack;
+  // Braces, so that the arguments are taken from left to right.
+  std::tuple<std::decay_t<Parameters>...> arguments{
+      Unboxed<std::decay_t<Parameters>>::take(next)...};
+  put_results(stack, std::apply(function, arguments));
+}
+
+// For Library::impl(): `function` as the dispatcher calls it.
+template <auto function>
+void boxed(StableIValue* stack, uint64_t, uint64_t) {
+  call_boxed(function, stack);
+}
+
+}  // namespace fused_ce

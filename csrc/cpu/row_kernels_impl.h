@@ -1,0 +1,71 @@
+// The definitions behind row_kernels.h, for the files that compile them.
+#pragma once
+
+#include "lane_kernel.h"
+#include "row_kernel.h"
+#include "row_kernels.h"
+#include "shared_rows.h"
+#include "simd.h"
+
+namespace fused_ce::cpu {
+
+bool prefers_lanes(const Problem& p);
+
+template <class Kernel>
+void run_forward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end,
+                 double* tile_losses, TargetScan* scans) {
+  Kernel kernel(p, tiling);
+  for (int64_t t = begin; t < end; t++) {
+    const Tile tile(p, tiling, t);
+    if (scans) scans[t] = scan_tile(p, tile);
+    tile_losses[t] = kernel.forward(tile);
+  }
+}
+
+template <class Kernel>
+void run_backward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {
+  Kernel kernel(p, tiling);
+  for (int64_t t = begin; t < end; t++) kernel.backward(Tile(p, tiling, t));
+}
+
+template <class A>
+void forward_tiles(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end,
+                   double* tile_losses, TargetScan* scans) {
+  simd::run([&] {
+    if (prefers_lanes(p))
+      run_forward<LaneKernel<A>>(p, tiling, begin, end, tile_losses, scans);
+    else
+      run_forward<RowKernel<A>>(p, tiling, begin, end, tile_losses, scans);
+  });
+}
+
+template <class A>
+void backward_tiles(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {
+  simd::run([&] {
+    if (prefers_lanes(p))
+      run_backward<LaneKernel<A>>(p, tiling, begin, end);
+    else
+      run_backward<RowKernel<A>>(p, tiling, begin, end);
+  });
+}
+
+template <class A>
+void backward_target_tiles(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {
+  simd::run([&] {
+    RowKernel<A> kernel(p, tiling);
+    for (int64_t t = begin; t < end; t++) kernel.backward_target(Tile(p, tiling, t));
+  });
+}
+
+template <class A>
+void forward_shared(const Problem& p, const Tiling& tiling, const Threads& threads,
+                    double* tile_losses) {
+  SharedRows<A>(p, tiling, threads).forward(tile_losses);
+}
+
+template <class A>
+void backward_shared(const Problem& p, const Tiling& tiling, const Threads& threads) {
+  SharedRows<A>(p, tiling, threads).backward();
+}
+
+}  // namespace fused_ce::cpu
