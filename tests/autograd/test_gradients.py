@@ -453,6 +453,7 @@ SHARED_WORK = ((5000, 10), (33, 4097), (2, 21, 65, 67), (2, 400003))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
 @every_options_of(DIFFERENTIATING)
+@pytest.mark.not_on_simulator
 def test_bits_depend_on_the_threads_or_the_run(shape, dtype, kind, options):
     input = torch.randn(shape).to(dtype)
     target = target_of(kind, shape, dtype, ignore_index=-100)
@@ -477,6 +478,7 @@ def test_bits_depend_on_the_threads_or_the_run(shape, dtype, kind, options):
 
 @on_cpu
 @pytest.mark.parametrize("shape", SHARED_WORK, ids=str)
+@pytest.mark.not_on_simulator
 def test_statistics_depend_on_the_threads(shape):
     # Also those of ignored rows, which nothing reads: an operator's results are compared whole.
     input = torch.randn(shape)
@@ -491,6 +493,7 @@ def test_statistics_depend_on_the_threads(shape):
 
 @on_cpu
 @every_options_of(DIFFERENTIATING)
+@pytest.mark.not_on_simulator
 def test_concurrent_losses_disturb_each_other(options):
     def run(seed):
         generator = torch.Generator().manual_seed(seed)

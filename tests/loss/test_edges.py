@@ -91,6 +91,7 @@ def test_no_classes_and_nothing_counted_fails(reduction, mode):
 
 
 @crossed(smoothing=(0.0, 0.1), reduction=REDUCTIONS, dtype=DTYPES, mode=MODES)
+@pytest.mark.on_simulator
 def test_total_weight_of_zero_gives_another_value(smoothing, reduction, dtype, mode):
     # The counted rows weigh nothing: 0 / 0, and the gradient is nan as well; sums are just 0.
     input, target = torch.randn(4, 5).to(dtype), torch.tensor([0, 1, 1, 0])
@@ -256,6 +257,7 @@ def test_nan_with_a_payload_becomes_a_number(bits, place, layout, mode):
     reduction=REDUCTIONS,
     mode=MODES,
 )
+@pytest.mark.on_simulator
 def test_row_of_nothing_finite_spreads_or_is_lost(value, smoothing, kind, reduction, mode):
     input = torch.randn(4, 19)
     input[1] = value
@@ -291,6 +293,7 @@ def test_zero_probability_of_minus_infinity_is_not_nan(mode):
 
 @every_mode
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.on_simulator
 def test_unusual_weight_gives_another_value(smoothing, mode):
     input, target = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
     for value in (-1.5, NAN, INF, 0.0):
@@ -308,6 +311,7 @@ def test_unusual_weight_gives_another_value(smoothing, mode):
 
 @every_mode
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.on_simulator
 def test_unusual_probabilities_are_refused_or_clamped(smoothing, mode):
     # Stock checks nothing: negative, larger than 1, not summing to 1, all zero, nan.
     input = torch.randn(5, 19)
@@ -383,6 +387,7 @@ def test_narrow_indices_are_not_accepted_everywhere(shape, kind, mode):
 @every_mode
 @pytest.mark.parametrize("smoothing", [-0.1, NAN, -INF, 0, 1, True])
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
+@pytest.mark.on_simulator
 def test_unusual_smoothing_is_taken_otherwise(kind, smoothing, mode):
     # Stock takes what is not positive for 0, without a word.
     input = torch.randn(6, 5)
@@ -479,6 +484,7 @@ def test_input_of_the_most_dimensions_is_misread():
 # More than a hundred tiles, the last of a run a short one.
 @pytest.mark.parametrize("shape", [(90011, 10), (2, 21, 150, 457)], ids=str)
 @every_differentiating_mode
+@pytest.mark.not_on_simulator
 def test_short_tile_at_the_end_of_a_run_loses_rows(shape, mode):
     torch.set_num_threads(2)
     input = torch.randn(shape)

@@ -64,6 +64,7 @@ def test_logits_are_overwritten_without_being_asked(mode, reduction, dtype):
 @every_dtype
 @every_reduction
 @pytest.mark.parametrize("is_leaf", [True, False])
+@pytest.mark.on_simulator
 def test_in_place_gradient_is_not_where_the_logits_were(reduction, dtype, is_leaf):
     input, target = problem(dtype)
     leaf = input.clone().requires_grad_()
@@ -86,6 +87,7 @@ def test_in_place_gradient_is_not_where_the_logits_were(reduction, dtype, is_lea
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.on_simulator
 def test_in_place_overwrites_before_a_target_gradient_was_computed(dtype):
     # The target's gradient is made of log-probabilities: the logits must last until backward.
     input = torch.randn(6, 19).to(dtype)
@@ -100,6 +102,7 @@ def test_in_place_overwrites_before_a_target_gradient_was_computed(dtype):
 @every_reduction
 @every_dtype
 @pytest.mark.parametrize("reason", ["no_grad", "inference_mode", "no input grad", "target grad"])
+@pytest.mark.on_simulator
 def test_in_place_writes_where_no_gradient_is_wanted(reason, dtype, reduction):
     input, target = problem(dtype)
     values = input.clone()
@@ -123,6 +126,7 @@ def test_in_place_writes_where_no_gradient_is_wanted(reason, dtype, reduction):
 @pytest.mark.parametrize("shape, layout", [g for g in GEOMETRIES if g[1] in OVERLAPPING])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.on_simulator
 def test_in_place_accepts_logits_that_share_memory(shape, layout, reduction, dtype):
     input = lay_out(torch.randn(SHAPES[shape](5)).to(dtype), layout).requires_grad_()
     before = input.detach().clone()
@@ -137,6 +141,7 @@ def test_in_place_accepts_logits_that_share_memory(shape, layout, reduction, dty
 @every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.on_simulator
 def test_in_place_goes_back_twice(hooked, reduction, dtype):
     # What hooks have stored has no version for autograd to compare.
     input, target = problem(dtype)
@@ -152,6 +157,7 @@ def test_in_place_goes_back_twice(hooked, reduction, dtype):
 
 @every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.on_simulator
 def test_in_place_pretends_to_be_differentiable_twice(reduction, dtype):
     input, target = problem(dtype)
     input.requires_grad_()
@@ -162,6 +168,7 @@ def test_in_place_pretends_to_be_differentiable_twice(reduction, dtype):
 
 @every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.on_simulator
 def test_in_place_destroys_logits_that_another_node_saved(reduction, dtype):
     input, target = problem(dtype)
     logits = input.requires_grad_() * 1
@@ -173,6 +180,7 @@ def test_in_place_destroys_logits_that_another_node_saved(reduction, dtype):
 
 @every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.on_simulator
 def test_in_place_forward_is_not_noticed_by_another_node(reduction, dtype):
     # The other node goes back first: from the logits if they are still there, else not at all.
     input, target = problem(dtype)
@@ -190,6 +198,7 @@ def test_in_place_forward_is_not_noticed_by_another_node(reduction, dtype):
 
 @pytest.mark.parametrize("first", REDUCTIONS)
 @pytest.mark.parametrize("second", REDUCTIONS)
+@pytest.mark.on_simulator
 def test_two_losses_in_place_on_the_same_logits_are_silently_wrong(first, second):
     input, target = problem()
     input.requires_grad_()
@@ -235,6 +244,7 @@ def test_tensor_changed_before_backward_gives_a_wrong_gradient(
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.on_simulator
 def test_stored_gradient_is_lost_or_shared_by_two_graphs(reduction, scale):
     # Two losses that share their logits, then each gone back through more than once, in turns.
     input, target = problem()
@@ -262,6 +272,7 @@ def test_hook_that_changes_the_gradient_changes_the_next_one(mode):
 
 
 @every_reduction
+@pytest.mark.on_simulator
 def test_training_in_place_parts_from_stock(reduction):
     # A linear classifier, three steps with accumulation over two batches.
     x, y = torch.randn(3, 2, 8, 6), torch.randint(0, 5, (3, 2, 8))

@@ -64,6 +64,7 @@ def weights(choice, classes, dtype):
 
 
 @pytest.mark.parametrize("case", covering(OPTIONS, 3, is_possible), ids=name_of)
+@pytest.mark.on_simulator
 def test_an_option_changes_the_loss_or_a_gradient(case):
     # 19 classes: one vector of 16 floats and a remainder of 3.
     classes, dtype = 19, case["dtype"]
@@ -118,6 +119,7 @@ def test_number_of_classes_changes_the_loss_or_a_gradient(classes, dtype, mode, 
 
 @pytest.mark.parametrize("classes", CLASS_COUNTS + LONG_ROWS)
 @pytest.mark.parametrize("position", ["first", "last"])
+@pytest.mark.on_simulator
 def test_target_at_the_edge_of_a_row_is_missed(classes, position):
     target = torch.full((3,), 0 if position == "first" else classes - 1)
     check_against_stock(torch.randn(3, classes).mul(3), target, reduction="none")
@@ -126,6 +128,7 @@ def test_target_at_the_edge_of_a_row_is_missed(classes, position):
 # 0: nothing at all. 1, 2, 3: fewer rows than threads or than a tile. 33: a tile and one row.
 # 5000 x 10: many rows to a thread, and a mean over more rows than fp16 has digits.
 @crossed(rows=(0, 1, 2, 3, 33, 5000), dtype=DTYPES, mode=MODES, reduction=REDUCTIONS)
+@pytest.mark.on_simulator
 def test_number_of_rows_changes_the_loss_or_the_gradient(rows, dtype, mode, reduction):
     check_against_stock(
         torch.randn(rows, 10).mul(3).to(dtype),
@@ -143,6 +146,7 @@ def test_number_of_rows_changes_the_loss_or_the_gradient(rows, dtype, mode, redu
     mode=DIFFERENTIATING,
     kind=(torch.int64, "probability"),
 )
+@pytest.mark.not_on_simulator
 def test_work_shared_by_threads_changes_the_loss_or_a_gradient(shape, dtype, mode, kind):
     torch.set_num_threads(3)
     check_against_stock(
@@ -167,6 +171,7 @@ OUTGROWN = {
 
 
 @crossed(rows=OUTGROWN, dtype=DTYPES[1:], mode=MODES, kind=(torch.int64, "probability"))
+@pytest.mark.not_on_simulator
 def test_row_that_outgrows_the_scratch_memory_is_wrong(rows, dtype, mode, kind):
     input = OUTGROWN[rows](dtype).mul(3)
     target = target_of(kind, input.shape, dtype, ignore_index=-100)
@@ -198,6 +203,7 @@ def test_half_types_are_rounded_more_than_once(dtype, reduction, kind):
         assert ((value.double() - reference).abs() <= 0.51 * step + slack).all()
 
 
+@pytest.mark.not_on_simulator
 def test_mean_over_many_half_precision_rows_overflows():
     # Stock on the CPU adds the losses in fp16: inf. The mean itself is an ordinary number.
     input = torch.randn(20000, 10).mul(8).half()
@@ -212,6 +218,7 @@ def test_mean_over_many_half_precision_rows_overflows():
 # Rows as lanes beside each other, and on their own; as many as cost a plain sum three digits.
 @pytest.mark.parametrize("rows, classes", [(2**22 + 77, 2), (2**19 + 77, 65)])
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.not_on_simulator
 def test_sum_over_many_equal_rows_loses_digits(weighted, rows, classes):
     # Equal rows are the worst: every addition to a plain sum rounds the same way.
     input = torch.randn(1, classes, dtype=torch.float64).expand(rows, classes)
