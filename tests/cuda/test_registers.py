@@ -102,7 +102,7 @@ def test_kernels_keep_to_their_registers(source, architecture, compiled):
         assert registers <= allowed[kernel], f"{kernel} has {registers} registers"
 
 
-def test_code_without_clusters_takes_part_of_a_row_for_all(tmp_path):
+def test_code_without_clusters_ends_rather_than_take_part_of_a_row(tmp_path):
     """Such code is what PTX for an older architecture becomes on a device that has clusters."""
     source = SOURCES[0].parent / "row_on_chip_float16.cu"
     assembly = tmp_path / "kernels.ptx"

@@ -80,7 +80,7 @@ OFTEN = ("budget, all options", "budget, bfloat16")
         if name.startswith("budget")
     ],
 )
-def test_budget_is_exceeded(extra_memory, call):
+def test_budget_of_memory_is_kept(extra_memory, call):
     taken, without_gradients = extra_memory(call)
     assert without_gradients <= 1.05 * BUDGET + SLACK
     # And it is used: the measurement itself sees a chunk. (Of the gradients it may see less, where
@@ -89,14 +89,14 @@ def test_budget_is_exceeded(extra_memory, call):
 
 
 @pytest.mark.slow
-def test_default_budget_is_exceeded(extra_memory):
+def test_default_budget_of_memory_is_kept(extra_memory):
     taken, without_gradients = extra_memory("default")
     assert without_gradients <= 1.05 * DEFAULT + SLACK
     assert taken > DEFAULT / 2
 
 
 @pytest.mark.slow
-def test_stock_takes_no_more_than_ours(extra_memory):
+def test_stock_takes_more_than_ours(extra_memory):
     assert extra_memory("stock")[1] > 5 * DEFAULT
 
 

@@ -36,7 +36,7 @@ def overwrites_in_forward(reduction, dtype):
     return reduction != "none" and dtype != torch.float16
 
 
-def test_modes_cannot_be_told_apart():
+def test_modes_can_be_told_apart():
     input, target = problem()
     input.requires_grad_()
     said = {fused_ce.explain(input, target, **options) for options in MODES.values()}
@@ -51,7 +51,7 @@ def test_modes_cannot_be_told_apart():
 @every_dtype
 @every_reduction
 @pytest.mark.parametrize("mode", ["default", "recompute"])
-def test_logits_are_overwritten_without_being_asked(mode, reduction, dtype):
+def test_logits_are_left_alone_unless_asked(mode, reduction, dtype):
     input, target = problem(dtype)
     leaf = input.clone().requires_grad_()
     loss = fused_ce.cross_entropy(leaf, target, reduction=reduction, **MODES[mode])
@@ -65,7 +65,7 @@ def test_logits_are_overwritten_without_being_asked(mode, reduction, dtype):
 @every_reduction
 @pytest.mark.parametrize("is_leaf", [True, False])
 @pytest.mark.on_simulator
-def test_in_place_gradient_is_not_where_the_logits_were(reduction, dtype, is_leaf):
+def test_in_place_gradient_is_where_the_logits_were(reduction, dtype, is_leaf):
     input, target = problem(dtype)
     leaf = input.clone().requires_grad_()
     logits = leaf if is_leaf else leaf * 1
@@ -88,7 +88,7 @@ def test_in_place_gradient_is_not_where_the_logits_were(reduction, dtype, is_lea
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.on_simulator
-def test_in_place_overwrites_before_a_target_gradient_was_computed(dtype):
+def test_in_place_waits_for_a_target_gradient(dtype):
     # The target's gradient is made of log-probabilities: the logits must last until backward.
     input = torch.randn(6, 19).to(dtype)
     target = target_of("probability", input.shape, dtype)
@@ -103,7 +103,7 @@ def test_in_place_overwrites_before_a_target_gradient_was_computed(dtype):
 @every_dtype
 @pytest.mark.parametrize("reason", ["no_grad", "inference_mode", "no input grad", "target grad"])
 @pytest.mark.on_simulator
-def test_in_place_writes_where_no_gradient_is_wanted(reason, dtype, reduction):
+def test_in_place_writes_nothing_where_no_gradient_is_wanted(reason, dtype, reduction):
     input, target = problem(dtype)
     values = input.clone()
     if reason == "target grad":
@@ -127,7 +127,7 @@ def test_in_place_writes_where_no_gradient_is_wanted(reason, dtype, reduction):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.on_simulator
-def test_in_place_accepts_logits_that_share_memory(shape, layout, reduction, dtype):
+def test_in_place_refuses_logits_that_share_memory(shape, layout, reduction, dtype):
     input = lay_out(torch.randn(SHAPES[shape](5)).to(dtype), layout).requires_grad_()
     before = input.detach().clone()
     target = target_of(torch.int64, input.shape, dtype)
@@ -142,7 +142,7 @@ def test_in_place_accepts_logits_that_share_memory(shape, layout, reduction, dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.on_simulator
-def test_in_place_goes_back_twice(hooked, reduction, dtype):
+def test_in_place_goes_back_once(hooked, reduction, dtype):
     # What hooks have stored has no version for autograd to compare.
     input, target = problem(dtype)
     input.requires_grad_()
@@ -158,7 +158,7 @@ def test_in_place_goes_back_twice(hooked, reduction, dtype):
 @every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.on_simulator
-def test_in_place_pretends_to_be_differentiable_twice(reduction, dtype):
+def test_in_place_refuses_to_be_differentiated_twice(reduction, dtype):
     input, target = problem(dtype)
     input.requires_grad_()
     loss = fused_ce.cross_entropy(input, target, reduction=reduction, inplace=True).sum()
@@ -169,7 +169,7 @@ def test_in_place_pretends_to_be_differentiable_twice(reduction, dtype):
 @every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.on_simulator
-def test_in_place_destroys_logits_that_another_node_saved(reduction, dtype):
+def test_in_place_is_noticed_by_a_node_that_saved_the_logits(reduction, dtype):
     input, target = problem(dtype)
     logits = input.requires_grad_() * 1
     penalty = logits.square().sum()  # saves the logits
@@ -181,7 +181,7 @@ def test_in_place_destroys_logits_that_another_node_saved(reduction, dtype):
 @every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.on_simulator
-def test_in_place_forward_is_not_noticed_by_another_node(reduction, dtype):
+def test_in_place_forward_is_noticed_by_another_node(reduction, dtype):
     # The other node goes back first: from the logits if they are still there, else not at all.
     input, target = problem(dtype)
     logits = input.requires_grad_() * 1
@@ -199,7 +199,7 @@ def test_in_place_forward_is_not_noticed_by_another_node(reduction, dtype):
 @pytest.mark.parametrize("first", REDUCTIONS)
 @pytest.mark.parametrize("second", REDUCTIONS)
 @pytest.mark.on_simulator
-def test_two_losses_in_place_on_the_same_logits_are_silently_wrong(first, second):
+def test_two_losses_in_place_on_the_same_logits_are_refused(first, second):
     input, target = problem()
     input.requires_grad_()
     one = fused_ce.cross_entropy(input, target, reduction=first, inplace=True).sum()
@@ -213,7 +213,7 @@ def test_two_losses_in_place_on_the_same_logits_are_silently_wrong(first, second
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @every_differentiating_mode
 @pytest.mark.parametrize("changed", ["input", "target", "weight", "ancestor"])
-def test_tensor_changed_before_backward_gives_a_wrong_gradient(
+def test_tensor_changed_before_backward_gives_no_wrong_gradient(
     changed, mode, scale, kind, reduction
 ):
     values = {
@@ -245,7 +245,7 @@ def test_tensor_changed_before_backward_gives_a_wrong_gradient(
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.on_simulator
-def test_stored_gradient_is_lost_or_shared_by_two_graphs(reduction, scale):
+def test_stored_gradient_belongs_to_one_graph_and_stays(reduction, scale):
     # Two losses that share their logits, then each gone back through more than once, in turns.
     input, target = problem()
     other = target.flip(0)
@@ -262,7 +262,7 @@ def test_stored_gradient_is_lost_or_shared_by_two_graphs(reduction, scale):
 
 
 @every_differentiating_mode
-def test_hook_that_changes_the_gradient_changes_the_next_one(mode):
+def test_hook_that_changes_the_gradient_changes_this_one_alone(mode):
     input, target = problem()
     input.requires_grad_()
     seen = []
@@ -273,7 +273,7 @@ def test_hook_that_changes_the_gradient_changes_the_next_one(mode):
 
 @every_reduction
 @pytest.mark.on_simulator
-def test_training_in_place_parts_from_stock(reduction):
+def test_training_in_place_follows_stock(reduction):
     # A linear classifier, three steps with accumulation over two batches.
     x, y = torch.randn(3, 2, 8, 6), torch.randint(0, 5, (3, 2, 8))
     finals = []
@@ -291,7 +291,7 @@ def test_training_in_place_parts_from_stock(reduction):
     torch.testing.assert_close(*finals)
 
 
-def test_weight_in_the_logits_memory_is_overwritten():
+def test_weight_in_the_memory_of_the_logits_is_refused():
     input = torch.randn(4, 5)
     before = input.clone()
     leaf = input.requires_grad_()
@@ -300,7 +300,7 @@ def test_weight_in_the_logits_memory_is_overwritten():
     assert torch.equal(leaf.detach(), before)
 
 
-def test_incoming_gradient_in_the_logits_memory_is_overwritten():
+def test_incoming_gradient_in_the_memory_of_the_logits_is_refused():
     # Many rows, so that some are computed after the first were overwritten.
     leaf = torch.randn(2000, 5).half().requires_grad_()
     before = leaf.detach().clone()

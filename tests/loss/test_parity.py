@@ -65,7 +65,7 @@ def weights(choice, classes, dtype):
 
 @pytest.mark.parametrize("case", covering(OPTIONS, 3, is_possible), ids=name_of)
 @pytest.mark.on_simulator
-def test_an_option_changes_the_loss_or_a_gradient(case):
+def test_all_options_agree_with_stock(case):
     # 19 classes: one vector of 16 floats and a remainder of 3.
     classes, dtype = 19, case["dtype"]
     shape = SHAPES[case["shape"]](classes)
@@ -105,7 +105,7 @@ LONG_ROWS = (2047, 2048, 2049, 4097)
     mode=DIFFERENTIATING,
     kind=(torch.int64, "probability"),
 )
-def test_number_of_classes_changes_the_loss_or_a_gradient(classes, dtype, mode, kind):
+def test_any_number_of_classes_agrees_with_stock(classes, dtype, mode, kind):
     shape = (5, classes)
     check_against_stock(
         torch.randn(shape).mul(3).to(dtype),
@@ -120,7 +120,7 @@ def test_number_of_classes_changes_the_loss_or_a_gradient(classes, dtype, mode, 
 @pytest.mark.parametrize("classes", CLASS_COUNTS + LONG_ROWS)
 @pytest.mark.parametrize("position", ["first", "last"])
 @pytest.mark.on_simulator
-def test_target_at_the_edge_of_a_row_is_missed(classes, position):
+def test_target_at_the_edge_of_a_row_is_met(classes, position):
     target = torch.full((3,), 0 if position == "first" else classes - 1)
     check_against_stock(torch.randn(3, classes).mul(3), target, reduction="none")
 
@@ -129,7 +129,7 @@ def test_target_at_the_edge_of_a_row_is_missed(classes, position):
 # 5000 x 10: many rows to a thread, and a mean over more rows than fp16 has digits.
 @crossed(rows=(0, 1, 2, 3, 33, 5000), dtype=DTYPES, mode=MODES, reduction=REDUCTIONS)
 @pytest.mark.on_simulator
-def test_number_of_rows_changes_the_loss_or_the_gradient(rows, dtype, mode, reduction):
+def test_any_number_of_rows_agrees_with_stock(rows, dtype, mode, reduction):
     check_against_stock(
         torch.randn(rows, 10).mul(3).to(dtype),
         target_of(torch.int64, (rows, 10), dtype, ignore_index=-100),
@@ -147,7 +147,7 @@ def test_number_of_rows_changes_the_loss_or_the_gradient(rows, dtype, mode, redu
     kind=(torch.int64, "probability"),
 )
 @pytest.mark.not_on_simulator
-def test_work_shared_by_threads_changes_the_loss_or_a_gradient(shape, dtype, mode, kind):
+def test_work_shared_by_threads_agrees_with_stock(shape, dtype, mode, kind):
     torch.set_num_threads(3)
     check_against_stock(
         torch.randn(shape).mul(3).to(dtype),
@@ -172,7 +172,7 @@ OUTGROWN = {
 
 @crossed(rows=OUTGROWN, dtype=DTYPES[1:], mode=MODES, kind=(torch.int64, "probability"))
 @pytest.mark.not_on_simulator
-def test_row_that_outgrows_the_scratch_memory_is_wrong(rows, dtype, mode, kind):
+def test_row_that_outgrows_the_scratch_memory_is_right(rows, dtype, mode, kind):
     input = OUTGROWN[rows](dtype).mul(3)
     target = target_of(kind, input.shape, dtype, ignore_index=-100)
     check_against_stock(input, target, mode=mode, label_smoothing=0.1)
@@ -181,7 +181,7 @@ def test_row_that_outgrows_the_scratch_memory_is_wrong(rows, dtype, mode, kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @every_reduction
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
-def test_half_types_are_rounded_more_than_once(dtype, reduction, kind):
+def test_half_types_are_rounded_once(dtype, reduction, kind):
     # Not "as good as stock" but right to the last digit: float arithmetic, one rounding.
     input = torch.randn(300, 50).mul(3).to(dtype)
     target = target_of(kind, input.shape, dtype)
@@ -204,7 +204,7 @@ def test_half_types_are_rounded_more_than_once(dtype, reduction, kind):
 
 
 @pytest.mark.not_on_simulator
-def test_mean_over_many_half_precision_rows_overflows():
+def test_mean_over_many_half_precision_rows_does_not_overflow():
     # Stock on the CPU adds the losses in fp16: inf. The mean itself is an ordinary number.
     input = torch.randn(20000, 10).mul(8).half()
     target = torch.randint(0, 10, (20000,))
@@ -219,7 +219,7 @@ def test_mean_over_many_half_precision_rows_overflows():
 @pytest.mark.parametrize("rows, classes", [(2**22 + 77, 2), (2**19 + 77, 65)])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.not_on_simulator
-def test_sum_over_many_equal_rows_loses_digits(weighted, rows, classes):
+def test_sum_over_many_equal_rows_keeps_its_digits(weighted, rows, classes):
     # Equal rows are the worst: every addition to a plain sum rounds the same way.
     input = torch.randn(1, classes, dtype=torch.float64).expand(rows, classes)
     target = torch.zeros(rows, dtype=torch.uint8)

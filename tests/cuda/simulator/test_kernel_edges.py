@@ -142,7 +142,7 @@ def test_ignored_rows_are_zero_whatever_they_hold(kernels, case):
 
 @pytest.mark.parametrize("reduction, expected", [("mean", torch.nan), ("sum", 0.0), ("none", 0.0)])
 @every_index_regime
-def test_nothing_but_ignored_rows(kernels, case, reduction, expected):
+def test_nothing_but_ignored_rows_is_nan_or_zero(kernels, case, reduction, expected):
     case = case._replace(reduction=reduction, smoothing=0.1)
     data = make(case)
     data.target.fill_(data.options["ignore_index"])
@@ -201,7 +201,7 @@ def test_any_index_may_be_the_ignored_one(kernels, case, ignored):
 
 @pytest.mark.parametrize("reduction, expected", [("mean", torch.nan), ("sum", 0.0), ("none", None)])
 @pytest.mark.parametrize("target", [torch.int64, torch.float32])
-def test_no_rows(kernels, reduction, expected, target):
+def test_no_rows_is_nan_or_zero(kernels, reduction, expected, target):
     input = torch.empty(0, 7)
     targets = torch.empty((0,) if target == torch.int64 else (0, 7), dtype=target)
     loss, _ = kernels.forward(input, targets, reduction=reduction, keeps_stats=True)
@@ -297,7 +297,7 @@ def test_scale_multiplies_what_is_not_zero(kernels, dtype, layout):
 
 
 @every_regime
-def test_losses_of_another_type(kernels, case):
+def test_losses_may_be_of_another_type(kernels, case):
     """Under autocast a half input has a float32 loss; a raw call may ask for any."""
     data = make(case._replace(reduction="none"))
     exact, _ = kernels.forward(data.input, data.target, loss_dtype=torch.float64, **data.options)

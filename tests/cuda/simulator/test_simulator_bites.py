@@ -201,7 +201,7 @@ SELDOM = (
         for name, fault in FAULTS.items()
     ],
 )
-def test_fault_is_caught(kernels, fault, tmp_path):
+def test_planted_fault_is_caught(kernels, fault, tmp_path):
     run(kernels, fault.case, fault.backward)  # without it
     with with_fault(kernels, fault, tmp_path, "-O0") as faulty:
         with pytest.raises((AssertionError, SimulatorError), match=fault.noticed):
@@ -275,7 +275,7 @@ def overwrite(kernels, case):
 
 
 @pytest.mark.parametrize("name", [*REGIMES, "tile at an offset", "block at an offset"])
-def test_order_of_accesses_is_left_to_chance(watched, name):
+def test_order_of_accesses_is_left_to_nothing(watched, name):
     case = SANITIZED[name]
     overwrite(watched, case)
     data = make(case)
