@@ -28,13 +28,15 @@ BOUNDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory) -> Path:
-    binary = tmp_path_factory.mktemp("native") / "math_accuracy"
+@pytest.fixture(scope="session")
+def program(once_a_run) -> Path:
     compiler = os.environ.get("CXX", "c++")
-    source = str(NATIVE / "math_accuracy.cpp")
-    subprocess.run([compiler, *FLAGS, source, "-o", str(binary)], check=True)
-    return binary
+    source = NATIVE / "math_accuracy.cpp"
+
+    def build(place):
+        subprocess.run([compiler, *FLAGS, source, "-o", place / "math_accuracy"], check=True)
+
+    return once_a_run("native", build) / "math_accuracy"
 
 
 def measure(program: Path, capability: str, step: int) -> dict[str, float]:

@@ -28,6 +28,7 @@ if MISSING:
 
 pytestmark = [
     pytest.mark.cuda,
+    pytest.mark.xdist_group("gpu"),  # most of its memory may be asked for
     pytest.mark.usefixtures("device"),
     pytest.mark.parametrize("device", ["cuda"], indirect=True),
 ]

@@ -15,7 +15,8 @@ from support.reference import stock
 
 import fused_ce
 
-pytestmark = pytest.mark.slow
+# One after the other: each may take most of the memory.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("large")]
 
 BEYOND = 2**31
 GIGABYTE = 2**30
