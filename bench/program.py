@@ -1,37 +1,42 @@
 """The benchmark as a program: options in; tables, JSON and charts out.
 
-A table is printed as soon as its case is done, and the files are written at the end. On a terminal
-a bar shows what is being measured and how long it will take; in a log there are the tables alone.
+A table is printed as soon as its case is done, and what has been measured so far is in the JSON.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import charts, fresh_process, linear, scaling
-from bench.cases import DTYPES, TABLES, Case, NoSuchCase, select
-from bench.devices import DEVICES
-from bench.fresh_process import Notice
-from bench.machine import busy, describe, headline
-from bench.measure import Effort, measure, notices
-from bench.memory import measure_peaks
-from bench.providers import PROVIDERS, usual
-from bench.record import Record, write_json
-from bench.tables import details, reasons, summary
+from bench.against.measure import Comparison
+from bench.against.run import CASES as COMPARED_CASES
+from bench.against.run import PROVIDERS as COMPARED
+from bench.against.run import run as run_builds
+from bench.common.console import make_console, positive, print_line
+from bench.common.devices import DEVICES
+from bench.common.figures import write_json
+from bench.common.machine import busy, commit, describe, headline
+from bench.common.measure import Effort
+from bench.common.precision import DTYPES
+from bench.heads.cases import HEADS
+from bench.heads.providers import PROVIDERS as HEAD_PROVIDERS
+from bench.heads.record import HeadFigures
+from bench.heads.run import run as run_heads
+from bench.loss.cases import TABLES, NoSuchCase, select
+from bench.loss.providers import PROVIDERS, usual
+from bench.loss.record import Record
+from bench.loss.run import run as run_cases
+from bench.scaling.measure import PROVIDERS as SIZE_PROVIDERS
+from bench.scaling.run import run as run_sizes
 
 QUICK = Effort(seconds=0, least=2, most=2)
-WIDTH = 100  # where the output is no terminal
-COMPILER = ("torch._dynamo", "torch._inductor.compile_fx")  # seconds, if every process imports them
+RUNS = {"bench": run_cases, "linear": run_heads, "scaling": run_sizes, "against": run_builds}
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Case]]:
+def parse(command_line: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench",
         description="measure fused_ce, stock PyTorch and a copy of the logits side by side",
@@ -62,7 +67,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Cas
         metavar="SECONDS",
         help="begin no case after that; default: none",
     )
-    parser.add_argument("--threads", type=int, help="default: as many as torch chooses")
+    parser.add_argument("--threads", type=positive, help="default: as many as torch chooses")
     parser.add_argument("--quick", action="store_true", help="two rounds: to see that all runs")
     parser.add_argument(
         "--scaling",
@@ -74,136 +79,69 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Cas
         action="store_true",
         help="instead of the cases: heads of language models, and linear_cross_entropy",
     )
-    options = parser.parse_args(arguments)
-    default = scaling.PROVIDERS if options.scaling else usual(options.device)
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help="instead: another checkout's built fused_ce and this one's in turns, the head too",
+    )
+    args = parser.parse_args(command_line)
+    args.kind = next((kind for kind in RUNS if getattr(args, kind, None)), "bench")
+    default = COMPARED if args.against else SIZE_PROVIDERS if args.scaling else usual(args.device)
     # In the table's order, whatever the order asked for, and nobody twice.
-    options.providers = [name for name in PROVIDERS if name in (options.providers or default)]
-    missing = DEVICES[options.device].missing()
+    args.providers = [name for name in PROVIDERS if name in (args.providers or default)]
+    missing = DEVICES[args.device].missing()
     if missing:
         parser.error(missing)
-    if options.threads is not None and options.threads < 1:
-        parser.error("--threads must be at least 1")
-    if options.scaling and options.cases:
+    if args.scaling and args.cases:
         parser.error("--scaling has sizes of its own; leave --cases out")
-    if options.linear and (options.cases or options.providers != list(default) or options.scaling):
+    if args.linear and (args.cases or args.providers != list(default) or args.scaling):
         parser.error("--linear has sizes and providers of its own; leave the others' options out")
+    table = TABLES[args.device]
+    if args.against:
+        if args.scaling or args.linear:
+            parser.error("--against measures heads with its cases; name them in --cases")
+        args.against = args.against.resolve()
+        if not (args.against / "fused_ce" / "_C.so").exists():
+            parser.error(f"--against expects a built fused_ce in {args.against}; build it there")
+        table = (*table, *HEADS[args.device])
+        args.cases = args.cases or COMPARED_CASES[args.device]
     try:
-        return options, select(options.cases, options.dtype, options.device)
+        args.cases = select(args.cases, args.dtype, table)
     except NoSuchCase as error:
         parser.error(str(error))
+    return args
 
 
-@contextmanager
-def progress(console: Console, total: int) -> Iterator[Notice]:
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    bar = Progress(
-        *columns,
-        TextColumn("{task.description}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task("", total=total)
-        yield lambda text: bar.update(task, description=text, advance=1)
-
-
-def run_cases(
-    console: Console, options: argparse.Namespace, cases: Sequence[Case], effort: Effort
-) -> Iterator[Record]:
-    device, names = DEVICES[options.device], options.providers
-    start = perf_counter()
-    elsewhere = 0 if device.counts_memory else len(names)
-    total = sum(notices(case, names) + elsewhere for case in cases)
-    with progress(console, total) as notice:
-        for done, case in enumerate(cases):
-            if options.budget is not None and perf_counter() - start > options.budget:
-                left = " ".join(case.name for case in cases[done:])
-                console.print(f"[yellow]no time left for {left}[/]", highlight=False)
-                return
-            record = measure(case, names, device, effort, notice)
-            if elsewhere:
-                measure_peaks(record, names, device, notice)
-            console.print(details(record))
-            for reason in reasons(record):
-                console.print(f"  {reason}", highlight=False, soft_wrap=True)
-            yield record
-
-
-def run_linear(
-    console: Console, options: argparse.Namespace, effort: Effort, note: str
-) -> Iterator[list[linear.Figures]]:
-    device, quick = DEVICES[options.device], options.quick
-    heads = linear.QUICK if quick else linear.HEADS[device.name]
-    tall = linear.QUICK[0] if quick else linear.TALL[device.name]
-    if options.dtype:
-        tall = replace(tall, dtype=options.dtype)
-        heads = dict.fromkeys(replace(head, dtype=options.dtype) for head in heads)
-    vocabularies = linear.QUICK_VOCABULARIES if quick else linear.VOCABULARIES
-    talls = [replace(tall, classes=classes) for classes in vocabularies]
-    with progress(console, linear.notices_of(heads, vocabularies)) as notice:
-        times = linear.time_heads(heads, device, effort, notice)
-        console.print(linear.time_table(times))
-        yield times
-        peaks = linear.measure_peaks(talls, device, notice)
-        console.print(linear.memory_table(peaks))
-    for reason in linear.reasons([*times, *peaks]):
-        console.print(f"  {reason}", highlight=False, soft_wrap=True)
-    linear.draw_memory(peaks, note, options.out / "linear_memory.png")
-    yield peaks
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options, cases = parse(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if "compile" in options.providers and not options.linear:
-        fresh_process.preload(*COMPILER)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    device, out = DEVICES[options.device], options.out
-    effort = QUICK if options.quick else Effort(options.seconds)
-    facts = describe(device)
+def main(command_line: Sequence[str] | None = None) -> int:
+    args = parse(command_line)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    console, out = make_console(), args.out
+    effort = QUICK if args.quick else Effort(args.seconds)
+    facts = describe(DEVICES[args.device])
     note = headline(facts)
-    console.print(note, highlight=False, soft_wrap=True)
+    print_line(console, note)
     if busy(facts):
-        console.print(f"[yellow]{busy(facts)}[/]", highlight=False, soft_wrap=True)
+        print_line(console, f"[yellow]{busy(facts)}[/]")
 
-    kind = "linear" if options.linear else "scaling" if options.scaling else "bench"
-    start = perf_counter()
+    if args.against:
+        facts["against"] = commit(args.against)
+    start, records = perf_counter(), []
 
-    def write(records: Sequence[Record | linear.Figures]) -> None:
+    def write(records: Sequence[Record | HeadFigures | Comparison]) -> None:
         data = {
-            "kind": kind,
+            "kind": args.kind,
             "machine": facts,
             "effort": asdict(effort),
-            "providers": list(linear.PROVIDERS) if options.linear else options.providers,
+            "providers": list(HEAD_PROVIDERS) if args.linear else args.providers,
             "seconds": round(perf_counter() - start, 1),
             "cases": [record.as_data() for record in records],
         }
-        write_json(out / f"{kind}.json", data)
+        write_json(out / f"{args.kind}.json", data)
 
-    if options.linear:
-        records = []
-        for figures in run_linear(console, options, effort, note):
-            records += figures
-            write(records)  # a run that is stopped leaves what it has measured
-    elif options.scaling:
-        sizes = scaling.sizes(options.dtype or "fp32", options.quick)
-        total = scaling.notices_of(sizes, options.providers, device)
-        with progress(console, total) as notice:
-            records = scaling.run(sizes, options.providers, device, effort, notice)
-        console.print(*scaling.tables(records))
-        scaling.draw(records, note, out / "scaling.png")
-    else:
-        records = []
-        for record in run_cases(console, options, cases, effort):
-            records.append(record)
-            write(records)
-        console.print(summary(records, options.providers))
-        charts.draw_speed(records, note, out / "speed.png")
-        charts.draw_memory(records, note, out / "memory.png")
+    for records in RUNS[args.kind](console, args, effort, note):
+        write(records)
     write(records)
     console.print(f"{perf_counter() - start:.0f} s; JSON and charts are in {out}", highlight=False)
     return 0

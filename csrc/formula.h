@@ -4,18 +4,18 @@
 //     loss = sum_c a_c (lse - x_c),      d loss / d x_c = A p_c - a_c,      A = sum_c a_c.
 // A class index t means a_c = smooth w_c + [c == t] hard w_t; probabilities q mean
 // a_c = w_c (hard q_c + smooth); hard = 1 - label_smoothing, smooth = label_smoothing / classes.
-// A backend brings x relative to the row's maximum M, the sums over the row, exp and log1p.
+// The target's own part, hard w_t, is kept apart: what a class has besides is its coefficient here.
+// A backend brings the walk over the logits, exp and log1p.
 #pragma once
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define FCE_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FCE_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace fused_ce {
+
+template <class A>
+constexpr A kInfinity = static_cast<A>(__builtin_huge_val());
 
 template <class A>
 struct Smoothing {
@@ -31,75 +31,172 @@ struct Smoothing {
       : hard(static_cast<A>(s.hard)), smooth(static_cast<A>(s.smooth)) {}
 };
 
+// The coefficient of any class where the target is an index.
+template <class A>
+FCE_HOST_DEVICE A index_coefficient(A weight, Smoothing<A> s) {
+  return s.smooth * weight;
+}
+
 template <class A>
 FCE_HOST_DEVICE A probability_coefficient(A probability, A weight, Smoothing<A> s) {
   return weight * (s.hard * probability + s.smooth);
 }
 
-// A row whose target is a class index. `rest` sums exp(x_c - M) over all classes but one of the
-// largest, which contributes exactly 1: next to that 1, what a confident row has besides would be
-// lost, and lse - M = log1p(rest) with it.
+// a_c (base - x_c). A coefficient may be infinite: nothing times that is nothing here, since the
+// rest of the class's loss has it too.
 template <class A>
-struct IndexRow {
+FCE_HOST_DEVICE A coefficient_gap(A coefficient, A gap) {
+  return gap == A(0) ? A(0) : coefficient * gap;
+}
+
+// What logits are taken relative to: their maximum, or 0 where there is none. exp(-inf - 0) is 0.
+template <class A>
+FCE_HOST_DEVICE A base_of(A max) {
+  return max == -kInfinity<A> ? A(0) : max;
+}
+
+// Sums over some classes of a row, relative to a base that no logit exceeds. What is equal to the
+// base is counted by itself: next to its 1, the small terms of a confident row would be lost.
+template <class A, class Total = A>
+struct TermSums {
+  A rest = 0;      // of exp(x_c - base) over the logits below the base
+  A ones = 0;      // the number of logits equal to it
+  Total gaps = 0;  // of a_c (base - x_c), where classes have an a_c
+  Total mass = 0;  // of a_c
+
+  template <class Exp>
+  FCE_HOST_DEVICE void add_logit(A x, A base, const Exp& exp) {
+    const A lead = x - base;
+    if (lead == A(0))
+      ones += A(1);
+    else
+      rest += exp(lead);
+  }
+
+  FCE_HOST_DEVICE void add_gap(A gap, A coefficient) {
+    gaps += coefficient_gap(coefficient, gap);
+    mass += coefficient;
+  }
+
+  // What was summed by itself first: each of many classes added one by one would be rounded to the
+  // digits of the sum.
+  template <class B, class T>
+  FCE_HOST_DEVICE void add(const TermSums<B, T>& few) {
+    rest += few.rest;
+    ones += few.ones;
+    gaps += few.gaps;
+    mass += few.mass;
+  }
+};
+
+// The same relative to the largest of these logits, of the type X: what a row, or any part of it,
+// comes down to.
+template <class X, class A = X, class Total = A>
+struct RowSums : TermSums<A, Total> {
+  using TermSums<A, Total>::gaps;
+  using TermSums<A, Total>::mass;
+  using TermSums<A, Total>::ones;
+  using TermSums<A, Total>::rest;
+
+  X max = -kInfinity<X>;
+
+  FCE_HOST_DEVICE bool is_masked() const { return max == -kInfinity<X>; }
+
+  // What its terms are to be multiplied by to be relative to the row's maximum.
+  template <class Exp>
+  FCE_HOST_DEVICE A decay(X row_max, const Exp& exp) const {
+    if (is_masked()) return A(0);
+    return exp(-(static_cast<A>(row_max) - static_cast<A>(max)));
+  }
+
+  // Makes everything relative to a maximum that is no smaller.
+  template <bool kSpreads = true, class Exp>
+  FCE_HOST_DEVICE void raise(X new_max, const Exp& exp) {
+    if (new_max == max) return;
+    const A distance = static_cast<A>(new_max) - static_cast<A>(base_of(max));
+    if (!is_masked()) rest = (rest + ones) * exp(-distance);
+    ones = 0;
+    if (kSpreads && !is_masked() && mass != 0) gaps += mass * distance;
+    max = new_max;
+  }
+
+  // Takes in another part of the row.
+  template <bool kSpreads = true, class Exp>
+  FCE_HOST_DEVICE void merge(RowSums part, const Exp& exp) {
+    const X larger = max > part.max ? max : part.max;
+    raise<kSpreads>(larger, exp);
+    part.template raise<kSpreads>(larger, exp);
+    this->add(part);
+  }
+
+  // Once all parts are in: from here on `rest` is the sum over all classes but one of the largest,
+  // which contributes exactly 1, so that lse - max = log1p(rest).
+  FCE_HOST_DEVICE void close() {
+    if (!is_masked()) rest += ones - A(1);
+  }
+};
+
+// A row whose sums are closed; on its own, one whose target is a probability for every class.
+template <class A>
+struct Row {
   A rest;
-  A target_gap;  // M - x_t
-  A target_exp;  // exp(x_t - M)
+  A mass;           // sum_c of the coefficients
+  A inverse_total;  // 1 / (1 + rest), which is 1 / sum_c exp(x_c - max)
+
+  FCE_HOST_DEVICE Row(A rest, A mass, A inverse_total)
+      : rest(rest), mass(mass), inverse_total(inverse_total) {}
+
+  FCE_HOST_DEVICE A loss(A log_total, A gaps) const { return gaps + mass * log_total; }
+
+  // A / sum_c exp(x_c - max), so that A p_c is this times exp(x_c - max).
+  FCE_HOST_DEVICE A exp_factor() const { return mass * inverse_total; }
+};
+
+// One whose target is a class index. Without smoothing the mass is 0, and the gaps are not looked
+// at.
+template <class A>
+struct IndexRow : Row<A> {
+  using Row<A>::inverse_total;
+  using Row<A>::mass;
+  using Row<A>::rest;
+
+  A target_gap;  // max - x_t
+  A target_exp;  // exp(x_t - max)
   A target_weight;
-  A inverse_total;
+  A weight_sum;
+  Smoothing<A> smoothing;
 
-  FCE_HOST_DEVICE IndexRow(A rest, A target_gap, A target_exp, A target_weight)
-      : IndexRow(rest, target_gap, target_exp, target_weight, A(1) / (A(1) + rest)) {}
-
-  // For a backend with a cheaper way to `inverse_total`, 1 / (1 + rest).
-  FCE_HOST_DEVICE IndexRow(A rest, A target_gap, A target_exp, A target_weight, A inverse_total)
-      : rest(rest),
+  FCE_HOST_DEVICE IndexRow(A rest, A inverse_total, A target_gap, A target_exp, A target_weight,
+                           A weight_sum, Smoothing<A> smoothing)
+      : Row<A>(rest, smoothing.smooth * weight_sum, inverse_total),
         target_gap(target_gap),
         target_exp(target_exp),
         target_weight(target_weight),
-        inverse_total(inverse_total) {}
+        weight_sum(weight_sum),
+        smoothing(smoothing) {}
 
-  // The sum of exp(x_c - M) over every class but the target.
+  // The sum of exp(x_c - max) over every class but the target.
   FCE_HOST_DEVICE A others() const {
     return target_gap == A(0) ? rest : A(1) + (rest - target_exp);
   }
 
-  // `gaps` is sum_c w_c (M - x_c), read only when there is smoothing.
-  FCE_HOST_DEVICE A loss(A log_total, A gaps, A weight_sum, Smoothing<A> s) const {
-    A loss = s.hard * target_weight * (target_gap + log_total);
-    return s.smooth == A(0) ? loss : loss + s.smooth * (gaps + weight_sum * log_total);
+  FCE_HOST_DEVICE A loss(A log_total, A gaps) const {
+    const A hard = smoothing.hard * target_weight * (target_gap + log_total);
+    return smoothing.smooth == A(0) ? hard : hard + Row<A>::loss(log_total, gaps);
   }
 
-  // A / sum_c exp(x_c - M), so that A p_c is this times exp(x_c - M).
-  FCE_HOST_DEVICE A exp_factor(A weight_sum, Smoothing<A> s) const {
-    return (s.hard * target_weight + s.smooth * weight_sum) * inverse_total;
+  FCE_HOST_DEVICE A exp_factor() const {
+    return (smoothing.hard * target_weight + mass) * inverse_total;
   }
 
-  FCE_HOST_DEVICE A target_grad(A weight_sum, Smoothing<A> s) const {
-    A hard_part = s.hard * target_weight * (others() * inverse_total);
-    return s.smooth * (weight_sum * (target_exp * inverse_total) - target_weight) - hard_part;
+  // d loss / d x_t; nan for an infinite weight, as A p_t - a_t is.
+  FCE_HOST_DEVICE A target_grad() const {
+    const A hard = smoothing.hard * target_weight * (others() * inverse_total);
+    return smoothing.smooth * (weight_sum * (target_exp * inverse_total) - target_weight) - hard;
   }
 };
 
-// A row whose target is a probability for every class.
-template <class A>
-struct ProbabilityRow {
-  A rest;  // as for IndexRow
-  A mass;  // sum_c a_c
-  A inverse_total;
-
-  FCE_HOST_DEVICE ProbabilityRow(A rest, A mass)
-      : ProbabilityRow(rest, mass, A(1) / (A(1) + rest)) {}
-
-  FCE_HOST_DEVICE ProbabilityRow(A rest, A mass, A inverse_total)
-      : rest(rest), mass(mass), inverse_total(inverse_total) {}
-
-  // `gaps` is sum_c a_c (M - x_c).
-  FCE_HOST_DEVICE A loss(A log_total, A gaps) const { return gaps + mass * log_total; }
-
-  FCE_HOST_DEVICE A exp_factor() const { return mass * inverse_total; }
-};
-
-// d loss / d q_c, from the gap M - x_c of that class.
+// d loss / d q_c, from the gap max - x_c of that class.
 template <class A>
 FCE_HOST_DEVICE A probability_grad(A gap, A log_total, A weight, Smoothing<A> s) {
   return s.hard * weight * (gap + log_total);

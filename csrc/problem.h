@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "host_device.h"
 #include "options.h"
 
 namespace fused_ce {
@@ -55,10 +56,10 @@ struct Problem {
   Options options;
   Totals known;  // what the host knows of the totals, where a kernel is not to read them
 
-  bool accumulates_in_double() const { return input.dtype == DType::kFloat64; }
-  bool is_smoothed() const { return options.label_smoothing > 0.0; }
-  bool reduces() const { return options.reduction != Reduction::kNone; }
-  bool divides() const { return options.reduction == Reduction::kMean; }
+  FCE_HOST_DEVICE bool accumulates_in_double() const { return input.dtype == DType::kFloat64; }
+  FCE_HOST_DEVICE bool is_smoothed() const { return options.label_smoothing > 0.0; }
+  FCE_HOST_DEVICE bool reduces() const { return options.reduction != Reduction::kNone; }
+  FCE_HOST_DEVICE bool divides() const { return options.reduction == Reduction::kMean; }
 };
 
 // All elements of one tensor, no matter which dimension they belong to.

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "../formula.h"
 #include "simd.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -16,11 +17,6 @@
 #endif
 
 namespace fused_ce::avx512 {
-
-// The sum of the terms below 1, and how many are 1 (RowKernel::Terms says why apart).
-struct Terms {
-  float sum, ones;
-};
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
@@ -103,7 +99,7 @@ struct RowTerms {
 
 // Keeps the exp(x[i] - base) and sums them; kHasBase tells that some x[i] may be base.
 template <bool kHasBase>
-FCE_TARGET inline Terms keep_terms(const float* x, int64_t n, float base, float* terms) {
+FCE_TARGET inline TermSums<float> keep_terms(const float* x, int64_t n, float base, float* terms) {
   RowTerms<kHasBase> step{x, base, terms, zero(), zero()};
   for_vectors(n, step);
   return {sum_of(step.sum), sum_of(step.ones)};
@@ -167,7 +163,7 @@ FCE_TARGET inline void exp_differences(const float* x, Base base, int64_t n, flo
 
 inline bool has_exp() { return false; }
 template <bool kHasBase>
-inline Terms keep_terms(const float*, int64_t, float, float*) {
+inline TermSums<float> keep_terms(const float*, int64_t, float, float*) {
   return {};
 }
 template <int kClasses>

@@ -21,7 +21,8 @@
 
 namespace fused_ce::cpu {
 
-template <class A>
+// Compiled for one of the levels of simd.h.
+template <class A, simd::Level kLevel>
 class LaneKernel {
  public:
   LaneKernel(const Problem& p, const Tiling& tiling)
@@ -60,7 +61,8 @@ class LaneKernel {
   }
 
  private:
-  static constexpr bool kAvx512 = std::is_same_v<A, float>;
+  static constexpr bool kAvx512 = kLevel == simd::Level::kAvx512 && std::is_same_v<A, float>;
+  static constexpr bool kTellsNormal = !kAvx512 && std::is_same_v<A, float>;
   // Small enough that a tile and what it is made from stay in the second-level cache.
   static constexpr int64_t kMaxTile = 65536;
   // Lanes between the classes of a tile: at a distance of a power of two their cache lines would
@@ -166,7 +168,7 @@ class LaneKernel {
                             : nullptr;
   }
 
-  // Calls use(a) with a(l), the coefficient of class c in lane l before smoothing's share.
+  // Calls use(a) with a(l), the coefficient of class c in lane l.
   template <class Use>
   void with_lane_coefficients(int64_t c, const Use& use) {
     const A weight = weight_ ? weight_[c] : A(1);
@@ -174,25 +176,26 @@ class LaneKernel {
       const Smoothing<A> smoothing = smoothing_;
       use([=](int64_t l) { return probability_coefficient(q[l], weight, smoothing); });
     } else {
-      use([=](int64_t) { return weight; });
+      const A coefficient = index_coefficient(weight, smoothing_);
+      use([=](int64_t) { return coefficient; });
     }
   }
 
   void find_max() {
     A* max = batch_.max;
-    std::fill(max, max + n_, -math::kInf<A>);
-    if (avx512_) {
-      for_classes([&](int64_t c, auto count) {
-        const Classes x = logits(c, count);
-        raise(x.data, x.stride, max, n_, count);
-      });
-    } else {
-      std::fill(min_, min_ + n_, math::kInf<A>);
+    std::fill(max, max + n_, -kInfinity<A>);
+    if constexpr (kTellsNormal) {
+      std::fill(min_, min_ + n_, kInfinity<A>);
       for_classes([&](int64_t c, auto count) {
         const Classes x = logits(c, count);
         widen(x.data, x.stride, min_, max, n_, count);
       });
-      is_normal_ = largest_gap(min_, max, n_) < math::kNormalExp<A>;
+      is_normal_ = largest_gap(min_, max, n_) < math::kNormalExp;
+    } else {
+      for_classes([&](int64_t c, auto count) {
+        const Classes x = logits(c, count);
+        raise(x.data, x.stride, max, n_, count);
+      });
     }
     loaded_ = !tile_.empty();
   }
@@ -245,8 +248,8 @@ class LaneKernel {
       const Classes x = logits(c, count);
       prefetch_next(c, count);
       A* terms = keeps_terms() ? kept_lanes(c) : terms_;
-      if (is_normal_)
-        keep_terms<true>(x, terms, count);
+      if (kTellsNormal && is_normal_)
+        keep_terms<kTellsNormal>(x, terms, count);
       else
         keep_terms<false>(x, terms, count);
       if ((c + count) % kSumClasses == 0) add_sums();
@@ -274,7 +277,7 @@ class LaneKernel {
   }
 
   // exp(x - max) of some classes, kept and summed. The largest ones are counted apart, for the
-  // reason that RowKernel::Terms gives.
+  // reason that formula.h gives.
   template <bool kIsNormal, class Count>
   void keep_terms(Classes x, A* terms, Count) {
     const int64_t n = n_;
@@ -284,11 +287,9 @@ class LaneKernel {
     const A* max = batch_.max;
     A* ones = ones_;
     A* sums = sums_;
-    if constexpr (kAvx512) {
-      if (avx512_)
-        return avx512::keep_lane_terms<Count::value>(x.data, x.stride, n, max, terms, stride, sums,
-                                                     ones);
-    }
+    if constexpr (kAvx512)
+      return avx512::keep_lane_terms<Count::value>(x.data, x.stride, n, max, terms, stride, sums,
+                                                   ones);
 #pragma omp simd
     for (int64_t l = 0; l < n; l++) {
       A sum = A(0), lane_ones = A(0);
@@ -315,7 +316,7 @@ class LaneKernel {
 #pragma omp simd
         for (int64_t l = 0; l < n_; l++) {
           const A a = coefficient(l);
-          gaps[l] += a * (max[l] - x[l]);
+          gaps[l] += coefficient_gap(a, max[l] - x[l]);
           mass[l] += a;
         }
       });
@@ -351,10 +352,8 @@ class LaneKernel {
   void write_exps(int64_t c, const A* x, A* out) {
     const A* max = batch_.max;
     if constexpr (kAvx512) {
-      if (avx512_) {
-        avx512::exp_differences(x, max, n_, out);
-        return write_class(c, out, [=](int64_t l) { return out[l]; });
-      }
+      avx512::exp_differences(x, max, n_, out);
+      return write_class(c, out, [=](int64_t l) { return out[l]; });
     }
     write_class(c, out, [=](int64_t l) { return math::exp_nonpositive(x[l] - max[l]); });
   }
@@ -366,11 +365,9 @@ class LaneKernel {
       for (int64_t l = 0; l < n_; l++) out[l] = factor_[l] * term(l);
       return;
     }
-    const A part = p_.probabilities ? A(1) : smoothing_.smooth;
     with_lane_coefficients(c, [&](auto coefficient) {
 #pragma omp simd
-      for (int64_t l = 0; l < n_; l++)
-        out[l] = scale_[l] * (factor_[l] * term(l) - part * coefficient(l));
+      for (int64_t l = 0; l < n_; l++) out[l] = scale_[l] * (factor_[l] * term(l) - coefficient(l));
     });
   }
 
@@ -397,7 +394,6 @@ class LaneKernel {
 
   int64_t n_ = 0, input_ = 0, target_ = 0, grad_ = 0;
   bool loaded_ = false;
-  const bool avx512_ = kAvx512 && avx512::has_exp();
   bool is_normal_ = false;  // no exp of the tile comes near to being subnormal
 
   alignas(kLine) A min_[kMaxBatch], sums_[kMaxBatch], ones_[kMaxBatch];

@@ -64,6 +64,14 @@ class RowBatch {
     copy_rows(from.target_grad, target_grad);
   }
 
+  // What the kernel found of a row.
+  void set(int64_t r, const RowSums<A, double>& sums) {
+    max[r] = sums.max;
+    rest[r] = sums.rest;
+    gaps[r] = sums.gaps;
+    mass[r] = sums.mass;
+  }
+
   // Of the rows [first, last); to be called before a kernel overwrites their logits, and best when
   // they are in the cache.
   void read_target_logits(const Tile& tile, int64_t first, int64_t last) {
@@ -176,16 +184,23 @@ class RowBatch {
   }
 
   template <class R>
-  IndexRow<R> index_row(int64_t r) const {
+  IndexRow<R> index_row(int64_t r, R weight_sum, Smoothing<R> smoothing) const {
     const A lead = target_logit_[r] - max[r];
     const R gap = static_cast<R>(max[r]) - static_cast<R>(target_logit_[r]);
-    return {defined_rest<R>(r), gap, static_cast<R>(math::exp_nonpositive(lead)),
-            static_cast<R>(target_weight_[r])};
+    const R rest_of_row = defined_rest<R>(r);
+    return {rest_of_row,
+            R(1) / (R(1) + rest_of_row),
+            gap,
+            static_cast<R>(math::exp_nonpositive(lead)),
+            static_cast<R>(target_weight_[r]),
+            weight_sum,
+            smoothing};
   }
 
   template <class R>
-  ProbabilityRow<R> probability_row(int64_t r) const {
-    return {defined_rest<R>(r), static_cast<R>(mass[r])};
+  Row<R> probability_row(int64_t r) const {
+    const R rest_of_row = defined_rest<R>(r);
+    return {rest_of_row, static_cast<R>(mass[r]), R(1) / (R(1) + rest_of_row)};
   }
 
   // As a function of its own: inlined into a whole kernel the loops are not always vectorised.
@@ -200,11 +215,11 @@ class RowBatch {
 #pragma omp simd
       for (int64_t r = 0; r < size; r++) {
         if (kLoss) loss_[r] = probability_loss(r);
-        if (kGradient) exp_factor[r] = probability_factor(r);
+        if (kGradient) exp_factor[r] = probability_row<double>(r).exp_factor();
       }
     } else {
       const double weight_sum = p_.known.weight_sum;
-      const Smoothing<A> loss_smoothing(p_.options.label_smoothing, p_.classes);
+      const Smoothing<A> loss_smoothing(smoothing_);
       const Smoothing<double> smoothing = smoothing_;
 #pragma omp simd
       for (int64_t r = 0; r < size; r++) {
@@ -222,25 +237,23 @@ class RowBatch {
   // stay in registers, those of the loop itself may become arrays, which GCC does not vectorise.
   // What they have in common is computed once.
   A index_loss(int64_t r, A weight_sum, Smoothing<A> smoothing) const {
-    const IndexRow<A> row = index_row<A>(r);
-    const A loss = row.loss(log_total(r), static_cast<A>(gaps[r]), weight_sum, smoothing);
+    const IndexRow<A> row = index_row(r, weight_sum, smoothing);
+    const A loss = row.loss(log_total(r), static_cast<A>(gaps[r]));
     return target_class[r] < 0 ? A(0) : loss;
   }
 
   double index_factor(int64_t r, double weight_sum, Smoothing<double> smoothing) const {
-    const double factor = index_row<double>(r).exp_factor(weight_sum, smoothing);
+    const double factor = index_row(r, weight_sum, smoothing).exp_factor();
     return smoothing.smooth == 0.0 ? scale[r] * factor : factor;
   }
 
   double scaled_target_grad(int64_t r, double weight_sum, Smoothing<double> smoothing) const {
-    return scale[r] * index_row<double>(r).target_grad(weight_sum, smoothing);
+    return scale[r] * index_row(r, weight_sum, smoothing).target_grad();
   }
 
   A probability_loss(int64_t r) const {
     return probability_row<A>(r).loss(log_total(r), static_cast<A>(gaps[r]));
   }
-
-  double probability_factor(int64_t r) const { return probability_row<double>(r).exp_factor(); }
 
   const Problem& p_;
   const Smoothing<double> smoothing_;

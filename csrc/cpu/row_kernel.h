@@ -36,18 +36,14 @@ struct Extent {
   A min, max;
 };
 
-// What a block of a row comes down to, relative to its own maximum.
+// What a block of a row comes down to.
 template <class A>
-struct BlockSums {
+struct BlockSums : RowSums<A, double> {
   Extent<A> extents[kRowBlock / kChunk];
-  A max = -math::kInf<A>;
-  double rest = 0.0;  // exp(x_c - max) over all classes but one of the largest
-  double gaps = 0.0;  // a_c (max - x_c)
-  double mass = 0.0;  // a_c
-  double lead = 1.0;  // exp(max - M), once the row's maximum M is known
 };
 
-template <class A>
+// Compiled for one of the levels of simd.h.
+template <class A, simd::Level kLevel>
 class RowKernel {
  public:
   RowKernel(const Problem& p, const Tiling& tiling)
@@ -146,23 +142,22 @@ class RowKernel {
 
   void rewrite_gradient(int64_t r, int64_t first, int64_t last) {
     const A factor = static_cast<A>(batch_.exp_factor[r]), max = batch_.max[r];
-    if constexpr (kAvx512) {
-      if (avx512_) {
-        return write_blocks(r, first, last, [&](int64_t b, int64_t n) {
-          A* e = terms_in_grad_ ? term_block(r, b) : buffer_;
-          avx512::exp_differences(read_logits(r, b, n, buffer_), max, n, e);
-          return [=](int64_t i) { return factor * e[i]; };
-        });
-      }
-    }
     write_blocks(r, first, last, [&](int64_t b, int64_t n) {
       const A* x = read_logits(r, b, n, buffer_);
-      return [=](int64_t i) { return factor * math::exp_nonpositive(x[i] - max); };
+      if constexpr (kAvx512) {
+        A* e = terms_in_grad_ ? term_block(r, b) : buffer_;
+        avx512::exp_differences(x, max, n, e);
+        return [=](int64_t i) { return factor * e[i]; };
+      } else {
+        return [=](int64_t i) { return factor * math::exp_nonpositive(x[i] - max); };
+      }
     });
   }
 
  private:
-  static constexpr bool kAvx512 = std::is_same_v<A, float>;
+  static constexpr bool kAvx512 = kLevel == simd::Level::kAvx512 && std::is_same_v<A, float>;
+  static constexpr bool kTellsNormal = !kAvx512 && std::is_same_v<A, float>;
+  static constexpr auto exp_of_double = [](double x) { return math::exp_nonpositive(x); };
   // Elements of the widest vector, in float.
   static constexpr int64_t kVector = 16;
   // Of short rows, as many are in work at a time as have this many elements together.
@@ -183,7 +178,7 @@ class RowKernel {
   const A* read_probabilities(int64_t r, int64_t b, int64_t n) {
     if (!p_.probabilities) return nullptr;
     return read_span<A>(p_.target, at(target_, p_.target, r, b), p_.target.class_stride, n,
-                        probabilities_);
+                        coefficients_);
   }
 
   // Where the terms of a block are kept, or the buffer where they are not.
@@ -220,7 +215,7 @@ class RowKernel {
     sums = {};
     for_chunks(n, [&](int64_t i, auto count) {
       const Extent<A> extent =
-          avx512_ ? Extent<A>{A(0), max_of(x + i, count)} : extent_of(x + i, count);
+          kTellsNormal ? extent_of(x + i, count) : Extent<A>{A(0), max_of(x + i, count)};
       sums.extents[i / kChunk] = extent;
       sums.max = std::max(sums.max, extent.max);
     });
@@ -229,25 +224,19 @@ class RowKernel {
 
   void sum_block(int64_t r, int64_t b, int64_t n, const A* x, BlockSums<A>& sums) {
     A* terms = term_block(r, b);
-    const bool all_masked = sums.max == -math::kInf<A>;
-    const A base = all_masked ? A(0) : sums.max;  // exp(-inf - 0) is 0, not NaN
+    const A base = base_of(sums.max);
     if (batch_.spreads()) add_gaps(sums, x, base, b, n, read_probabilities(r, b, n));
-    double ones = 0.0;
     for_chunks(n, [&](int64_t i, auto count) {
       const Extent<A> extent = sums.extents[i / kChunk];
       if (adjacent_) prefetch(p_.input, at(input_, p_.input, r, b) + i + kRowBlock, count);
-      const Terms chunk = extent.max == base
-                              ? keep_terms<true>(x + i, count, base, extent, terms + i)
-                              : keep_terms<false>(x + i, count, base, extent, terms + i);
-      sums.rest += chunk.sum;
-      ones += chunk.ones;
+      sums.add(extent.max == base ? keep_terms<true>(x + i, count, base, extent, terms + i)
+                                  : keep_terms<false>(x + i, count, base, extent, terms + i));
     });
-    if (!all_masked) sums.rest += ones - 1.0;
   }
 
   template <class Count>
   static Extent<A> extent_of(const A* x, Count n) {
-    A min = math::kInf<A>, max = -math::kInf<A>;
+    A min = kInfinity<A>, max = -kInfinity<A>;
 #pragma omp simd reduction(min : min) reduction(max : max)
     for (int64_t i = 0; i < n; i++) {
       min = x[i] < min ? x[i] : min;
@@ -258,36 +247,28 @@ class RowKernel {
 
   template <class Count>
   static A max_of(const A* x, Count n) {
-    A max = -math::kInf<A>;
+    A max = -kInfinity<A>;
 #pragma omp simd reduction(max : max)
     for (int64_t i = 0; i < n; i++) max = x[i] > max ? x[i] : max;
     return max;
   }
 
-  // Where the base itself is among the x, those are counted apart: next to their 1 the sum would
-  // lose the small terms of a confident row.
-  struct Terms {
-    A sum, ones;
-  };
-
-  // exp(x - base) of a chunk, kept and summed.
+  // exp(x - base) of a chunk, kept and summed; kHasBase tells that some x may be the base.
   template <bool kHasBase, class Count>
-  Terms keep_terms(const A* x, Count n, A base, const Extent<A>& extent, A* terms) const {
-    if constexpr (kAvx512) {
-      if (avx512_) {
-        const auto [sum, ones] = avx512::keep_terms<kHasBase>(x, n, base, terms);
-        return {sum, ones};
-      }
-    }
-    return base - extent.min < math::kNormalExp<A> ? keep_terms<kHasBase, true>(x, n, base, terms)
-                                                   : keep_terms<kHasBase, false>(x, n, base, terms);
+  TermSums<A> keep_terms(const A* x, Count n, A base, const Extent<A>& extent, A* terms) const {
+    if constexpr (kAvx512)
+      return avx512::keep_terms<kHasBase>(x, n, base, terms);
+    else if (kTellsNormal && base - extent.min < math::kNormalExp)
+      return keep_terms<kHasBase, kTellsNormal>(x, n, base, terms);
+    else
+      return keep_terms<kHasBase, false>(x, n, base, terms);
   }
 
   template <bool kHasBase, bool kIsNormal, class Count>
-  static Terms keep_terms(const A* x, Count n, A base, A* terms) {
+  static TermSums<A> keep_terms(const A* x, Count n, A base, A* terms) {
     if constexpr (std::is_same_v<Count, int64_t>) {
       const int64_t whole = n < kVector ? n : n / kVector * kVector;
-      Terms sums = keep_vectors<kHasBase, kIsNormal>(x, whole, base, terms);
+      TermSums<A> sums = keep_vectors<kHasBase, kIsNormal>(x, whole, base, terms);
       if (whole < n) keep_tail(x + whole, n - whole, base, terms + whole, sums);
       return sums;
     } else {
@@ -296,7 +277,7 @@ class RowKernel {
   }
 
   template <bool kHasBase, bool kIsNormal, class Count>
-  static Terms keep_vectors(const A* x, Count n, A base, A* terms) {
+  static TermSums<A> keep_vectors(const A* x, Count n, A base, A* terms) {
     A sum = A(0), ones = A(0);
 #pragma omp simd reduction(+ : sum, ones)
     for (int64_t i = 0; i < n; i++) {
@@ -315,7 +296,7 @@ class RowKernel {
 
   // The last few elements of a row: one exp of a whole vector that ends with them is cheaper than
   // some one by one. What comes before them in the vector may be terms already, and is left alone.
-  static void keep_tail(const A* x, int64_t n, A base, A* terms, Terms& sums) {
+  static void keep_tail(const A* x, int64_t n, A base, A* terms, TermSums<A>& sums) {
     alignas(kLine) A tail[kVector];
     const A* vector = x + n - kVector;
 #pragma omp simd
@@ -325,58 +306,37 @@ class RowKernel {
       const A e = tail[kVector - n + i];
       terms[i] = e;
       sums.ones += is_base ? A(1) : A(0);
-      sums.sum += is_base ? A(0) : e;
+      sums.rest += is_base ? A(0) : e;
     }
   }
 
   void add_gaps(BlockSums<A>& sums, const A* x, A base, int64_t b, int64_t n, const A* q) {
-    with_coefficients(p_, b, q, smoothing_, [&](auto coefficient) {
+    with_coefficients(p_, b, n, q, smoothing_, coefficients_, [&](auto coefficient) {
       for_chunks(n, [&](int64_t first, auto count) {
-        const Gaps chunk =
-            gaps_of(x + first, count, base, [&](int64_t i) { return coefficient(first + i); });
-        sums.gaps += chunk.gaps;
-        sums.mass += chunk.mass;
+        sums.add(
+            gaps_of(x + first, count, base, [&](int64_t i) { return coefficient(first + i); }));
       });
     });
   }
 
-  struct Gaps {
-    double gaps, mass;
-  };
-
   template <class Count, class Coefficient>
-  static Gaps gaps_of(const A* x, Count n, A base, const Coefficient& coefficient) {
+  static TermSums<double> gaps_of(const A* x, Count n, A base, const Coefficient& coefficient) {
     double gaps = 0.0, mass = 0.0;
 #pragma omp simd reduction(+ : gaps, mass)
     for (int64_t i = 0; i < n; i++) {
       const A a = coefficient(i);
-      gaps += a * (base - x[i]);
+      gaps += coefficient_gap(a, base - x[i]);
       mass += a;
     }
-    return {gaps, mass};
+    return {0.0, 0.0, gaps, mass};
   }
 
   // From the blocks of a row to the row.
-  void combine(int64_t r, BlockSums<A>* blocks) {
-    const int64_t count = blocks_of(p_);
-    int64_t largest = 0;
-    for (int64_t b = 1; b < count; b++)
-      if (blocks[b].max > blocks[largest].max) largest = b;
-    const A max = blocks[largest].max;
-    double rest = blocks[largest].rest, gaps = blocks[largest].gaps, mass = blocks[largest].mass;
-    for (int64_t b = 0; b < count; b++) {
-      if (b == largest) continue;
-      const bool all_masked = blocks[b].max == -math::kInf<A>;
-      const double distance = all_masked ? 0.0 : static_cast<double>(max) - blocks[b].max;
-      blocks[b].lead = all_masked ? 0.0 : math::exp_nonpositive(-distance);
-      rest += all_masked ? blocks[b].rest : (blocks[b].rest + 1.0) * blocks[b].lead;
-      gaps += blocks[b].gaps + blocks[b].mass * distance;
-      mass += blocks[b].mass;
-    }
-    batch_.max[r] = max;
-    batch_.rest[r] = rest;
-    batch_.gaps[r] = gaps;
-    batch_.mass[r] = mass;
+  void combine(int64_t r, const BlockSums<A>* blocks) {
+    RowSums<A, double> row = blocks[0];
+    for (int64_t b = 1; b < blocks_of(p_); b++) row.merge(blocks[b], exp_of_double);
+    row.close();
+    batch_.set(r, row);
   }
 
   // Writes scale (exp_factor exp(x_c - M) - a_c) block by block; term(b, n) gives the function
@@ -385,7 +345,6 @@ class RowKernel {
   void write_blocks(int64_t r, int64_t first, int64_t last, const Term& term) {
     if (!is_counted(r)) return write_zeros(r, first, last);
     const A scale = static_cast<A>(batch_.scale[r]);
-    const A part = p_.probabilities ? A(1) : smoothing_.smooth;
     for (int64_t b = first; b < last; b += kRowBlock) {
       const int64_t n = std::min(kRowBlock, last - b);
       const auto weighted_exp = term(b, n);
@@ -396,10 +355,9 @@ class RowKernel {
       } else {
         // The difference comes before the scale, so that equal terms cancel.
         const A* q = read_probabilities(r, b, n);
-        with_coefficients(p_, b, q, smoothing_, [&](auto coefficient) {
+        with_coefficients(p_, b, n, q, smoothing_, coefficients_, [&](auto coefficient) {
 #pragma omp simd
-          for (int64_t i = 0; i < n; i++)
-            out[i] = scale * (weighted_exp(i) - part * coefficient(i));
+          for (int64_t i = 0; i < n; i++) out[i] = scale * (weighted_exp(i) - coefficient(i));
         });
       }
       if (!terms_in_grad_)
@@ -412,7 +370,8 @@ class RowKernel {
 
   void scale_terms(int64_t r, const BlockSums<A>* blocks, int64_t first, int64_t last) {
     write_blocks(r, first, last, [&](int64_t b, int64_t) {
-      const A factor = static_cast<A>(batch_.exp_factor[r] * blocks[b / kRowBlock].lead);
+      const double decay = blocks[b / kRowBlock].decay(batch_.max[r], exp_of_double);
+      const A factor = static_cast<A>(batch_.exp_factor[r] * decay);
       const A* e = term_block(r, b);
       return [=](int64_t i) { return factor * e[i]; };
     });
@@ -434,9 +393,9 @@ class RowKernel {
       const A* x = read_logits(r, b, n, buffer_);
 #pragma omp simd
       for (int64_t i = 0; i < n; i++)
-        probabilities_[i] = scale * probability_grad(max - x[i], log_total,
-                                                     weight ? weight[b + i] : A(1), smoothing_);
-      store_span(probabilities_, n, p_.target_grad, at(target_grad, p_.target_grad, r, b),
+        coefficients_[i] = scale * probability_grad(max - x[i], log_total,
+                                                    weight ? weight[b + i] : A(1), smoothing_);
+      store_span(coefficients_, n, p_.target_grad, at(target_grad, p_.target_grad, r, b),
                  p_.target_grad.class_stride);
     }
   }
@@ -445,13 +404,12 @@ class RowKernel {
   RowBatch<A> batch_;
   const Smoothing<A> smoothing_;
   const bool adjacent_, terms_in_grad_, keeps_terms_;
-  const bool avx512_ = kAvx512 && avx512::has_exp();
   const int64_t group_;
   const Scratch<A> terms_;
   std::vector<BlockSums<A>> blocks_;
   Run input_{}, target_{}, grad_{};
   alignas(kLine) A buffer_[kRowBlock];
-  alignas(kLine) A probabilities_[kRowBlock];
+  alignas(kLine) A coefficients_[kRowBlock];
 };
 
 }  // namespace fused_ce::cpu

@@ -31,41 +31,48 @@ void run_backward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t
 template <class A>
 void forward_tiles(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end,
                    double* tile_losses, TargetScan* scans) {
-  simd::run([&] {
-    if (prefers_lanes(p))
-      run_forward<LaneKernel<A>>(p, tiling, begin, end, tile_losses, scans);
-    else
-      run_forward<RowKernel<A>>(p, tiling, begin, end, tile_losses, scans);
+  simd::with_level([&](auto level) {
+    simd::run_as<level>([&] {
+      if (prefers_lanes(p))
+        run_forward<LaneKernel<A, level>>(p, tiling, begin, end, tile_losses, scans);
+      else
+        run_forward<RowKernel<A, level>>(p, tiling, begin, end, tile_losses, scans);
+    });
   });
 }
 
 template <class A>
 void backward_tiles(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {
-  simd::run([&] {
-    if (prefers_lanes(p))
-      run_backward<LaneKernel<A>>(p, tiling, begin, end);
-    else
-      run_backward<RowKernel<A>>(p, tiling, begin, end);
+  simd::with_level([&](auto level) {
+    simd::run_as<level>([&] {
+      if (prefers_lanes(p))
+        run_backward<LaneKernel<A, level>>(p, tiling, begin, end);
+      else
+        run_backward<RowKernel<A, level>>(p, tiling, begin, end);
+    });
   });
 }
 
 template <class A>
 void backward_target_tiles(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {
-  simd::run([&] {
-    RowKernel<A> kernel(p, tiling);
-    for (int64_t t = begin; t < end; t++) kernel.backward_target(Tile(p, tiling, t));
+  simd::with_level([&](auto level) {
+    simd::run_as<level>([&] {
+      RowKernel<A, level> kernel(p, tiling);
+      for (int64_t t = begin; t < end; t++) kernel.backward_target(Tile(p, tiling, t));
+    });
   });
 }
 
 template <class A>
 void forward_shared(const Problem& p, const Tiling& tiling, const Threads& threads,
                     double* tile_losses) {
-  SharedRows<A>(p, tiling, threads).forward(tile_losses);
+  simd::with_level(
+      [&](auto level) { SharedRows<A, level>(p, tiling, threads).forward(tile_losses); });
 }
 
 template <class A>
 void backward_shared(const Problem& p, const Tiling& tiling, const Threads& threads) {
-  SharedRows<A>(p, tiling, threads).backward();
+  simd::with_level([&](auto level) { SharedRows<A, level>(p, tiling, threads).backward(); });
 }
 
 }  // namespace fused_ce::cpu

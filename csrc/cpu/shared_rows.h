@@ -16,32 +16,36 @@
 
 namespace fused_ce::cpu {
 
-template <class A>
+template <class A, simd::Level kLevel>
 class SharedRows {
  public:
   SharedRows(const Problem& p, const Tiling& tiling, const Threads& threads)
       : p_(p), tiling_(tiling), threads_(threads), blocks_(tiling.count * blocks_of(p)) {
     for (int64_t t = 0; t < tiling.count; t++)
-      leaders_.push_back(std::make_unique<RowKernel<A>>(p, tiling));
+      leaders_.push_back(std::make_unique<RowKernel<A, kLevel>>(p, tiling));
   }
 
   void forward(double* tile_losses) {
-    for_rows([&](RowKernel<A>& leader, const Tile& tile, int64_t) { leader.begin_forward(tile); });
-    for_pieces([&](RowKernel<A>& kernel, int64_t t, int64_t first, int64_t last) {
+    for_rows([&](RowKernel<A, kLevel>& leader, const Tile& tile, int64_t) {
+      leader.begin_forward(tile);
+    });
+    for_pieces([&](RowKernel<A, kLevel>& kernel, int64_t t, int64_t first, int64_t last) {
       kernel.reduce(0, blocks(t), first, last);
     });
-    for_rows([&](RowKernel<A>& leader, const Tile& tile, int64_t t) {
+    for_rows([&](RowKernel<A, kLevel>& leader, const Tile& tile, int64_t t) {
       tile_losses[t] = leader.finish(tile, blocks(t));
     });
     if (!p_.grad.data) return;
-    for_pieces([&](RowKernel<A>& kernel, int64_t t, int64_t first, int64_t last) {
+    for_pieces([&](RowKernel<A, kLevel>& kernel, int64_t t, int64_t first, int64_t last) {
       kernel.write_gradient(0, blocks(t), first, last);
     });
   }
 
   void backward() {
-    for_rows([&](RowKernel<A>& leader, const Tile& tile, int64_t) { leader.begin_backward(tile); });
-    for_pieces([&](RowKernel<A>& kernel, int64_t, int64_t first, int64_t last) {
+    for_rows([&](RowKernel<A, kLevel>& leader, const Tile& tile, int64_t) {
+      leader.begin_backward(tile);
+    });
+    for_pieces([&](RowKernel<A, kLevel>& kernel, int64_t, int64_t first, int64_t last) {
       kernel.rewrite_gradient(0, first, last);
     });
   }
@@ -53,7 +57,7 @@ class SharedRows {
 
   template <class Use>
   void for_rows(const Use& use) {
-    simd::run([&] {
+    simd::run_as<kLevel>([&] {
       for (int64_t t = 0; t < tiling_.count; t++) use(*leaders_[t], Tile(p_, tiling_, t), t);
     });
   }
@@ -62,8 +66,8 @@ class SharedRows {
   void for_pieces(const Use& use) {
     const int64_t per_row = (p_.classes + kPiece - 1) / kPiece;
     threads_.run(tiling_.count * per_row, 1, [&](int64_t begin, int64_t end) {
-      simd::run([&] {
-        RowKernel<A> kernel(p_, tiling_);
+      simd::run_as<kLevel>([&] {
+        RowKernel<A, kLevel> kernel(p_, tiling_);
         for (int64_t i = begin; i < end; i++) {
           const int64_t t = i / per_row, first = i % per_row * kPiece;
           kernel.join(*leaders_[t]);
@@ -76,7 +80,7 @@ class SharedRows {
   const Problem& p_;
   const Tiling& tiling_;
   const Threads& threads_;
-  std::vector<std::unique_ptr<RowKernel<A>>> leaders_;
+  std::vector<std::unique_ptr<RowKernel<A, kLevel>>> leaders_;
   std::vector<BlockSums<A>> blocks_;
 };
 

@@ -8,6 +8,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 namespace fused_ce::simd {
 
@@ -62,13 +63,30 @@ __attribute__((flatten, noinline)) void run_baseline(const F& f) {
   f();
 }
 
-template <class F>
-void run(const F& f) {
+// As compiled for one level, which must be this machine's or a narrower one.
+template <Level kLevel, class F>
+void run_as(const F& f) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (level() == Level::kAvx512) return run_avx512(f);
-  if (level() == Level::kAvx2) return run_avx2(f);
+  if constexpr (kLevel == Level::kAvx512) return run_avx512(f);
+  if constexpr (kLevel == Level::kAvx2) return run_avx2(f);
 #endif
   run_baseline(f);
+}
+
+// Calls f with this machine's level as an integral_constant, for what is to be compiled for one
+// level alone; f itself is not.
+template <class F>
+void with_level(const F& f) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (level() == Level::kAvx512) return f(std::integral_constant<Level, Level::kAvx512>{});
+  if (level() == Level::kAvx2) return f(std::integral_constant<Level, Level::kAvx2>{});
+#endif
+  f(std::integral_constant<Level, Level::kBaseline>{});
+}
+
+template <class F>
+void run(const F& f) {
+  with_level([&](auto level) { run_as<level>(f); });
 }
 
 }  // namespace fused_ce::simd

@@ -11,7 +11,7 @@ template <bool kProbabilities, class T, class A>
 __device__ __forceinline__ void add_row(const RowLogits<T>& row,
                                         const Coefficients<kProbabilities, A>& a, int64_t first,
                                         int64_t step, int64_t classes,
-                                        RowSums<A, kProbabilities>& sums) {
+                                        LogitSums<A, kProbabilities>& sums) {
   constexpr int kUnroll = 4;  // logits on their way at a time
   for (int64_t c = first; c < classes; c += step * kUnroll) {
     A x[kUnroll];
@@ -21,13 +21,13 @@ __device__ __forceinline__ void add_row(const RowLogits<T>& row,
       x[i] = c + i * step < classes ? row[c + i * step] : -kInfinity<A>;
       max = larger(max, x[i]);
     }
-    sums.template raise<true>(max);
+    sums.template raise<true>(max, Exp{});
     const A base = base_of(max);
     TermSums<A> few;
 #pragma unroll
     for (int i = 0; i < kUnroll; i++) {
-      few.add(x[i], base);
-      if (a.spread() && c + i * step < classes) few.spread(x[i], base, a(c + i * step));
+      few.add_logit(x[i], base, Exp{});
+      if (a.spreads() && c + i * step < classes) few.add_gap(base - x[i], a(c + i * step));
     }
     sums.add(few);
   }
@@ -55,7 +55,7 @@ __device__ __forceinline__ void write_gradient(const Problem& p, const RowIndex&
 #pragma unroll 2
   for (int64_t c = first; c < p.classes; c += step) {
     const A x = logits[c];
-    A value = a.spread() ? gradient.of(x, a(c)) : gradient.of(x);
+    A value = a.spreads() ? gradient.of(x, a(c)) : gradient.of(x);
     if (!kProbabilities && c == target.index)
       value = target_gradient(max, rest, x, weight, scale, k);
     grad[c * p.grad.class_stride] = narrow<T>(value);

@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksPerMultiprocessor)
     }
     const float own = single >= 0 ? widen(x[single]) : 0.0f;
     const Constants k(p);
+    const float coefficient = static_cast<float>(k.smoothing.smooth);
     const float max = load_max<float>(p, index), rest = load_rest<float>(p, index);
     const float weight = target.weight<float>(p);
     const double scale = row_scale(p, index, k);
@@ -88,14 +89,15 @@ __global__ void __launch_bounds__(kBlock, kBlocksPerMultiprocessor)
     }
     const RowGradient<float> gradient = index_gradient(max, rest, weight, scale, k);
     if (single >= 0) {
-      const float value = kSmoothed ? gradient.of(own, 1.0f) : gradient.of(own);
+      const float value = kSmoothed ? gradient.of(own, coefficient) : gradient.of(own);
       grad[single] = narrow<T>(single == t ? target_value : value);
     }
 #pragma unroll
     for (int i = 0; i < kPacks; i++) {
       const int pack = begin + i * stretches.threads;
       if (pack >= row.packs) break;
-      gradient_pack<kSmoothed>(packs[i], gradient, distance - i * step, target_value, unpacking)
+      gradient_pack<kSmoothed>(packs[i], gradient, coefficient, distance - i * step, target_value,
+                               unpacking)
           .store(grad + row.first(pack));
     }
   }

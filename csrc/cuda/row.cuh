@@ -133,9 +133,20 @@ struct Constants {
   __device__ __forceinline__ bool spreads() const { return smoothing.smooth != 0.0; }
 };
 
+// The coefficient of every class where the target is an index and no class has a weight.
+__device__ __forceinline__ float unweighted_coefficient(const Problem& p) {
+  return static_cast<float>(Smoothing<double>(p.options.label_smoothing, p.classes).smooth);
+}
+
 template <class A>
 __device__ __forceinline__ A class_weight(const Problem& p, int64_t c) {
   return p.options.weight.data ? static_cast<const A*>(p.options.weight.data)[c] : A(1);
+}
+
+// The coefficient of a class where the target is an index.
+template <class A>
+__device__ __forceinline__ A class_coefficient(const Problem& p, int64_t c, const Constants& k) {
+  return index_coefficient(class_weight<A>(p, c), Smoothing<A>(k.smoothing));
 }
 
 // A row whose largest logit is infinite has no softmax.
@@ -147,49 +158,6 @@ __device__ __forceinline__ A defined_rest(A rest, A max) {
 __device__ __forceinline__ float log1p_nonnegative(float x) { return log1pf(x); }
 __device__ __forceinline__ double log1p_nonnegative(double x) { return log1p(x); }
 
-template <class A>
-__device__ __forceinline__ A index_loss(const RowSums<A>& sums, A target_logit, A target_weight,
-                                        const Constants& k) {
-  const IndexRow<A> row(defined_rest(sums.rest, sums.max), sums.max - target_logit,
-                        exp_nonpositive(target_logit - sums.max), target_weight);
-  return row.loss(log1p_nonnegative(row.rest), sums.gaps, static_cast<A>(k.weight_sum),
-                  Smoothing<A>(k.smoothing));
-}
-
-template <class A>
-__device__ __forceinline__ A probability_loss(const RowSums<A, true>& sums) {
-  const A rest = defined_rest(sums.rest, sums.max);
-  const ProbabilityRow<double> row(rest, sums.mass);
-  return static_cast<A>(row.loss(log1p_nonnegative(rest), sums.gaps));
-}
-
-// Where the target is probabilities, its logit and weight are not looked at.
-template <class A, bool kProbabilities>
-__device__ __forceinline__ A row_loss(const RowSums<A, kProbabilities>& sums, A target_logit,
-                                      A target_weight, const Constants& k) {
-  if constexpr (kProbabilities)
-    return probability_loss(sums);
-  else
-    return index_loss(sums, target_logit, target_weight, k);
-}
-
-// The gradient of a row, from what is the same for all its classes.
-template <class A>
-struct RowGradient {
-  A base;    // what logits are relative to
-  A factor;  // of exp(x_c - base); where classes do not spread, with the scale in it
-  A scale;   // grad_output / denominator
-  A part;    // of the coefficients
-
-  // For a class other than the target.
-  __device__ __forceinline__ A of(A x) const { return factor * exp_nonpositive(x - base); }
-
-  // The difference comes before the scale, so that equal terms cancel.
-  __device__ __forceinline__ A of(A x, A coefficient) const {
-    return scale * fma(factor, exp_nonpositive(x - base), -(part * coefficient));
-  }
-};
-
 // 1 / (1 + rest). What was summed in float is not too large for one, and from a float it takes
 // fewer instructions, with no call among them, than to divide.
 __device__ __forceinline__ double inverse_of_total(float rest) {
@@ -199,40 +167,80 @@ __device__ __forceinline__ double inverse_of_total(float rest) {
 }
 __device__ __forceinline__ double inverse_of_total(double rest) { return 1.0 / (1.0 + rest); }
 
+// A row whose target is an index, in the type A; `rest` is a defined one.
+template <class A, class X>
+__device__ __forceinline__ IndexRow<A> index_row(X max, X rest, A inverse_total, X target_logit,
+                                                 X target_weight, const Constants& k) {
+  return {static_cast<A>(rest),
+          inverse_total,
+          static_cast<A>(max - target_logit),
+          static_cast<A>(exp_nonpositive(target_logit - max)),
+          static_cast<A>(target_weight),
+          static_cast<A>(k.weight_sum),
+          Smoothing<A>(k.smoothing)};
+}
+
+// Where the target is probabilities, its logit and weight are not looked at. No loss depends on
+// inverse_total.
+template <bool kProbabilities = false, class Sums, class A>
+__device__ __forceinline__ A row_loss(const Sums& sums, A target_logit, A target_weight,
+                                      const Constants& k) {
+  const A rest = defined_rest(sums.rest, sums.max), log_total = log1p_nonnegative(rest);
+  if constexpr (kProbabilities)
+    return static_cast<A>(Row<double>(rest, sums.mass, 0).loss(log_total, sums.gaps));
+  else
+    return index_row(sums.max, rest, A(0), target_logit, target_weight, k)
+        .loss(log_total, sums.gaps);
+}
+
+// The gradient of a row, from what is the same for all its classes.
+template <class A>
+struct RowGradient {
+  A base;    // what logits are relative to
+  A factor;  // of exp(x_c - base); where classes do not spread, with the scale in it
+  A scale;   // grad_output / denominator
+
+  // For a class other than the target.
+  __device__ __forceinline__ A of(A x) const { return factor * exp_nonpositive(x - base); }
+
+  // The difference comes before the scale, so that equal terms cancel.
+  __device__ __forceinline__ A of(A x, A coefficient) const {
+    return scale * fma(factor, exp_nonpositive(x - base), -coefficient);
+  }
+};
+
 // What goes into every element of a gradient is computed in double and rounded once: the rounding
 // of a float for each step would add up to more than an ulp.
 template <class A>
-__device__ __forceinline__ IndexRow<double> index_row(A max, A rest, A target_logit,
-                                                      A target_weight) {
+__device__ __forceinline__ IndexRow<double> exact_index_row(A max, A rest, A target_logit,
+                                                            A target_weight, const Constants& k) {
   const A defined = defined_rest(rest, max);
-  return {defined, max - target_logit, exp_nonpositive(target_logit - max), target_weight,
-          inverse_of_total(defined)};
+  return index_row(max, defined, inverse_of_total(defined), target_logit, target_weight, k);
 }
 
 template <class A>
 __device__ __forceinline__ RowGradient<A> index_gradient(A max, A rest, A target_weight,
                                                          double scale, const Constants& k) {
   // Which class is the target makes no difference here.
-  const IndexRow<double> row = index_row(max, rest, max, target_weight);
-  const double factor = row.exp_factor(k.weight_sum, k.smoothing);
+  const double factor = exact_index_row(max, rest, max, target_weight, k).exp_factor();
   return {base_of(max), static_cast<A>(k.spreads() ? factor : scale * factor),
-          static_cast<A>(scale), static_cast<A>(k.smoothing.smooth)};
+          static_cast<A>(scale)};
 }
 
 // For the target itself.
 template <class A>
 __device__ __forceinline__ A target_gradient(A max, A rest, A target_logit, A target_weight,
                                              double scale, const Constants& k) {
-  const IndexRow<double> row = index_row(max, rest, target_logit, target_weight);
-  return static_cast<A>(scale * row.target_grad(k.weight_sum, k.smoothing));
+  const auto row = exact_index_row(max, rest, target_logit, target_weight, k);
+  return static_cast<A>(scale * row.target_grad());
 }
 
 template <class A>
 __device__ __forceinline__ RowGradient<A> probability_gradient(A max, A rest, double mass,
                                                                double scale) {
   const A defined = defined_rest(rest, max);
-  const ProbabilityRow<double> row(defined, mass, inverse_of_total(defined));
-  return {base_of(max), static_cast<A>(row.exp_factor()), static_cast<A>(scale), A(1)};
+  const Row<double> row(defined, mass, inverse_of_total(defined));
+  return {base_of(max), static_cast<A>(row.exp_factor()), static_cast<A>(scale)};
 }
 
 // What the row's gradient is multiplied by.

@@ -25,7 +25,7 @@ struct RowLayout {
   static constexpr int kMaxPacks = kThreads * kPacks * kCluster;
 
   struct Shared {
-    RowSums<float> parts[kWarps];
+    LogitSums<float> parts[kWarps];
     double losses[kRows];
   };
 };
@@ -79,7 +79,7 @@ struct Peers {
 
 // From the sums of each warp to those of the row, for all of its threads.
 template <bool kSmoothed, class Layout>
-__device__ __forceinline__ void exchange(typename Layout::Shared& shared, RowSums<float>& sums) {
+__device__ __forceinline__ void exchange(typename Layout::Shared& shared, LogitSums<float>& sums) {
   using Peer = Peers<Layout>;
   constexpr int kBlockWarps = Layout::kThreads / kWarp;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x % Layout::kThreads / kWarp;
@@ -87,7 +87,7 @@ __device__ __forceinline__ void exchange(typename Layout::Shared& shared, RowSum
     __syncwarp();
     return;
   } else if constexpr (Peer::kAny) {
-    RowSums<float>* own = &shared.parts[Peer::rank() * kBlockWarps + warp];
+    LogitSums<float>* own = &shared.parts[Peer::rank() * kBlockWarps + warp];
     Peer::await();
     if (lane < Layout::kCluster) *Peer::of(own, lane) = sums;
     Peer::arrive();
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(Layout::kBlock, Layout::kMinBlocks)
         for (int i = begin; i < end; i += kThreads) Pack<T>::filled(0).store(grad + row.first(i));
         if (single >= 0) grad[single] = T{};
       }
-      if (leads) store_row(p, index, 0.0f, RowSums<float>{});
+      if (leads) store_row(p, index, 0.0f, LogitSums<float>{});
     } else {
       Peer::announce();
       if (leads) target.check(p);
@@ -148,23 +148,23 @@ __global__ void __launch_bounds__(Layout::kBlock, Layout::kMinBlocks)
       }
       const float own = single >= 0 ? widen(x[single]) : -kInfinity<float>;
 
-      RowSums<float> sums;
+      LogitSums<float> sums;
       sums.max = own;
 #pragma unroll
       for (int i = 0; i < kPacks; i++) sums.max = larger(sums.max, packs[i].max());
       sums.max = max_lanes<kWarp>(larger(sums.max, -kInfinity<float>));
       const float base = base_of(sums.max);
+      const float coefficient = kSmoothed ? unweighted_coefficient(p) : 0.0f;
       unsigned with_max = 0;  // a bit for each pack: their maxima would each take a register
 #pragma unroll
       for (int i = 0; i < kPacks; i++) with_max |= (packs[i].max() == base ? 1u : 0u) << i;
-      sums.add(own, base);
-      if (kSmoothed && single >= 0) sums.spread(own, base, 1.0f);
+      sums.add_logit(own, base, Exp{});
+      if (kSmoothed && single >= 0) sums.add_gap(base - own, coefficient);
 #pragma unroll
       for (int i = 0; i < kPacks; i++) {
-        // What fills up the last packs adds nothing but to the gaps.
+        // What fills up the last packs adds nothing but to the gaps and the mass.
         if (kSmoothed && begin + i * kThreads >= end) continue;
-        add_pack<kSmoothed>(packs[i], base, with_max >> i & 1, sums);
-        if (kSmoothed) sums.mass += Pack<T>::kSize;
+        add_pack<kSmoothed>(packs[i], base, with_max >> i & 1, coefficient, sums);
       }
       add_lanes<kWarp, kSmoothed>(sums);
       exchange<kSmoothed, Layout>(shared, sums);
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(Layout::kBlock, Layout::kMinBlocks)
 
       const Constants k(p);
       if (leads) {
-        loss = index_loss(sums, target_logit, weight, k);
+        loss = row_loss(sums, target_logit, weight, k);
         store_row(p, index, loss, sums);
       }
       if (p.grad.data) {
@@ -181,14 +181,15 @@ __global__ void __launch_bounds__(Layout::kBlock, Layout::kMinBlocks)
         const float target_value =
             target_gradient(sums.max, sums.rest, target_logit, weight, scale, k);
         if (single >= 0) {
-          const float value = kSmoothed ? gradient.of(own, 1.0f) : gradient.of(own);
+          const float value = kSmoothed ? gradient.of(own, coefficient) : gradient.of(own);
           grad[single] = narrow<T>(single == t ? target_value : value);
         }
 #pragma unroll
         for (int i = 0; i < kPacks; i++) {
           const int pack = begin + i * kThreads, first = row.first(pack);
           if (pack >= end) break;
-          gradient_pack<kSmoothed>(packs[i], gradient, t - first, target_value, unpacking)
+          gradient_pack<kSmoothed>(packs[i], gradient, coefficient, t - first, target_value,
+                                   unpacking)
               .store(grad + first);
         }
       }

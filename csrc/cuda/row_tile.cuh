@@ -112,7 +112,7 @@ __device__ __forceinline__ void differentiate_tile(const Problem& p, const Tile&
   __syncwarp();  // all lanes have read the target's logit
   tile.for_classes([&](int c) {
     const float x = tile.logit(c);
-    float value = spreads ? gradient.of(x, class_weight<float>(p, c)) : gradient.of(x);
+    float value = spreads ? gradient.of(x, class_coefficient<float>(p, c, k)) : gradient.of(x);
     if (c == target.index) value = target_value;
     tile.set(c, target.is_counted ? value : 0.0f);
   });

@@ -20,11 +20,12 @@ constexpr int kMinBlocks = kThreads == kLossThreads ? 5 : 1;
 
 template <int kThreads>
 struct Shared {
-  RowSums<float> parts[kThreads / kWarp];
+  LogitSums<float> parts[kThreads / kWarp];
 };
 
 template <class T, bool kSmoothed, int kThreads>
-__device__ __forceinline__ void add_row(const T* x, const VectorRow<T>& row, RowSums<float>& sums) {
+__device__ __forceinline__ void add_row(const T* x, const VectorRow<T>& row, float coefficient,
+                                        LogitSums<float>& sums) {
   for (int first = threadIdx.x; first < row.packs; first += kThreads * kPacks) {
     Pack<T> packs[kPacks];
     float max = sums.max;
@@ -36,14 +37,13 @@ __device__ __forceinline__ void add_row(const T* x, const VectorRow<T>& row, Row
     }
 #pragma unroll
     for (int i = 0; i < kPacks; i++) max = larger(max, packs[i].max());
-    sums.template raise<kSmoothed>(max);
+    sums.template raise<kSmoothed>(max, Exp{});
     const float base = base_of(max);
 #pragma unroll
     for (int i = 0; i < kPacks; i++) {
-      // What fills up the last packs adds nothing but to the gaps.
+      // What fills up the last packs adds nothing but to the gaps and the mass.
       if (kSmoothed && first + i * kThreads >= row.packs) continue;
-      add_pack<kSmoothed>(packs[i], base, packs[i].max() == base, sums);
-      if (kSmoothed) sums.mass += Pack<T>::kSize;
+      add_pack<kSmoothed>(packs[i], base, packs[i].max() == base, coefficient, sums);
     }
   }
 }
@@ -68,16 +68,17 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kThreads>)
         Pack<T>::filled(0).store(grad + row.first(i));
       if (single >= 0) grad[single] = T{};
     }
-    if (thread == 0) store_row(p, index, 0.0f, RowSums<float>{});
+    if (thread == 0) store_row(p, index, 0.0f, LogitSums<float>{});
   } else {
     if (thread == 0) target.check(p);
     const float target_logit = target.in_range(p) ? widen(x[target.index]) : 0.0f;
     const float own = single >= 0 ? widen(x[single]) : -kInfinity<float>;
-    RowSums<float> sums;
+    const float coefficient = kSmoothed ? unweighted_coefficient(p) : 0.0f;
+    LogitSums<float> sums;
     sums.max = larger(own, -kInfinity<float>);
-    sums.add(own, base_of(sums.max));
-    if (kSmoothed && single >= 0) sums.spread(own, base_of(sums.max), 1.0f);
-    add_row<T, kSmoothed, kThreads>(x, row, sums);
+    sums.add_logit(own, base_of(sums.max), Exp{});
+    if (kSmoothed && single >= 0) sums.add_gap(base_of(sums.max) - own, coefficient);
+    add_row<T, kSmoothed, kThreads>(x, row, coefficient, sums);
     add_lanes<kWarp, kSmoothed>(sums);
     if (thread % kWarp == 0) shared.parts[thread / kWarp] = sums;
     __syncthreads();
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kThreads>)
     const Constants k(p);
     const float weight = target.weight<float>(p);
     if (thread == 0) {
-      loss = index_loss(sums, target_logit, weight, k);
+      loss = row_loss(sums, target_logit, weight, k);
       store_row(p, index, loss, sums);
     }
     if constexpr (kGradient) {
@@ -101,12 +102,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kThreads>)
       for (int round = rounds - 1; round >= 0; round--) {
         const int pack = round * kThreads + thread, first = row.first(pack);
         if (pack >= row.packs) continue;
-        gradient_pack<kSmoothed>(Pack<T>::load(x + first), gradient, t - first, target_value,
-                                 Unpacking{})
+        gradient_pack<kSmoothed>(Pack<T>::load(x + first), gradient, coefficient, t - first,
+                                 target_value, Unpacking{})
             .store(grad + first);
       }
       if (single >= 0) {
-        const float value = kSmoothed ? gradient.of(own, 1.0f) : gradient.of(own);
+        const float value = kSmoothed ? gradient.of(own, coefficient) : gradient.of(own);
         grad[single] = narrow<T>(single == t ? target_value : value);
       }
     }

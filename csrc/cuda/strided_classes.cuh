@@ -39,7 +39,7 @@ class ColumnGradient {
   }
 
   __device__ __forceinline__ void store(int64_t c, A x) const {
-    A value = a_.spread() ? gradient_.of(x, a_(c)) : gradient_.of(x);
+    A value = a_.spreads() ? gradient_.of(x, a_(c)) : gradient_.of(x);
     if (!kProbabilities && c == target_) value = target_value_;
     to_[c * stride_] = narrow<T>(value);
   }

@@ -21,19 +21,19 @@ struct Kept {
 template <bool kProbabilities, int kCount, class A>
 __device__ __forceinline__ void add_classes(const A* x, int64_t first, int64_t count,
                                             const Coefficients<kProbabilities, A>& a,
-                                            RowSums<A, kProbabilities>& sums) {
+                                            LogitSums<A, kProbabilities>& sums) {
   A max = sums.max;
 #pragma unroll
   for (int i = 0; i < kCount; i++) max = larger(max, x[i]);
-  sums.template raise<true>(max);
+  sums.template raise<true>(max, Exp{});
   const A base = base_of(max);
 #pragma unroll
   for (int part = 0; part < kCount; part += kUnroll) {
     TermSums<A> few;
 #pragma unroll
     for (int i = part; i < part + kUnroll; i++) {
-      few.add(x[i], base);
-      if (a.spread() && i < count) few.spread(x[i], base, a(first + i));
+      few.add_logit(x[i], base, Exp{});
+      if (a.spreads() && i < count) few.add_gap(base - x[i], a(first + i));
     }
     sums.add(few);
   }
@@ -53,13 +53,13 @@ __global__ void __launch_bounds__(kStridedBlock, kProbabilities && !kKeeps ? 1 :
     const RowTarget target(p, row);
     if (!target.is_counted) {
       if (p.grad.data) write_zero_column<T>(p, row);
-      store_row(p, row, A(0), RowSums<A, kProbabilities>{});
+      store_row(p, row, A(0), LogitSums<A, kProbabilities>{});
     } else {
       if (!kProbabilities) target.check(p);
       const RowLogits<T> logits(p, row);
       const Coefficients<kProbabilities, A> a(p, row, k.smoothing);
       const A target_logit = kProbabilities ? A(0) : logits[target.index];
-      RowSums<A, kProbabilities> sums;
+      LogitSums<A, kProbabilities> sums;
       Kept<A> kept;
       if constexpr (kKeeps) {
 #pragma unroll
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kStridedBlock, kProbabilities && !kKeeps ? 1 :
         }
       }
       sums.close();
-      loss = row_loss(sums, target_logit, target.weight<A>(p), k);
+      loss = row_loss<kProbabilities>(sums, target_logit, target.weight<A>(p), k);
       store_row(p, row, loss, sums);
       if (p.grad.data) {
         const ColumnGradient<T, kProbabilities, A> gradient(

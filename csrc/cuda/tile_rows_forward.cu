@@ -23,22 +23,22 @@ __global__ void __launch_bounds__(256, 4)
 
   if (is_counted && tile.leads()) target.check(p);
   const float target_logit = tile.target_logit(p, target);
-  RowSums<float> sums;
+  LogitSums<float> sums;
   tile.for_classes([&](int c) { sums.max = larger(sums.max, tile.logit(c)); });
   sums.max = max_lanes<kLanes>(sums.max);
   const float base = base_of(sums.max);
   tile.for_classes([&](int c) {
     const float x = tile.logit(c);
-    sums.add(x, base);
-    if (spreads) sums.spread(x, base, class_weight<float>(p, c));
+    sums.add_logit(x, base, Exp{});
+    if (spreads) sums.add_gap(base - x, class_coefficient<float>(p, c, k));
   });
   add_lanes<kLanes, true>(sums);
   sums.close();
 
   float loss = 0;
   if (tile.has_row() && tile.leads()) {
-    if (is_counted) loss = index_loss(sums, target_logit, target.weight<float>(p), k);
-    store_row(p, index, loss, is_counted ? sums : RowSums<float>{});
+    if (is_counted) loss = row_loss(sums, target_logit, target.weight<float>(p), k);
+    store_row(p, index, loss, is_counted ? sums : LogitSums<float>{});
   }
   if (p.grad.data) {
     differentiate_tile(p, tile, target, sums.max, sums.rest, row_scale(p, index, k), k);

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
     two_read_forward_kernel(const __grid_constant__ Problem p,
                             const __grid_constant__ Result result, RowThreads::Shape shape) {
   using A = Accumulation<T>;
-  using Sums = RowSums<A, kProbabilities>;
+  using Sums = LogitSums<A, kProbabilities>;
   auto& shared = *static_cast<RowThreads::Shared<Sums>*>(shared_memory());
   const RowThreads threads(shape);
   const Constants k(p);
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
     threads.add(sums, shared);
     sums.close();
     if (threads.rank == 0) {
-      const A loss = row_loss(sums, target_logit, target.weight<A>(p), k);
+      const A loss = row_loss<kProbabilities>(sums, target_logit, target.weight<A>(p), k);
       store_row(p, row, loss, sums);
       losses += loss;
     }
@@ -58,7 +58,7 @@ int64_t two_read_blocks(const Problem& p, const Device& device) { return row_blo
 void two_read_forward(const Problem& p, const Result& result, const Device& device, Stream stream) {
   with_logits_type(p, [&](auto zero) {
     using T = decltype(zero);
-    using Larger = RowThreads::Shared<RowSums<Accumulation<T>, true>>;
+    using Larger = RowThreads::Shared<LogitSums<Accumulation<T>, true>>;
     const Grid grid{row_blocks(p, device), RowThreads::kBlock, sizeof(Larger)};
     const auto kernel =
         p.probabilities ? two_read_forward_kernel<T, true> : two_read_forward_kernel<T, false>;

@@ -23,8 +23,6 @@ template <class T>
 using Accumulation = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class A>
-constexpr A kInfinity = static_cast<A>(__builtin_huge_val());
-template <class A>
 constexpr A kNan = static_cast<A>(__builtin_nan(""));
 
 __device__ __forceinline__ double widen(double x) { return x; }

@@ -71,16 +71,16 @@ struct VectorRow {
 };
 
 // Takes in a pack whose logits are no larger than sums.max, whose base is `base`, and where
-// `has_max` says so equal to it.
+// `has_max` says so equal to it. With smoothing every class has the same coefficient.
 template <bool kSmoothed, class T>
 __device__ __forceinline__ void add_pack(const Pack<T>& pack, float base, bool has_max,
-                                         RowSums<float>& sums) {
+                                         float coefficient, LogitSums<float>& sums) {
   constexpr int kPack = Pack<T>::kSize;
   if (has_max) {  // seldom
 #pragma unroll
     for (int j = 0; j < kPack; j++) {
-      sums.add(pack[j], base);
-      if (kSmoothed) sums.gaps += base - pack[j];
+      sums.add_logit(pack[j], base, Exp{});
+      if (kSmoothed) sums.gaps += coefficient_gap(coefficient, base - pack[j]);
     }
   } else {
     float even = 0, odd = 0, leads = 0;
@@ -91,22 +91,24 @@ __device__ __forceinline__ void add_pack(const Pack<T>& pack, float base, bool h
       if (kSmoothed) leads += lead;
     }
     sums.rest += even + odd;
-    if (kSmoothed) sums.gaps -= leads;
+    if (kSmoothed) sums.gaps -= coefficient * leads;
   }
+  if (kSmoothed) sums.mass += coefficient * kPack;
 }
 
 // The gradient of the classes of a pack, the target's being `target_value`. `distance` is that of
 // the target from the pack's first class.
 template <bool kSmoothed, class T>
 __device__ __forceinline__ Pack<T> gradient_pack(const Pack<T>& logits,
-                                                 const RowGradient<float>& gradient, int distance,
+                                                 const RowGradient<float>& gradient,
+                                                 float coefficient, int distance,
                                                  float target_value, const Unpacking& unpacking) {
   constexpr int kPack = Pack<T>::kSize;
   float values[kPack];
 #pragma unroll
   for (int j = 0; j < kPack; j++) {
     const float x = logits.get(j, unpacking);
-    values[j] = kSmoothed ? gradient.of(x, 1.0f) : gradient.of(x);
+    values[j] = kSmoothed ? gradient.of(x, coefficient) : gradient.of(x);
   }
   if (static_cast<unsigned>(distance) < static_cast<unsigned>(kPack)) {
 #pragma unroll

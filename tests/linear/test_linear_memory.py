@@ -121,7 +121,7 @@ def measure(name):
         if not no_grad:
             loss.backward(torch.ones_like(loss))
 
-    from bench.peak_memory import keep_nothing_freed
+    from bench.common.memory import keep_nothing_freed
 
     keep_nothing_freed()
     call(*problem(ROWS))  # leaves nothing behind but what the library of the GEMMs keeps

@@ -6,6 +6,7 @@ raises, answers wrongly or hands the call to stock has to show a dash and a reas
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,20 +15,19 @@ import pytest
 import torch
 from support.processes import ROOT, is_png, run
 
-from bench import (
-    cases,
-    charts,
-    devices,
-    fresh_process,
-    linear,
-    measure,
-    program,
-    providers,
-    scaling,
-)
-from bench.devices import DEVICES
-from bench.problem import BOTH, COPY, FORWARD, Problem
-from bench.record import Record, Result
+from bench import program
+from bench.against.measure import compare, take_turns
+from bench.common import devices, process, style
+from bench.common.devices import DEVICES
+from bench.common.figures import BOTH, COPY, FORWARD, Figures
+from bench.common.measure import Effort
+from bench.heads import measure as heads
+from bench.heads.cases import QUICK, QUICK_VOCABULARIES
+from bench.heads.providers import PROVIDERS as HEAD_PROVIDERS
+from bench.loss import cases, charts, measure, providers
+from bench.loss.record import LossFigures, Record
+from bench.loss.tensors import LossTensors
+from bench.scaling import measure as scaling
 
 UNCOMPILED = ("stock", "fused", "recompute", "inplace", "copy")
 
@@ -37,7 +37,8 @@ FAULTY = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import fused_ce
-from bench import program, providers
+from bench import program
+from bench.loss import providers
 
 right = fused_ce.cross_entropy
 
@@ -112,21 +113,21 @@ def test_what_cannot_be_measured_has_a_reason_and_no_figure(tmp_path):
 
 
 def test_a_fresh_process_is_another_each_time_and_says_how_it_failed():
-    processes = {fresh_process.call(os.getpid) for _ in range(2)} | {os.getpid()}
+    processes = {process.call(os.getpid) for _ in range(2)} | {os.getpid()}
     assert len(processes) == 3
     torch.set_num_threads(1)
-    assert fresh_process.call(torch.get_num_threads) == 1
+    assert process.call(torch.get_num_threads) == 1
     for function, argument, reason in (
         (int, "seven", "ValueError: invalid literal"),
         (os._exit, 3, "exit code 3"),
         (signal.raise_signal, signal.SIGKILL, "SIGKILL"),
     ):
-        with pytest.raises(fresh_process.Failed, match=reason):
-            fresh_process.call(function, argument)
+        with pytest.raises(process.Failed, match=reason):
+            process.call(function, argument)
 
 
 def test_a_case_that_cannot_be_made_has_a_reason_and_no_figure():
-    effort, heard = measure.Effort(0, least=1, most=1), []
+    effort, heard = Effort(0, least=1, most=1), []
     for classes, reason in ((0, "RuntimeError"), (10, "")):
         case = cases.Case((8, classes))
         record = measure.measure(case, ["stock"], DEVICES["cpu"], effort, heard.append)
@@ -142,6 +143,8 @@ def test_a_case_that_cannot_be_made_has_a_reason_and_no_figure():
         (["--cases", "8x10", "7x7"], "no case matches '7x7'"),
         (["--providers", "apex"], "invalid choice: 'apex'"),
         (["--threads", "0"], "at least 1"),
+        (["--against", "no/such/folder"], "expects a built fused_ce in"),
+        (["--against", ".", "--linear"], "name them in --cases"),
     ],
 )
 def test_what_is_not_there_is_named(options, message, capsys):
@@ -169,7 +172,7 @@ def test_peers_are_measured_where_they_are_installed(monkeypatch):
     monkeypatch.setattr(providers, "find_spec", lambda package: package == "quack" or None)
     assert "quack" in providers.usual("cuda") and "liger" not in providers.usual("cuda")
     assert providers.usual("cpu") == [*UNCOMPILED[:1], "compile", *UNCOMPILED[1:]]
-    assert set(charts.MARKS) == set(charts.LABELS) == set(providers.PROVIDERS)
+    assert set(style.MARKS) == set(style.LABELS) == set(providers.PROVIDERS)
 
 
 def test_memory_that_a_device_counts_needs_no_process_of_its_own():
@@ -180,7 +183,7 @@ def test_memory_that_a_device_counts_needs_no_process_of_its_own():
             loss, gradient = call()
             return gradient.nbytes
 
-    effort = measure.Effort(0, least=1, most=1)
+    effort = Effort(0, least=1, most=1)
     case = cases.Case((8, 10))
     record = measure.measure_here(case, ["inplace"], Counting(), effort, lambda text: None)
     assert [result.peak for result in record.results] == [8 * 10 * 4]
@@ -244,10 +247,10 @@ def test_names_select():
 def test_ratios_are_of_medians_and_missing_ones_stay_missing():
     case = cases.Case((8, 10))
     results = [
-        Result("stock", BOTH, traffic=1000, samples=[4.0, 6.0, 90.0]),
-        Result("fused", BOTH, traffic=1000, samples=[2.0, 1.0, 3.0]),
-        Result("inplace", BOTH, traffic=1000, reason="broken"),
-        Result("copy", COPY, traffic=1000, samples=[1.0]),
+        LossFigures("stock", BOTH, traffic=1000, samples=[4.0, 6.0, 90.0]),
+        LossFigures("fused", BOTH, traffic=1000, samples=[2.0, 1.0, 3.0]),
+        LossFigures("inplace", BOTH, traffic=1000, reason="broken"),
+        LossFigures("copy", COPY, traffic=1000, samples=[1.0]),
     ]
     record = Record(case, 1, results)
     assert record.ratio("fused", BOTH) == 3 and record.ratio("copy", BOTH) == 6
@@ -260,9 +263,9 @@ def test_ratios_are_of_medians_and_missing_ones_stay_missing():
 def test_charts_skip_what_was_not_measured(tmp_path):
     case = cases.Case((4096, 1000))
     results = [
-        Result("stock", BOTH, samples=[3.0], peak=3 * case.logits_bytes),
-        Result("fused", BOTH, samples=[1.0], peak=None),
-        Result("inplace", BOTH, reason="broken"),
+        LossFigures("stock", BOTH, samples=[3.0], peak=3 * case.logits_bytes),
+        LossFigures("fused", BOTH, samples=[1.0], peak=None),
+        LossFigures("inplace", BOTH, reason="broken"),
     ]
     for records in ([Record(case, 1, results)], [Record(case, 1, results[2:])]):
         for draw in (charts.draw_speed, charts.draw_memory):
@@ -290,7 +293,7 @@ def test_heads_leave_figures_and_a_chart(tmp_path):
         for found in data["cases"]
         if found not in timed
     }
-    for classes in linear.QUICK_VOCABULARIES:
+    for classes in QUICK_VOCABULARIES:
         assert peaks["stock", classes] > peaks["fused", classes] > 0
 
 
@@ -298,24 +301,115 @@ def test_heads_that_are_stopped_keep_their_times(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(linear, "measure_peaks", stop)
+    monkeypatch.setattr(heads, "measure_peaks", stop)
     with pytest.raises(KeyboardInterrupt):
         program.main(["--linear", "--quick", "--out", str(tmp_path)])
     data = json.loads((tmp_path / "linear.json").read_text())
-    assert [found["provider"] for found in data["cases"]] == list(linear.PROVIDERS)
+    assert [found["provider"] for found in data["cases"]] == list(HEAD_PROVIDERS)
 
 
 def test_head_whose_loss_is_wrong_has_no_figure(monkeypatch):
     monkeypatch.setitem(
-        linear.PROVIDERS,
+        HEAD_PROVIDERS,
         "fused",
-        lambda problem: lambda: [1.01 * t for t in linear.stock(problem)()],
+        lambda tensors: lambda _: [1.01 * t for t in tensors.reference()],
     )
-    effort = measure.Effort(0, least=1, most=1)
-    figures = linear.time_here(linear.QUICK[0], DEVICES["cpu"], effort, lambda text: None)
+    effort = Effort(0, least=1, most=1)
+    figures = heads.time_here(QUICK[0], DEVICES["cpu"], effort, lambda text: None)
     found = {figure.provider: figure for figure in figures}
     assert "loss is" in found["fused"].reason and found["fused"].samples == []
     assert found["stock"].samples
+
+
+def test_a_clock_can_read_what_a_head_is_given():
+    class Reading(type(DEVICES["cpu"])):  # as events on CUDA do
+        def milliseconds(self, call, inputs):
+            assert inputs[0].nbytes > 0
+            return super().milliseconds(call, inputs)
+
+    figures = heads.time_here(QUICK[0], Reading(), Effort(0, least=1, most=1), lambda text: None)
+    assert "fused" in {found.provider for found in figures if found.samples}
+
+
+def test_a_graph_is_captured_in_the_grad_mode_of_its_pass(monkeypatch):
+    captured = []
+
+    def replayed(call, tensors):
+        captured.append(torch.is_grad_enabled())
+        return call
+
+    monkeypatch.setattr(providers, "replayed", replayed)
+    effort, case = Effort(0, least=1, most=1), cases.Case((8, 10), graph=True)
+    record = measure.measure_here(case, ["fused"], DEVICES["cpu"], effort, lambda text: None)
+    assert captured == [result.which == BOTH for result in record.results] == [False, True]
+
+
+def other_build(folder, line=""):
+    """A copy of the package, with a line more; its folder."""
+    shutil.copytree(ROOT / "fused_ce", folder / "fused_ce")
+    with open(folder / "fused_ce" / "__init__.py", "a") as file:
+        file.write(f"\n{line}\n")
+    return folder
+
+
+def test_two_builds_leave_ratios(tmp_path):
+    options = ("--against", other_build(tmp_path), "--cases", "8x10", "--out", tmp_path / "out")
+    printed = run("-m", "bench", "--quick", *map(str, options))
+    assert "new / old" in printed and "middle half" in printed
+    data = json.loads((tmp_path / "out" / "against.json").read_text())
+    measured = {(found["provider"], found["pass"]) for found in data["cases"]}
+    names = ("fused", "recompute", "inplace")
+    assert measured == {("fused", FORWARD), *((name, BOTH) for name in names)}
+    for found in data["cases"]:
+        assert found["name"] == "8x10" and found["reasons"] == []
+        samples = zip(found["old_samples_ms"], found["new_samples_ms"], strict=True)
+        low, high = sorted(new / old for old, new in samples)
+        # Two rounds: the median is the mean of both, and samples are rounded to nanoseconds.
+        assert found["ratio_new_to_old"] == pytest.approx((low + high) / 2, rel=1e-3)
+        assert low * 0.999 < found["middle_half"][0] <= found["middle_half"][1] < high * 1.001
+
+
+@pytest.mark.parametrize("case", [cases.Case((8, 10)), QUICK[0]], ids=["loss", "head"])
+def test_each_process_has_the_build_of_its_folder(tmp_path, case):
+    wrong = "cross_entropy = linear_cross_entropy = lambda *tensors, **options: 1 / 0"
+    folders = other_build(tmp_path, wrong), ROOT
+    effort, device = Effort(0, least=2, most=2), DEVICES["cpu"]
+    pairs = compare(case, ["fused"], folders, device, effort, lambda text: None)
+    assert pairs
+    for pair in pairs:
+        assert pair.old.reason == "ZeroDivisionError: division by zero" and not pair.new.reason
+        assert pair.ratio is None and pair.as_data()["middle_half"] is None
+
+
+def test_a_build_that_cannot_be_loaded_has_a_reason(tmp_path):
+    folders = ROOT, other_build(tmp_path, "raise ImportError('not for this machine')")
+    effort, device = Effort(0, least=2, most=2), DEVICES["cpu"]
+    (pair,) = compare(cases.Case((8, 10)), ["fused"], folders, device, effort, lambda text: None)
+    assert pair.reasons == ["ImportError: not for this machine"] and pair.ratio is None
+
+
+def test_builds_take_turns_in_going_first():
+    asked = []
+
+    class Process:
+        def __init__(self, name):
+            self.name = name
+
+        def ask(self, method, *arguments):
+            if method == "prepare":
+                return [Figures("fused", which) for which in (FORWARD, BOTH)]
+            asked.append((*arguments, self.name))
+            return 1.0
+
+    effort = Effort(0, least=4, most=4)
+    take_turns(cases.Case((8, 10)), [Process("old"), Process("new")], effort, lambda text: None)
+    for number in range(2):
+        names = [name for subject, name in asked if subject == number]
+        assert (
+            names == ["old", "new", "new", "old"] * 2 or names == ["new", "old", "old", "new"] * 2
+        )
+    neighbours = [{asked[place], asked[place + 1]} for place in range(0, len(asked), 2)]
+    assert all(len({subject for subject, _ in both}) == 1 for both in neighbours)
 
 
 def test_scaling_leaves_a_chart(tmp_path, monkeypatch):
@@ -330,11 +424,11 @@ def test_scaling_leaves_a_chart(tmp_path, monkeypatch):
 
 def test_traffic_counts_each_tensor_once():
     logits, target = 8 * 10 * 4, 8 * 8
-    problem = Problem(cases.Case((8, 10)), "cpu")
+    problem = LossTensors(cases.Case((8, 10)), "cpu")
     assert problem.traffic(FORWARD) == logits + target
     assert problem.traffic(BOTH) == 2 * logits + target
     assert problem.traffic(COPY) == 2 * logits
-    weighted = Problem(cases.Case((8, 10), weighted=True), "cpu")
+    weighted = LossTensors(cases.Case((8, 10), weighted=True), "cpu")
     assert weighted.traffic(FORWARD) == logits + target + 10 * 4
-    probabilities = Problem(cases.Case((8, 10), probabilities=True), "cpu")
+    probabilities = LossTensors(cases.Case((8, 10), probabilities=True), "cpu")
     assert probabilities.traffic(BOTH) == 3 * logits

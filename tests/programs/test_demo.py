@@ -7,7 +7,7 @@ wrong in its value, in its gradient alone, or not finite has to end in a non-zer
 import pytest
 from support.processes import ROOT, is_png, run
 
-from bench import agreement, digits, language_model, peak_memory, training
+from bench.demo import agreement, digits, language_model, memory, training
 
 # Takes the place of fused_ce.CrossEntropyLoss, then hands over to the real program.
 FAULTY = """
@@ -21,9 +21,9 @@ class Faulty(nn.CrossEntropyLoss):
         return {expression}
 
 fused_ce.CrossEntropyLoss = Faulty
-from bench import demo, peak_memory
-peak_memory.measure = lambda *call: None
-sys.exit(demo.main())
+from bench.demo import program
+program.measure_peak = lambda *call: None
+sys.exit(program.main())
 """
 
 
@@ -53,17 +53,17 @@ def wrong(states, weight, target, **options):
     return right(states, 1.01 * weight - 0.01 * weight.detach(), target, **options)
 
 fused_ce.linear_cross_entropy = wrong
-from bench import demo, peak_memory
-peak_memory.measure = lambda *call: None
-sys.exit(demo.main())
+from bench.demo import program
+program.measure_peak = lambda *call: None
+sys.exit(program.main())
 """
     options = ("--linear", "--steps", "20", "--out", str(tmp_path))
     assert "LM head: the curves part" in run("-c", program, *options, ends_with=1)
 
 
-def test_stock_alone_as_a_file_is_not_compared(tmp_path):
+def test_stock_alone_as_a_folder_is_not_compared(tmp_path):
     printed = run(
-        str(ROOT / "bench" / "demo.py"),
+        str(ROOT / "bench" / "demo"),
         *("--task", "digits", "--loss", "stock", "--steps", "1", "--out", str(tmp_path)),
     )
     assert "curves" not in printed
@@ -125,7 +125,7 @@ def test_vocabulary_has_thousands_of_words_and_rare_ones_are_unknown():
 
 def test_memory_of_stock_is_three_logits():
     rows, classes = 2048, 3000
-    measured = peak_memory.measure("stock", rows, classes)
+    measured = memory.measure_peak("stock", rows, classes)
     if measured is None:
         pytest.skip("no high-water mark on this system")
     assert 2.5 < measured / (rows * classes * 4) < 3.5

@@ -87,7 +87,7 @@ int main(int, char** argv) {
                       [&](float& x) {
                         x = bits_as<float>(static_cast<uint32_t>(bits));
                         bits += step;
-                        return x > -fused_ce::math::kNormalExp<float>;
+                        return x > -fused_ce::math::kNormalExp;
                       }));
 
   bits = 0x80000000u;

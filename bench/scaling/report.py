@@ -1,61 +1,33 @@
-"""How the time grows: logits from 1 MB to 2 GB, on one thread and on all.
+"""What is printed and drawn of sizes: tables of time and of threads, and a picture of both.
 
-The sizes differ in the number of rows alone, so that nothing but size changes. A line as straight
-and as steep as the copy's means linear; where one bends, a cache or the allocator has come in.
-Memory is not measured again here.
+A line as straight and as steep as the copy's means linear; where one bends, a cache or the
+allocator has come in.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from bench.cases import DTYPES, Case
-from bench.charts import LABELS, MARKS, legend, new_figure, save
-from bench.curves import FAINT, INK, style
-from bench.devices import Device
-from bench.fresh_process import Notice
-from bench.measure import Effort, measure, notices
-from bench.problem import COPY, FORWARD
-from bench.record import Record
-from bench.tables import milliseconds_text, pass_text, ratio_text
-
-PROVIDERS = ("stock", "fused", "inplace", "copy")
-CLASSES = 32000
-SMALLEST, DOUBLINGS, QUICK_DOUBLINGS = 1e6, 11, 2
-
-
-def sizes(dtype: str, quick: bool) -> list[Case]:
-    rows = round(SMALLEST / CLASSES / DTYPES[dtype].itemsize)
-    doublings = QUICK_DOUBLINGS if quick else DOUBLINGS
-    return [Case((rows << doubling, CLASSES), dtype) for doubling in range(doublings + 1)]
-
-
-def thread_counts(device: Device) -> list[int]:
-    """Threads are the CPU's; another device's work does not depend on them."""
-    everyone = torch.get_num_threads()
-    return [1, everyone] if device.name == "cpu" and everyone > 1 else [everyone]
-
-
-def notices_of(cases: Sequence[Case], names: Sequence[str], device: Device) -> int:
-    return len(thread_counts(device)) * sum(notices(case, names) for case in cases)
-
-
-def run(
-    cases: Sequence[Case], names: Sequence[str], device: Device, effort: Effort, notice: Notice
-) -> list[Record]:
-    counts, records = thread_counts(device), []
-    for case in cases:
-        for threads in counts:
-            # What `measure` starts takes over the number.
-            torch.set_num_threads(threads)
-            records.append(measure(case, names, device, effort, notice))
-    return records
+from bench.common.figures import COPY, FORWARD
+from bench.common.style import (
+    FAINT,
+    INK,
+    LABELS,
+    MARKS,
+    legend,
+    new_figure,
+    plain_number,
+    save,
+    style,
+)
+from bench.common.text import milliseconds_text, new_table, ratio_text
+from bench.loss.record import Record
+from bench.loss.tables import pass_text
+from bench.scaling.measure import CLASSES
 
 
 @dataclass
@@ -90,13 +62,9 @@ def lines(records: Sequence[Record]) -> list[Line]:
 
 
 def table(records: Sequence[Record], title: str, cell: Callable[[Line, int], str]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="bold")
-    table.title = title
-    table.add_column("logits", justify="right", no_wrap=True)
     found = lines(records)
-    for line in found:
-        heading = f"{pass_text(line.which)}\n{line.provider}"
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = [f"{pass_text(line.which)}\n{line.provider}" for line in found]
+    table = new_table(title, (), ("logits", *headings))
     for size in sorted({record.case.logits_bytes for record in records}):
         table.add_row(f"{size / 1e6:.0f} MB", *(cell(line, size) for line in found))
     return table
@@ -157,7 +125,7 @@ def draw(records: Sequence[Record], note: str, path: Path) -> None:
     size_axis(left, f"milliseconds, {threads} threads")
     left.set_yscale("log")
     left.yaxis.set_minor_locator(NullLocator())
-    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    left.yaxis.set_major_formatter(plain_number)
     for line in found:
         plot(left, line, line.milliseconds)
     for axes in right:

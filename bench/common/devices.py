@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bench import peak_memory
-from bench.providers import Call
+from bench.common import memory
+
+Call = Callable[[Tensor], Any]  # tensor in, loss (and gradients) out
 
 # Logits so small that a call is over before a stray interrupt or the clock itself stops mattering
 # are timed in bursts.
@@ -100,10 +101,10 @@ class Cpu:
         return elapsed * 1e3
 
     def keep_nothing_freed(self) -> None:
-        peak_memory.keep_nothing_freed()
+        memory.keep_nothing_freed()
 
     def rise(self, call: Callable[[], object]) -> int | None:
-        return peak_memory.rise(call)
+        return memory.rise(call)
 
 
 class Cuda:

@@ -9,15 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
+from typing import TypeVar
 
-import torch
-
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
+from bench.common.precision import DTYPES
 
 
 @dataclass(frozen=True)
@@ -134,10 +128,14 @@ class NoSuchCase(ValueError):
     pass
 
 
-def select(patterns: Sequence[str] | None, dtype: str | None, device: str = "cpu") -> list[Case]:
-    """The device's cases that any of the names or globs matches, in the table's order; `dtype`
-    replaces their own. Two that become the same by it are one."""
-    table = TABLES[device]
+Named = TypeVar("Named")  # a case, or a head
+
+
+def select(
+    patterns: Sequence[str] | None, dtype: str | None, table: Sequence[Named] = CASES
+) -> list[Named]:
+    """The cases of the table that any of the names or globs matches, in its order; `dtype` replaces
+    their own. Two that become the same by it are one."""
     chosen = list(table)
     if patterns:
         for pattern in patterns:

@@ -13,7 +13,7 @@ from pydoc_data.topics import topics
 import torch
 from torch import Tensor, nn
 
-from bench.training import Task, shuffled_batches
+from bench.demo.training import Task, shuffled_batches
 
 PAD, UNKNOWN = 0, 1
 IGNORED = -100

@@ -1,46 +1,32 @@
 """Draws what was measured: how many times stock's speed, and how many logits of memory.
 
-One line for each case and one mark for each provider, so that twenty cases stay readable at the
-width of a README, for which size and letters are chosen. Speeds are ratios, hence the logarithmic
-axis: twice as fast and half as fast are the same distance from stock. What was not measured has no
-mark.
+One line for each case and one mark for each provider, so that twenty cases stay readable. Speeds
+are ratios, hence the logarithmic axis: twice as fast and half as fast are the same distance from
+stock. What was not measured has no mark.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
-from bench.curves import FAINT, INK, style
-from bench.peak_memory import RESOLUTION
-from bench.problem import BOTH, FORWARD
-from bench.record import Record
+from bench.common.figures import BOTH, FORWARD
+from bench.common.memory import RESOLUTION
+from bench.common.style import (
+    FAINT,
+    INK,
+    LABELS,
+    MARKS,
+    legend,
+    new_figure,
+    plain_number,
+    save,
+    style,
+)
+from bench.loss.record import Record
 
-# Colour and shape, for readers who cannot tell all the colours apart.
-MARKS = {
-    "stock": ("#7d97b8", "s", 30),
-    "compile": ("#4f7cac", "^", 40),
-    "recompute": ("#e8a33d", "v", 36),
-    "fused": ("#c2410c", "o", 52),
-    "inplace": ("#15803d", "D", 36),
-    "liger": ("#7c3aed", "P", 40),
-    "quack": ("#0e7490", "X", 40),
-    "copy": ("#6b7280", "|", 110),
-}
-LABELS = {
-    "stock": "stock, eager",
-    "compile": "stock, torch.compile",
-    "recompute": "fused_ce, recompute",
-    "fused": "fused_ce",
-    "inplace": "fused_ce, in place",
-    "liger": "Liger",
-    "quack": "quack",
-    "copy": "copying the logits",
-}
 BAND = "#f5f7f9"
-WIDTH, DPI = 8.4, 200
 # A copy of less than this takes the time of a call, and is no measure of anything else.
 SMALLEST_COPY = 1e6
 
@@ -65,35 +51,6 @@ def case_axis(axes: Axes, records: Sequence[Record]) -> None:
         axes.axhspan(row - 0.5, row + 0.5, color=BAND, linewidth=0, zorder=0)
 
 
-def legend(figure: Figure, axes: Sequence[Axes], order: Iterable[str], columns: int = 3) -> None:
-    found = {}
-    for panel in axes:
-        handles, labels = panel.get_legend_handles_labels()
-        found |= dict(zip(labels, handles, strict=True))
-    ordered = [label for label in order if label in found]
-    figure.legend(
-        [found[label] for label in ordered],
-        ordered,
-        loc="outside lower center",
-        ncols=min(columns, len(ordered)),
-        frameon=False,
-        fontsize=10,
-        labelcolor=INK,
-    )
-
-
-def new_figure(title: str, note: str, height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    figure.suptitle(f"{title}\n\n", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
-    figure.text(0.01, 1 - 0.45 / height, note, fontsize=9.5, color=INK, va="center")
-    return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, facecolor="white")
-
-
 def draw_speed(records: Sequence[Record], note: str, path: Path) -> None:
     figure = new_figure(
         "Times as fast as stock PyTorch: to the right is faster", note, 2.1 + 0.29 * len(records)
@@ -103,7 +60,7 @@ def draw_speed(records: Sequence[Record], note: str, path: Path) -> None:
         case_axis(axes, records)
         axes.set_title(which, fontsize=11, color=INK)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_major_formatter(plain_number)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.axvline(1, color=MARKS["stock"][0], linewidth=2, zorder=1, label=LABELS["stock"])
         for name in MARKS:

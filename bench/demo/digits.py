@@ -8,7 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from bench.training import Task, shuffled_batches
+from bench.demo.training import Task, shuffled_batches
 
 CLASSES = 10
 BATCH = 64

@@ -1,4 +1,4 @@
-"""The system's account of this process's memory, and what the demo asks of it.
+"""The system's account of this process's memory.
 
 A call is charged with the rise of the high-water mark while it runs. Where no mark can be read the
 answer is None: a figure that was not measured is not shown.
@@ -8,15 +8,8 @@ import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from bench import fresh_process
-from bench.training import make_loss, timed_loss
-
 # The kernel counts resident pages in batches per processor; less than this is not a measurement.
 RESOLUTION = 512 * 1024
-WARM_UP_ROWS = 64
 
 M_MMAP_THRESHOLD = -3  # <malloc.h>
 LARGE = 64 * 1024
@@ -59,22 +52,3 @@ def rise(call: Callable[[], object]) -> int | None:
         return None
     call()
     return read_status("VmHWM") - mark
-
-
-def measure_here(name: str, rows: int, classes: int, features: int | None) -> int | None:
-    # A small call first, so that library code, thread stacks and autograd's own tables are in place
-    # before the mark is read.
-    head = nn.Linear(features, classes) if features else None
-    loss = make_loss(name, head)
-    width, few = features or classes, min(rows, WARM_UP_ROWS)
-    timed_loss(loss, torch.randn(few, width), torch.randint(classes, (few,)))
-    if head is not None:
-        head.zero_grad()
-    output, target = torch.randn(rows, width), torch.randint(classes, (rows,))
-    return rise(lambda: timed_loss(loss, output, target))
-
-
-def measure(name: str, rows: int, classes: int, features: int | None = None) -> int | None:
-    """Bytes that one loss, forward and backward, takes beyond its logits, in a fresh process. With
-    `features`, the loss of a head of so many, beyond what the head is given."""
-    return fresh_process.call(measure_here, name, rows, classes, features)

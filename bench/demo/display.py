@@ -6,17 +6,18 @@ plain lines, ten for a training, which a terminal shows too: they are what stays
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench.agreement import TOLERANCE, Parting, differences, first_parting
-from bench.peak_memory import RESOLUTION
-from bench.training import Run, Task
+from bench.common.memory import RESOLUTION
+from bench.common.text import memory_text, milliseconds_text, new_table, ratio_text
+from bench.demo.agreement import TOLERANCE, Parting, differences, first_parting
+from bench.demo.training import Run, Task
 
 LINES = 10
 
@@ -42,24 +43,14 @@ class Outcome:
         return first_parting(self.runs["stock"].losses, self.runs["fused"].losses)
 
 
-def memory_text(amount: int | None) -> str:
-    if amount is None:
-        return "not measured"
-    if amount < RESOLUTION:
-        return f"< {RESOLUTION / 1e6:.1f} MB"
-    return f"{amount / 1e6:.1f} MB"
+peak_text = partial(memory_text, missing="not measured")
 
 
-def time_text(milliseconds: float) -> str:
-    return f"{milliseconds:.3g}" if milliseconds < 100 else f"{milliseconds:.0f}"
-
-
-def ratio_text(stock: float | None, fused: float | None, floor: float = 0.0) -> str:
+def gain_text(stock: float | None, fused: float | None, floor: float = 0.0) -> str:
     """Empty where either side is missing or too small for a ratio to mean anything."""
     if stock is None or fused is None or min(stock, fused) <= floor:
         return ""
-    ratio = stock / fused
-    return f"{ratio:.2f}x" if ratio < 1 else f"{ratio:.1f}x"
+    return f"{ratio_text(stock / fused)}x"
 
 
 class Progression:
@@ -102,7 +93,7 @@ class Progression:
     def line(self, step: int, runs: Mapping[str, Run]) -> str:
         width = len(str(self.steps))
         losses = "  ".join(f"{name} {run.losses[-1]:.5f}" for name, run in runs.items())
-        times = " | ".join(time_text(run.milliseconds[-1]) for run in runs.values())
+        times = " | ".join(milliseconds_text(run.milliseconds[-1]) for run in runs.values())
         apart = f"  largest difference {self.largest:.1e}" if len(runs) == 2 else ""
         return f"  step {step:{width}}  {losses}{apart}  {times} ms"
 
@@ -115,9 +106,9 @@ class Progression:
             table.add_row(
                 name,
                 f"{run.losses[-1]:.6f}",
-                time_text(run.milliseconds[-1]),
-                time_text(median(run.milliseconds)),
-                memory_text(self.memory[name]),
+                milliseconds_text(run.milliseconds[-1]),
+                milliseconds_text(median(run.milliseconds)),
+                peak_text(self.memory[name]),
             )
         if len(runs) == 2:
             table.add_row("difference", f"{self.largest:.1e}", style="bold")
@@ -125,11 +116,8 @@ class Progression:
 
 
 def summary(outcomes: Sequence[Outcome]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("task", no_wrap=True)
-    table.add_column("loss", no_wrap=True)
-    for heading in ("first", "final", "difference", "ms/step", "peak memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    numbers = ("first", "final", "difference", "ms/step", "peak memory")
+    table = new_table("", ("task", "loss"), numbers)
     for outcome in outcomes:
         names = list(outcome.runs)
         for name, run in outcome.runs.items():
@@ -139,8 +127,8 @@ def summary(outcomes: Sequence[Outcome]) -> Table:
                 f"{run.losses[0]:.4f}",
                 f"{run.losses[-1]:.4f}",
                 "",
-                time_text(median(run.milliseconds)),
-                memory_text(outcome.memory[name]),
+                milliseconds_text(median(run.milliseconds)),
+                peak_text(outcome.memory[name]),
                 end_section=name == names[-1] and not outcome.compared,
             )
         if outcome.compared:
@@ -151,8 +139,8 @@ def summary(outcomes: Sequence[Outcome]) -> Table:
                 "",
                 "",
                 f"[bold]{max(outcome.differences):.1e}",
-                f"[bold]{ratio_text(*times)}",
-                f"[bold]{ratio_text(outcome.memory['stock'], outcome.memory['fused'], RESOLUTION)}",
+                f"[bold]{gain_text(*times)}",
+                f"[bold]{gain_text(outcome.memory['stock'], outcome.memory['fused'], RESOLUTION)}",
                 end_section=True,
             )
     return table

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import Case
-from bench.problem import BOTH, COPY, FORWARD, Problem
-
-Call = Callable[[Tensor], Any]
+from bench.common.devices import Call
+from bench.common.figures import BOTH, COPY, FORWARD
+from bench.loss.cases import Case
+from bench.loss.tensors import LossTensors
 
 WARM_UPS = 3  # of a call before it is captured
 
@@ -90,22 +90,22 @@ def passes_of(name: str, case: Case) -> tuple[str, ...]:
     return passes if case.grad_output == 1.0 else tuple(p for p in passes if p != FORWARD)
 
 
-def make_call(name: str, which: str, problem: Problem, calls: int = 1) -> Call:
+def make_call(name: str, which: str, tensors: LossTensors, calls: int) -> Call:
     """For `calls` calls in a row, each with logits of its own."""
-    call = make_eager_call(name, which, problem, calls)
-    return replayed(call, problem) if problem.case.graph else call
+    call = make_eager_call(name, which, tensors, calls)
+    return replayed(call, tensors) if tensors.case.graph else call
 
 
-def make_eager_call(name: str, which: str, problem: Problem, calls: int) -> Call:
+def make_eager_call(name: str, which: str, tensors: LossTensors, calls: int) -> Call:
     provider = PROVIDERS[name]
     if provider.function is None:
         # Touched before, so that the copy pays for its traffic and not for its pages.
-        destinations = cycle([torch.zeros_like(problem.original) for _ in range(calls)])
+        destinations = cycle([torch.zeros_like(tensors.original) for _ in range(calls)])
         return lambda logits: next(destinations).copy_(logits)
-    loss = partial(provider.function(), target=problem.target, **problem.options, **provider.mode)
+    loss = partial(provider.function(), target=tensors.target, **tensors.options, **provider.mode)
     if which == FORWARD:
         return loss
-    grad_output = problem.grad_output
+    grad_output = tensors.grad_output
 
     def forward_and_backward(logits: Tensor) -> tuple[Tensor, Tensor]:
         value = loss(logits)
@@ -114,13 +114,13 @@ def make_eager_call(name: str, which: str, problem: Problem, calls: int) -> Call
     return forward_and_backward
 
 
-def replayed(call: Call, problem: Problem) -> Call:
+def replayed(call: Call, tensors: LossTensors) -> Call:
     """The call as a CUDA graph, which has logits of its own and answers for those."""
-    logits = torch.empty_like(problem.original).requires_grad_()
+    logits = torch.empty_like(tensors.original).requires_grad_()
 
     def write() -> None:
         with torch.no_grad():
-            logits.copy_(problem.original)
+            logits.copy_(tensors.original)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -141,7 +141,7 @@ def replayed(call: Call, problem: Problem) -> Call:
     return replay
 
 
-def path(name: str, problem: Problem, logits: Tensor) -> str:
+def path_of(name: str, tensors: LossTensors) -> str:
     """Which of its paths fused_ce takes, in its own words. Stock's figures under the name of fused
     would be the worst this program could print."""
     provider = PROVIDERS[name]
@@ -149,7 +149,8 @@ def path(name: str, problem: Problem, logits: Tensor) -> str:
         return ""
     from fused_ce import explain
 
-    answer = explain(logits, problem.target, **problem.options, **provider.mode)
+    (logits,) = tensors.inputs(1)
+    answer = explain(logits, tensors.target, **tensors.options, **provider.mode)
     if not answer.startswith("fused"):
         raise RuntimeError(f"fused_ce does not take this case: {answer}")
     return answer

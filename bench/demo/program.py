@@ -1,43 +1,27 @@
-"""Trains two real models with the stock loss and with fused_ce, and shows that nothing changed.
+"""The demo as a program: options in; both trainings as they go, a table and a picture out.
 
-`make demo` sets up what this needs and runs it. Each model is trained once per loss from the same
-seed; the program prints both as they go, ends with a table and a picture, and exits with 1 if the
-curves part, so that it serves as a check as well as a show.
+Each model is trained once per loss from the same seed. The program exits with 1 if the curves part,
+so that it serves as a check as well as a show.
 """
 
 import argparse
 import math
-import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-# Threads that spin while they wait make a small model tens of times slower on a machine that has
-# other work. Read when torch loads, and the same for both losses.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-# Run as a file, Python looks for modules beside it; `bench` and `fused_ce` are one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench import fresh_process, peak_memory
-from bench.curves import draw
-from bench.digits import digits
-from bench.display import Outcome, Progression, memory_text, summary, verdict
-from bench.language_model import language_model
-from bench.training import LOSS_NAMES, Task, train
+from bench.common.console import positive
+from bench.demo.digits import digits
+from bench.demo.display import Outcome, Progression, peak_text, summary, verdict
+from bench.demo.language_model import language_model
+from bench.demo.memory import measure_peak
+from bench.demo.picture import draw
+from bench.demo.training import LOSS_NAMES, Task, train
 
 TASKS = {"language-model": language_model, "digits": digits}
 PICTURE = "demo.png"
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -80,8 +64,8 @@ def run(console: Console, make_task: Callable[[], Task], options: argparse.Names
     console.print(heading, highlight=False, soft_wrap=True)
     with console.status("measuring peak memory"):
         size = (rows, classes, task.features)
-        memory = {loss: peak_memory.measure(loss, *size) for loss in losses}
-    sizes = ", ".join(f"{loss} {memory_text(size)}" for loss, size in memory.items())
+        memory = {loss: measure_peak(loss, *size) for loss in losses}
+    sizes = ", ".join(f"{loss} {peak_text(size)}" for loss, size in memory.items())
     console.print(f"  peak memory of one loss: {sizes}", highlight=False)
     with Progression(console, task, memory, steps) as progression:
         for runs in train(task, losses, steps, options.seed):
@@ -98,8 +82,6 @@ def succeeded(outcome: Outcome) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    # Every process reads this file, and would import all of that anew.
-    fresh_process.preload("bench.curves", "bench.digits", "bench.language_model")
     console = Console()
     outcomes = [run(console, make_task, options) for make_task in tasks(options)]
 
@@ -110,7 +92,3 @@ def main(arguments: list[str] | None = None) -> int:
     draw(outcomes, options.out / PICTURE)
     console.print(f"picture: {options.out / PICTURE}", highlight=False, soft_wrap=True)
     return 0 if all(map(succeeded, outcomes)) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

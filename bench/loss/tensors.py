@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cases import DTYPES, Case
+from bench.common.figures import BOTH, COPY
+from bench.common.precision import DTYPES
+from bench.loss.cases import Case
 
-FORWARD, BOTH, COPY = "forward", "forward+backward", "copy"
 IGNORED = -100
 IGNORED_PART = 0.1
 SMOOTHING = 0.1
 
 
-class Problem:
+class LossTensors:
     def __init__(self, case: Case, device: str) -> None:
         torch.manual_seed(0)
         self.case = case

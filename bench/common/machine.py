@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from bench.devices import Device
+from bench.common.devices import Device
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def commit() -> str | None:
-    """Of this tree; None outside a repository."""
+def commit(folder: Path = ROOT) -> str | None:
+    """Of the tree there; None outside a repository."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

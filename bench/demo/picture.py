@@ -12,19 +12,14 @@ from statistics import median
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.agreement import TOLERANCE
-from bench.display import Outcome, memory_text, ratio_text, time_text
-from bench.peak_memory import RESOLUTION
+from bench.common.memory import RESOLUTION
+from bench.common.style import FAINT, INK, MARKS, save, style
+from bench.common.text import milliseconds_text
+from bench.demo.agreement import TOLERANCE
+from bench.demo.display import Outcome, gain_text, peak_text
 
-COLORS = {"stock": "#9db4d0", "fused": "#c2410c"}
-INK, FAINT = "#1f2933", "#d9dee4"
+COLORS = {"stock": "#9db4d0", "fused": MARKS["fused"][0]}
 ROUNDING = 1e-9  # where a difference of exactly zero is drawn
-
-
-def style(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(colors=INK, length=0, labelsize=9)
 
 
 def draw_losses(axes: Axes, outcome: Outcome) -> None:
@@ -114,16 +109,15 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
             panels["times"],
             "loss, forward and backward",
             middle,
-            {name: f"{time_text(value)} ms" for name, value in middle.items()},
-            ratio_text(middle.get("stock"), middle.get("fused")),
+            {name: f"{milliseconds_text(value)} ms" for name, value in middle.items()},
+            gain_text(middle.get("stock"), middle.get("fused")),
         )
         draw_bars(
             panels["memory"],
             "peak memory of one loss",
             dict(outcome.memory),
-            {name: memory_text(value) for name, value in outcome.memory.items()},
-            ratio_text(outcome.memory.get("stock"), outcome.memory.get("fused"), RESOLUTION),
+            {name: peak_text(value) for name, value in outcome.memory.items()},
+            gain_text(outcome.memory.get("stock"), outcome.memory.get("fused"), RESOLUTION),
             RESOLUTION,
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, facecolor="white")
+    save(figure, path, dpi=110)

@@ -1,40 +1,16 @@
-"""What a run has measured, and the JSON it leaves behind.
+"""What was measured of one case of the loss: each provider beside stock and beside the copy."""
 
-A figure that was not measured is None here, a dash on the terminal and absent from the charts, and
-`reason` says why. Every sample goes into the file, so that a reader can judge more than medians.
-"""
-
-import json
-import re
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from statistics import median
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.cases import Case
-from bench.problem import COPY
+from bench.common.figures import COPY, Figures
+from bench.loss.cases import Case
 
 
 @dataclass
-class Result:
-    """One provider in one pass."""
-
-    provider: str
-    which: str
-    traffic: int = 0  # bytes that the pass has to move; see Problem.traffic
-    calls: int = 1  # in one sample
-    samples: list[float] = field(default_factory=list)  # milliseconds of one call
-    peak: int | None = None  # bytes beyond what was there before the call
-    path: str = ""
-    reason: str = ""
-
-    @property
-    def median(self) -> float | None:
-        return median(self.samples) if self.samples else None
-
-    @property
-    def minimum(self) -> float | None:
-        return min(self.samples, default=None)
+class LossFigures(Figures):
+    traffic: int = 0  # bytes that the pass has to move; see LossTensors.traffic
+    path: str = ""  # that fused_ce takes, in its own words
 
     @property
     def bandwidth(self) -> float | None:
@@ -48,9 +24,9 @@ class Record:
 
     case: Case
     threads: int
-    results: list[Result]
+    results: list[LossFigures]
 
-    def find(self, provider: str, which: str) -> Result | None:
+    def find(self, provider: str, which: str) -> LossFigures | None:
         for result in self.results:
             if (result.provider, result.which) == (provider, which):
                 return result
@@ -64,7 +40,7 @@ class Record:
             return None
         return stock.median / other.median
 
-    def share_of_copy(self, result: Result) -> float | None:
+    def share_of_copy(self, result: LossFigures) -> float | None:
         copy = self.find("copy", COPY)
         if copy is None or not copy.bandwidth or not result.bandwidth:
             return None
@@ -79,7 +55,7 @@ class Record:
             "results": [self._result_data(result) for result in self.results],
         }
 
-    def _result_data(self, result: Result) -> dict[str, Any]:
+    def _result_data(self, result: LossFigures) -> dict[str, Any]:
         return {
             "provider": result.provider,
             "pass": result.which,
@@ -95,11 +71,3 @@ class Record:
             "calls_per_sample": result.calls,
             "samples_ms": [round(sample, 6) for sample in result.samples],
         }
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(data, indent=1)
-    # A list of numbers on one line: a sample a line would make a file nobody scrolls through.
-    text = re.sub(r"\[([\d\s.,e+-]+)\]", lambda list: f"[{' '.join(list[1].split())}]", text)
-    path.write_text(text + "\n")

@@ -1,0 +1,1 @@
+"""Two builds of fused_ce side by side, to see whether a change costs speed."""

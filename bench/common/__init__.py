@@ -1,0 +1,1 @@
+"""What the programs share: devices, processes, rounds, and how figures are written and drawn."""

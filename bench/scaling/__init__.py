@@ -1,0 +1,1 @@
+"""How the time of the loss grows with the logits, on one thread and on all."""
