@@ -69,8 +69,8 @@ FAULTS = {
     ),
     "target's logit read when it may be overwritten": Fault(
         "row_on_chip.cuh",
-        "loss = index_loss(sums, target_logit, weight, k);",
-        "loss = index_loss(sums, widen(x[t]), weight, k);",
+        "loss = row_loss(sums, target_logit, weight, k);",
+        "loss = row_loss(sums, widen(x[target.index]), weight, k);",
         "row_on_chip_bfloat16",
         BLOCK,
     ),
