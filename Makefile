@@ -1,7 +1,8 @@
 # Every target sets up what it needs: a virtual environment with the pinned versions, and the build.
 #
 #   make test        lint, and all but the slow tests
-#   make test-all    the slow tests too
+#   make test-slow   those alone
+#   make test-all    both
 #   make demo        train two small models with stock's loss and with this one
 #   make bench       measure it beside stock PyTorch and a copy of the logits (bench/README.md)
 #   make test-torch TORCH=torch==2.10.0
@@ -13,29 +14,32 @@
 #   make clean       remove the environment and everything built
 #
 # PYTHON=python3.12 picks the interpreter, TORCH=torch==2.10.0 another torch with the newest setuptools
-# that it takes, VENV=dir another place, ARGS="..." goes on to pytest or the program that the target
-# runs.
+# that it takes, VENV=dir another place, WORKERS=n the number of processes that share the tests,
+# ARGS="..." goes on to pytest or the program that the target runs.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 ARGS ?=
+WORKERS ?= 2
 # A test that waits for ever fails, with the stack of every thread, instead of holding up the rest.
-PYTEST := pytest -q --timeout 900 --timeout-method thread
+PYTEST := pytest -q -n $(WORKERS) --dist loadgroup --timeout 900 --timeout-method thread
 
 BIN := $(VENV)/bin
 LIBRARY := fused_ce/_C.so
-CXX_FILES := $(wildcard $(foreach dir,csrc csrc/* tests/cuda/simulator tests/cuda/simulator/* tests/cpu/native,$(addprefix $(dir)/*.,h cpp cuh cu)))
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CXX_FILES := $(SOURCES) $(shell find tests -name '*.h' -o -name '*.cpp')
 # What replaces the pins; 2.11, for one, refuses the newest setuptools.
 OTHER_TORCH := s|^torch==.*|$(TORCH)|; s|^setuptools==|setuptools>=77,<=|
 INSTALLED := $(VENV)/.installed-$(subst /,_,$(if $(TORCH),$(TORCH),pinned))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# Threads that wait for one another should not spin: the tests share the cores with other programs.
-test test-all test-torch: export OMP_WAIT_POLICY ?= PASSIVE
+# The workers share the cores: one thread each, but where a test asks for more, and no spinning.
+test test-slow test-all test-torch: export OMP_WAIT_POLICY ?= PASSIVE
+test test-slow test-all test-torch: export OMP_NUM_THREADS ?= 1
 
-.PHONY: build test test-all test-torch demo bench lint format wheel clean
+.PHONY: build test test-slow test-all test-torch demo bench lint format wheel clean
 
 build: $(LIBRARY)
 
@@ -48,12 +52,15 @@ $(INSTALLED): requirements-dev.txt
 	rm -f $(VENV)/.installed-*
 	touch '$@'
 
-$(LIBRARY): $(INSTALLED) $(CXX_FILES) setup.py pyproject.toml
+$(LIBRARY): $(INSTALLED) $(SOURCES) setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
 test: lint
 	$(BIN)/python -m $(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: lint
+	$(BIN)/python -m $(PYTEST) -m slow $(ARGS)
 
 test-all: lint
 	$(BIN)/python -m $(PYTEST) $(ARGS)

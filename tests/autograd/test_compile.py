@@ -16,17 +16,18 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
-from support.layouts import (
-    GEOMETRIES,
-    OVERLAPPING,
+from support.grids import (
+    MODES,
+    REDUCTIONS,
     SHAPES,
     covering,
-    is_dense,
-    lay_out,
+    every_differentiating_mode,
+    every_mode,
+    every_reduction,
     name_of,
-    target_of,
 )
-from support.reference import MODES, differentiate, same_layout
+from support.layouts import GEOMETRIES, OVERLAPPING, is_dense, lay_out, target_of
+from support.reference import differentiate, same_layout
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -35,9 +36,6 @@ from torch.library import opcheck
 
 import fused_ce
 from fused_ce import ops
-
-REDUCTIONS = ("none", "mean", "sum")
-DIFFERENTIATING = ("default", "recompute", "in place")
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +77,7 @@ AXES = {
 
 
 @pytest.mark.parametrize("case", covering(AXES, 2), ids=name_of)
-def test_compiled_loss_or_gradient_differs(case):
+def test_compiled_loss_and_gradient_agree(case):
     (shape, layout), mode = case["geometry"], case["mode"]
     input, target = problem(case["kind"], SHAPES[shape](5), layout)
     options = {"reduction": case["reduction"], "label_smoothing": case["smoothing"]}
@@ -112,7 +110,7 @@ def with_inductor(function, **options):
 
 @pytest.mark.parametrize("layout", ["transposed", "contiguous", "gap after each row"])
 @pytest.mark.parametrize("factor", [None, torch.randn(5, 5)], ids=["leaf", "product"])
-def test_inductor_hands_over_another_layout(factor, layout):
+def test_inductor_keeps_the_layout(factor, layout):
     # Nothing but a matrix product around the loss: inductor would generate code for more, and that
     # takes long.
     input, target = problem(layout=layout)
@@ -129,7 +127,7 @@ def test_inductor_hands_over_another_layout(factor, layout):
 
 @pytest.mark.slow  # a C++ compiler builds what lies around the loss
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_inductor_gives_another_gradient(dynamic):
+def test_inductor_gives_the_same_gradient(dynamic):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.GELU(), nn.Conv2d(5, 4, 1))
     if dynamic:
@@ -156,9 +154,9 @@ def targets_of_calls(graphs):
     ]
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("mode", MODES)
-def test_graph_holds_something_else_than_our_operators(mode, reduction):
+@every_reduction
+@every_mode
+def test_graph_holds_our_operators_alone(mode, reduction):
     input, target = problem()
     backend = AotEagerAndRecordGraphs()
     input.requires_grad_(mode != "no grad")
@@ -182,7 +180,7 @@ def test_graph_holds_something_else_than_our_operators(mode, reduction):
     [(torch.int64, "mean"), (torch.int64, "none"), ("probability", "sum")],
     ids=str,
 )
-def test_new_batch_size_compiles_again(kind, reduction):
+def test_new_batch_size_needs_no_new_graph(kind, reduction):
     counter = CompileCounterWithBackend("aot_eager")
     function = compiled(
         lambda x, y: fused_ce.cross_entropy(x, y, reduction=reduction), counter, dynamic=True
@@ -199,7 +197,7 @@ def test_new_batch_size_compiles_again(kind, reduction):
     assert len(set(counts)) == 1
 
 
-def test_new_batch_size_compiles_again_without_being_told_of_it():
+def test_new_batch_size_compiles_once_without_being_foretold():
     # The default: the second size makes the graph dynamic, and there it stays.
     counter = CompileCounterWithBackend("aot_eager")
     function = compiled(fused_ce.CrossEntropyLoss(label_smoothing=0.1), counter)
@@ -214,7 +212,7 @@ def test_new_batch_size_compiles_again_without_being_told_of_it():
     "option, values",
     {"ignore_index": (-100, 2, 3, -7), "label_smoothing": (0.1, 0.2, 0.0, -1.0, 1.0)}.items(),
 )
-def test_option_that_changes_is_refused_or_frozen(option, values, dynamic):
+def test_option_that_changes_is_taken_as_it_is(option, values, dynamic):
     # From the second value on, numbers that are arguments are symbols, and no constants.
     input, target = problem()
     function = compiled(
@@ -225,7 +223,7 @@ def test_option_that_changes_is_refused_or_frozen(option, values, dynamic):
         torch.testing.assert_close(function(input, target, value), expected)
 
 
-def test_attributes_of_a_compiled_module_are_frozen():
+def test_attributes_of_a_compiled_module_may_change():
     input, target = problem()
     module = fused_ce.CrossEntropyLoss(weight=torch.rand(5))
     plain = nn.CrossEntropyLoss()
@@ -241,7 +239,7 @@ def test_attributes_of_a_compiled_module_are_frozen():
     torch.testing.assert_close(function(input, target), plain(input, target))
 
 
-def test_compiled_in_place_overwrites_the_logits():
+def test_compiled_in_place_leaves_the_logits_alone():
     # Where memory is planned the option has no effect: neither on the logits, nor on the number
     # of backwards.
     input, target = problem()
@@ -261,7 +259,7 @@ def test_compiled_in_place_overwrites_the_logits():
     [(torch.float32, torch.int64), (torch.bfloat16, "probability"), (torch.float16, torch.int64)],
     ids=str,
 )
-def test_autocast_and_compile_give_another_dtype(kind, inside, dtype):
+def test_autocast_under_compile_keeps_the_dtype(kind, inside, dtype):
     input, target = problem(kind)
     outcomes = []
     for function in (fused_ce.cross_entropy, F.cross_entropy):
@@ -284,7 +282,7 @@ def test_autocast_and_compile_give_another_dtype(kind, inside, dtype):
 
 
 @pytest.mark.parametrize("bad", ["range", "size"])
-def test_compiled_error_is_another(bad):
+def test_compiled_error_is_the_same(bad):
     input, target = problem()
     target = target[:3] if bad == "size" else target.fill_(7)
     # Stock refuses a size while it is traced: the type is then dynamo's, the text within its own.
@@ -297,7 +295,7 @@ def test_compiled_error_is_another(bad):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("shape", ["NC", "NCd"])
-def test_size_that_depends_on_data_breaks_the_graph(shape, reduction):
+def test_size_that_depends_on_data_stays_in_the_graph(shape, reduction):
     # Only the counted tokens go to the loss, as many as there happen to be.
     def step(function, x, y):
         mask = y > 1
@@ -310,8 +308,8 @@ def test_size_that_depends_on_data_breaks_the_graph(shape, reduction):
         torch.testing.assert_close(differentiate(function, input, target), expected)
 
 
-@pytest.mark.parametrize("mode", DIFFERENTIATING)
-def test_checkpoint_within_a_graph_gives_another_gradient(mode):
+@every_differentiating_mode
+def test_checkpoint_within_a_graph_keeps_the_gradient(mode):
     input, target = problem()
 
     def step(x, y):
@@ -324,9 +322,9 @@ def test_checkpoint_within_a_graph_gives_another_gradient(mode):
     torch.testing.assert_close(differentiate(compiled(step), input, target), expected)
 
 
-@pytest.mark.parametrize("mode", DIFFERENTIATING)
+@every_differentiating_mode
 @pytest.mark.parametrize("target_grad", [False, True])
-def test_two_losses_in_one_graph_are_confused(target_grad, mode):
+def test_two_losses_in_one_graph_are_told_apart(target_grad, mode):
     # The same logits, different reductions, one of them scaled, and a gradient for probabilities.
     input, target = problem("probability")
 
@@ -342,7 +340,7 @@ def test_two_losses_in_one_graph_are_confused(target_grad, mode):
     torch.testing.assert_close(result, expected)
 
 
-def test_graph_break_beside_the_loss_loses_the_gradient():
+def test_graph_break_beside_the_loss_keeps_the_gradient():
     input, target = problem()
 
     def step(function, x, y):
@@ -359,9 +357,9 @@ def test_graph_break_beside_the_loss_loses_the_gradient():
     torch.testing.assert_close(differentiate(function, input, target), expected)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_double_backward_through_a_graph_is_silently_wrong(backend, reduction):
+def test_double_backward_through_a_graph_is_right_or_refused(backend, reduction):
     # A graph that runs as it was captured is differentiated; AOTAutograd refuses. (Stock's loss is
     # no measure there: with torch 2.10 its second derivative is silently zero.)
     values, target = problem()
@@ -391,7 +389,7 @@ def test_double_backward_through_a_graph_is_silently_wrong(backend, reduction):
     ],
     ids=str,
 )
-def test_tangent_is_dropped_by_the_backward_of_a_graph(kind, layout, wanted, backend):
+def test_tangent_survives_the_backward_of_a_graph_or_is_refused(kind, layout, wanted, backend):
     # Forward mode that begins after the forward: the operators of the graph meet a dual tensor.
     values, target = problem(kind, layout=layout)
     outcomes = []
@@ -413,7 +411,7 @@ def test_tangent_is_dropped_by_the_backward_of_a_graph(kind, layout, wanted, bac
 
 
 @pytest.mark.parametrize("transform", ["jvp", "vmap", "grad"])
-def test_transform_of_the_backward_of_a_graph_is_silently_wrong(transform):
+def test_transform_of_the_backward_of_a_graph_is_right_or_refused(transform):
     # A graph that runs as it was captured; AOTAutograd refuses.
     values, target = problem()
     outcomes = []
@@ -438,9 +436,9 @@ def test_transform_of_the_backward_of_a_graph_is_silently_wrong(transform):
 @pytest.mark.skipif(
     not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this torch cannot trace it"
 )
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @pytest.mark.parametrize("order", [1, 2])
-def test_derivative_within_a_graph_is_silently_wrong(order, reduction):
+def test_derivative_within_a_graph_is_right_or_refused(order, reduction):
     input, target = problem()
 
     def step(function, x, y):
@@ -468,7 +466,7 @@ def test_derivative_within_a_graph_is_silently_wrong(order, reduction):
         ("compiled", "default", "mean"),
     ],
 )
-def test_compiled_autograd_gives_another_gradient(forward, mode, reduction):
+def test_compiled_autograd_gives_the_same_gradient(forward, mode, reduction):
     input, target = problem()
     expected = differentiate(F.cross_entropy, input, target, reduction=reduction).grad_input
 
@@ -490,7 +488,7 @@ def test_compiled_autograd_gives_another_gradient(forward, mode, reduction):
     torch.testing.assert_close(leaf.grad, expected)
 
 
-def test_make_fx_traces_another_computation():
+def test_make_fx_traces_the_same_computation():
     input, target = problem()
 
     def step(function, x, y):
@@ -506,7 +504,7 @@ def test_make_fx_traces_another_computation():
             torch.testing.assert_close(graph(other, rest), step(F.cross_entropy, other, rest))
 
 
-def test_symbolic_trace_is_confused_by_the_module():
+def test_symbolic_trace_takes_the_module():
     # torch.fx hands proxies in place of tensors, and knows stock's module but not ours.
     torch.manual_seed(1)
 
@@ -574,7 +572,7 @@ def described(result):
 
 
 @pytest.mark.parametrize("shape, layout", GEOMETRIES)
-def test_fake_kernel_foretells_another_layout(shape, layout):
+def test_fake_kernel_foretells_the_layout(shape, layout):
     mode = FakeTensorMode()
     for reduction, dtype, kind in (
         (0, torch.float32, torch.int64),
@@ -613,7 +611,7 @@ def test_fake_kernel_keeps_the_device(reduction):
         assert (totals.shape, totals.dtype) == ((2,), torch.float64)
 
 
-def test_graph_breaks_to_ask_what_a_device_lacks():
+def test_graph_need_not_break_to_ask_what_a_device_lacks():
     input, target = (
         torch.randn(3, 5, device="meta"),
         torch.zeros(3, dtype=torch.long, device="meta"),
@@ -631,7 +629,7 @@ def test_graph_breaks_to_ask_what_a_device_lacks():
         ("C", "every second class", torch.uint8, 1, torch.float16),
     ],
 )
-def test_operator_breaks_its_schema(shape, layout, kind, reduction, dtype):
+def test_operator_keeps_its_schema(shape, layout, kind, reduction, dtype):
     called = set()
     for operator, arguments in operator_calls(shape, layout, kind, reduction, dtype):
         opcheck(operator, arguments, test_utils=checks_of(operator))
@@ -640,7 +638,7 @@ def test_operator_breaks_its_schema(shape, layout, kind, reduction, dtype):
         assert called == all_operators() - {"fused_ce::instruction_set", "fused_ce::has_cuda_code"}
 
 
-def test_operator_breaks_its_schema_for_nothing():
+def test_operator_keeps_its_schema_for_nothing():
     # An empty batch, of which the mean would be nan, and opcheck takes nan for a difference.
     input, target = torch.randn(0, 5), torch.zeros(0, dtype=torch.int64)
     options = (None, None, 2, -100, 0.0, torch.float32)
@@ -652,11 +650,11 @@ def test_operator_breaks_its_schema_for_nothing():
     opcheck(ops.instruction_set, (), test_utils=("test_schema",))
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("mode", MODES)
+@every_reduction
+@every_mode
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every second class"])
-def test_fake_call_returns_another_shape(layout, kind, mode, reduction):
+def test_fake_call_returns_the_shape(layout, kind, mode, reduction):
     values, target = problem(kind, (2, 5, 3, 4), layout)
 
     def call(input, target):
@@ -675,10 +673,10 @@ def test_fake_call_returns_another_shape(layout, kind, mode, reduction):
     assert described(result) == described(call(same_layout(values), target))
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("mode", MODES)
+@every_reduction
+@every_mode
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, "probability"], ids=str)
-def test_meta_tensors_give_another_shape(kind, mode, reduction):
+def test_meta_tensors_give_the_shape(kind, mode, reduction):
     input, target = problem(kind, (2, 5, 3, 4))
     results = []
     for function, extra in ((fused_ce.cross_entropy, MODES[mode]), (F.cross_entropy, {})):
@@ -731,7 +729,7 @@ def exported(strict=False, grad=True, **options):
     ],
     ids=["no grad", "weight", "none in place"],
 )
-def test_exported_program_gives_another_loss(grad, options, strict):
+def test_exported_program_gives_the_same_loss(grad, options, strict):
     program, module, (x, y) = exported(strict, grad, **options)
     plain = {name: value for name, value in options.items() if name != "inplace"}
     expected = F.cross_entropy(module.layer(x), y, **plain)
@@ -743,7 +741,7 @@ def test_exported_program_gives_another_loss(grad, options, strict):
 
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_exported_program_has_lost_the_gradient(grad, strict):
+def test_exported_program_has_the_gradient(grad, strict):
     # Fine-tuning what was exported: stock's program goes back to the parameters, with or without
     # grad mode when it was exported.
     program, module, (x, y) = exported(strict, grad, label_smoothing=0.1)
@@ -756,7 +754,7 @@ def test_exported_program_has_lost_the_gradient(grad, strict):
     torch.testing.assert_close(grads["layer.bias"], layer.bias.grad)
 
 
-def test_exported_program_cannot_be_saved():
+def test_exported_program_can_be_saved():
     program, module, (x, y) = exported(reduction="sum")
     file = io.BytesIO()
     torch.export.save(program, file)
@@ -765,9 +763,9 @@ def test_exported_program_cannot_be_saved():
     torch.testing.assert_close(loaded.module()(x, y), module(x, y))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, "probability"], ids=str)
-def test_jit_trace_records_something_else(kind, mode):
+def test_jit_trace_records_the_call(kind, mode):
     input, target = problem(kind)
     module = fused_ce.CrossEntropyLoss(
         weight=torch.rand(5), reduction="sum", label_smoothing=0.1, **MODES[mode]
@@ -785,7 +783,7 @@ def test_jit_trace_records_something_else(kind, mode):
     torch.testing.assert_close(differentiate(traced, other, rest), expected)
 
 
-def test_jit_script_does_not_say_what_to_do():
+def test_jit_script_says_what_to_do():
     def user(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return fused_ce.cross_entropy(x, y)
 
@@ -807,7 +805,7 @@ def test_jit_script_does_not_say_what_to_do():
                 torch.jit.script(scripted)
 
 
-def test_compiled_module_cannot_be_copied_or_saved():
+def test_compiled_module_can_be_copied_and_saved():
     input, target = problem()
     module = fused_ce.CrossEntropyLoss(weight=torch.rand(5))
     module.compile(backend="aot_eager", fullgraph=True)

@@ -18,9 +18,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.layouts import DTYPES, OVERLAPPING, SHAPES, covering, lay_out, name_of, target_of
+from support.grids import (
+    DTYPES,
+    MODES,
+    SHAPES,
+    covering,
+    every_differentiating_mode,
+    every_mode,
+    name_of,
+)
+from support.layouts import OVERLAPPING, lay_out, target_of
 from support.processes import environment
-from support.reference import MODES, check_against_stock, one_thread, ours
+from support.reference import check_against_stock, one_thread, ours
 
 import fused_ce
 
@@ -133,7 +142,7 @@ def cpu_flags():
     reason="elsewhere there is one instruction set",
 )
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_instruction_set_is_inaccurate_or_not_the_one_asked_for(capability):
+def test_instruction_set_is_accurate_and_the_one_asked_for(capability):
     name, needed = CAPABILITIES[capability]
     if missing := needed - cpu_flags():
         pytest.skip(f"this CPU has no {', '.join(sorted(missing))}")
@@ -144,10 +153,10 @@ def test_instruction_set_is_inaccurate_or_not_the_one_asked_for(capability):
         assert bits == digest(shared_results())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 @pytest.mark.parametrize("shape", SHARED_WORK, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "reversed axes"])
-def test_number_of_threads_changes_a_bit(layout, shape, mode):
+def test_number_of_threads_changes_no_bit(layout, shape, mode):
     if layout == "reversed axes":
         layout = "transposed" if len(shape) == 2 else layout
     input = lay_out(torch.randn(shape), layout)
@@ -174,7 +183,7 @@ def _loss_in_a_child(connection, input, target, threads):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_loss_fails_or_hangs_after_a_fork():
+def test_loss_works_after_a_fork():
     # With one thread, as the workers of a DataLoader have: the C library's OpenMP, stock's as well,
     # hangs in a child of a process that has used more.
     input, target = torch.randn(5000, 11), torch.randint(0, 11, (5000,))
@@ -211,14 +220,14 @@ def _fork_at_once():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-def test_threads_fail_in_the_child_of_a_process_that_only_imported():
+def test_threads_work_in_the_child_of_a_process_that_only_imported():
     command = [sys.executable, __file__, "fork"]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_python_threads_disturb_each_other(mode):
+@every_mode
+def test_python_threads_leave_each_other_alone(mode):
     # All start at the same moment, each with several threads of its own and another problem.
     count = 8
     problems = [
@@ -240,8 +249,8 @@ def test_python_threads_disturb_each_other(mode):
                     assert torch.equal(result.grad_input, alone.grad_input)
 
 
-@pytest.mark.parametrize("mode", ["default", "recompute", "in place"])
-def test_replicas_in_threads_part_from_one_model(mode):
+@every_differentiating_mode
+def test_replicas_in_threads_agree_with_one_model(mode):
     # What DataParallel does: replicas of one model, each in a thread with a part of the batch, and
     # one backward through all of them, into the same parameters.
     x, y = torch.randn(4, 25, 6), torch.randint(0, 5, (4, 25))
@@ -283,7 +292,7 @@ class Clock(threading.Thread):
 
 
 @pytest.mark.parametrize("step", ["forward", "backward", "forward, in place"])
-def test_kernels_run_with_the_interpreter_locked(step):
+def test_kernels_run_with_the_interpreter_unlocked(step):
     # One row for all, in float64: much work in little memory. Others may have the processors too,
     # so the best of some attempts counts; with the lock held there is no good one.
     input = torch.randn(1, 1000, dtype=torch.float64).expand(16000, 1000)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.layouts import DTYPES, covering, name_of
+from support.grids import DTYPES, covering, name_of
 from support.linear_reference import (
     check_against_stock,
     chunk_sizes,
@@ -95,7 +95,7 @@ def warnings_of_other_tests():
 
 @pytest.mark.filterwarnings("ignore:fused_ce. max_chunk_bytes")
 @pytest.mark.parametrize("case", covering(AXES, 2, valid), ids=name_of)
-def test_loss_or_gradient_differs(case):
+def test_loss_and_gradients_agree(case):
     layer, target, options = problem(
         case["shape"], case["dtype"], case["kind"], case["bias"], case["ignored"]
     )
@@ -171,7 +171,7 @@ def wide_errors(dtype, targets, scale, **chunks):
 @pytest.mark.parametrize("targets", WIDE_TARGETS)
 @pytest.mark.parametrize("chunk_size", (48, 128, 256))
 @pytest.mark.parametrize("scale, ahead", [(1.0, True), (0.3, False)])
-def test_gradient_is_less_accurate_than_stock(dtype, targets, chunk_size, scale, ahead):
+def test_gradient_is_as_accurate_as_stock(dtype, targets, chunk_size, scale, ahead):
     options = {"chunk_size": chunk_size, "grad_in_forward": ahead}
     for mine, theirs, _ in wide_errors(dtype, targets, scale, **options):
         assert mine <= ORDER_OF_SUMS[dtype] * theirs
@@ -179,14 +179,14 @@ def test_gradient_is_less_accurate_than_stock(dtype, targets, chunk_size, scale,
 
 @pytest.mark.parametrize("dtype", ORDER_OF_SUMS)
 @pytest.mark.parametrize("chunk_size", (48, 256))
-def test_scaled_gradient_is_off_by_more_than_a_rounding(dtype, chunk_size):
+def test_scaled_gradient_is_off_by_a_rounding_at_most(dtype, chunk_size):
     # What was rounded for a grad_output of 1 is rounded once more when it is scaled.
     for mine, theirs, rounding in wide_errors(dtype, "spread", 0.3, chunk_size=chunk_size):
         assert mine <= ORDER_OF_SUMS[dtype] * torch.hypot(theirs, rounding)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_half_loses_what_float32_sums_keep(dtype):
+def test_half_keeps_what_float32_sums_keep(dtype):
     # 64 chunks that all add the same to the weight's gradient: in a half type, the sum would stop
     # growing long before the last of them.
     rows, classes = 2048, 8
@@ -202,7 +202,7 @@ def test_half_loses_what_float32_sums_keep(dtype):
 @pytest.mark.parametrize("shape", [name for name in SHAPES if not name.startswith("BT")])
 @pytest.mark.parametrize("kind", (torch.int64, "probability"), ids=("index", "probability"))
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
-def test_differs_from_the_function_of_torch(shape, kind, reduction):
+def test_agrees_with_the_function_of_torch(shape, kind, reduction):
     layer, target, options = problem(shape, torch.float64, kind, bias=True)
     input, linear_weight, linear_bias = layer
     options |= {
@@ -218,7 +218,7 @@ def test_differs_from_the_function_of_torch(shape, kind, reduction):
 
 
 @needs_torchs
-def test_signature_is_not_that_of_torch():
+def test_signature_is_that_of_torch():
     import inspect
 
     theirs = inspect.signature(F.linear_cross_entropy).parameters.values()
@@ -251,39 +251,39 @@ def sizes_of(rows, classes=CLASSES, **options):
         (1000, 300, [256, 256, 256, 232]),
     ],
 )
-def test_chunks_are_larger_than_asked_for_or_unequal(rows, size, chunks):
+def test_chunks_are_equal_and_as_small_as_asked_for(rows, size, chunks):
     assert sizes_of(rows, chunk_size=size) == chunks
 
 
-def test_budget_is_not_kept():
+def test_budget_is_kept():
     row = 4 * CLASSES
     with pytest.warns(UserWarning, match=f"max_chunk_bytes={7 * row} leaves 7 rows"):
         assert sizes_of(20, max_chunk_bytes=7 * row) == [7, 7, 6]
 
 
-def test_budget_of_less_than_a_row_stops_the_call():
+def test_budget_of_less_than_a_row_is_taken():
     with pytest.warns(UserWarning, match="leaves 1 rows"):
         assert sizes_of(3, max_chunk_bytes=1) == [1, 1, 1]
 
 
 @pytest.mark.filterwarnings("error")
-def test_budget_that_holds_all_rows_warns():
+def test_budget_that_holds_all_rows_does_not_warn():
     assert sizes_of(20, max_chunk_bytes=20 * 4 * CLASSES) == [20]
 
 
-def test_same_budget_warns_again(recwarn):
+def test_same_budget_warns_once(recwarn):
     for _ in range(2):
         sizes_of(20, max_chunk_bytes=300)
     assert len(recwarn) == 1
 
 
 @pytest.mark.filterwarnings("error")
-def test_default_leaves_too_few_rows_and_warns():
+def test_default_leaves_enough_rows_and_does_not_warn():
     # 100000 classes: the budget of 64 MiB holds 167 rows, fewer than are worth a pass.
     assert sizes_of(600, classes=100_000) == [256, 256, 88]
 
 
-def test_default_takes_more_than_its_budget():
+def test_default_keeps_its_budget():
     assert sizes_of(2048, classes=32_000) == [512] * 4
 
 
@@ -302,20 +302,20 @@ def test_default_takes_more_than_its_budget():
         ({"acc_policy": "compact", "allow_retain_graph": True}, 40),
     ],
 )
-def test_chunk_size_of_the_options_is_not_used(options, size):
+def test_chunk_size_of_the_options_is_used(options, size):
     # 40 rows of 12 features and 48 classes: a quarter of the rows, 10, and the next power of two.
     sizes = sizes_of(40, classes=48, options=nn.LinearCrossEntropyOptions(**options))
     assert sizes[0] == -(-40 // -(-40 // size))
 
 
 @needs_torchs
-def test_our_own_argument_does_not_come_first():
+def test_our_own_argument_comes_first():
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=2)
     assert sizes_of(9, options=options, chunk_size=3) == [3, 3, 3]
 
 
 @needs_torchs
-def test_contradiction_within_the_options_is_accepted():
+def test_contradiction_within_the_options_is_refused():
     input, target = torch.randn(40, 12), torch.zeros(40).long()
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=3, chunking_method="aspect_ratio")
     for function in (F.linear_cross_entropy, lce):
@@ -328,7 +328,7 @@ def test_contradiction_within_the_options_is_accepted():
 @pytest.mark.parametrize("weighted", (False, True))
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 @pytest.mark.parametrize("ahead", (True, False))
-def test_gradient_of_ignored_rows_is_not_exactly_zero(reduction, weighted, smoothing, ahead):
+def test_gradient_of_ignored_rows_is_exactly_zero(reduction, weighted, smoothing, ahead):
     layer, target, _ = problem(bias=True)
     weight = torch.rand(CLASSES) + 0.5 if weighted else None
     loss, *gradients = ours(
@@ -346,7 +346,7 @@ def test_gradient_of_ignored_rows_is_not_exactly_zero(reduction, weighted, smoot
 
 
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
-def test_ignored_row_is_used(reduction):
+def test_ignored_row_is_not_used(reduction):
     # An ignored row of nan spoils nothing of the others, nor its own gradient.
     layer, target, _ = problem()
     target[4] = -100
@@ -359,7 +359,7 @@ def test_ignored_row_is_used(reduction):
 
 
 @pytest.mark.parametrize("smoothing", (0.0, 0.1))
-def test_total_weight_of_zero_is_not_nan(smoothing):
+def test_total_weight_of_zero_is_nan(smoothing):
     layer, _, _ = problem()
     weight = torch.ones(CLASSES)
     weight[2] = 0
@@ -376,7 +376,7 @@ def test_total_weight_of_zero_is_not_nan(smoothing):
 @pytest.mark.parametrize("kind", (torch.int64, "probability"), ids=("index", "probability"))
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 @pytest.mark.parametrize("ahead", (True, False))
-def test_few_or_no_rows_give_another_result(rows, kind, reduction, ahead):
+def test_few_and_no_rows_agree(rows, kind, reduction, ahead):
     layer, target, _ = problem(kind=kind, bias=True)
     input, *others = layer
     arguments = ((input[:rows], *others), target[:rows])
@@ -391,9 +391,7 @@ def test_few_or_no_rows_give_another_result(rows, kind, reduction, ahead):
 @pytest.mark.parametrize("positions, features", [((), 0), ((2,), 0), ((0,), 4), ((3, 0), 4)])
 @pytest.mark.parametrize("probability", (False, True))
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
-def test_no_features_or_no_positions_stop_the_call(
-    batch, positions, features, probability, reduction
-):
+def test_no_features_and_no_positions_are_taken(batch, positions, features, probability, reduction):
     shape = (CLASSES, *positions)
     layer = (torch.randn(*batch, features), torch.randn(*shape, features), torch.randn(shape))
     target = torch.randint(CLASSES, (*batch, *positions))
@@ -404,7 +402,7 @@ def test_no_features_or_no_positions_stop_the_call(
     torch.testing.assert_close(result, stock(layer, target, **options), equal_nan=True)
 
 
-def test_target_of_one_element_for_one_row_is_refused():
+def test_target_of_one_element_for_one_row_is_taken():
     (input, linear_weight, _), target, _ = problem("H")
     options = {"reduction": "none"}
     expected = stock_loss(input, linear_weight, target, **options)
@@ -415,7 +413,7 @@ def test_target_of_one_element_for_one_row_is_refused():
 
 @pytest.mark.parametrize("order", ("transposed weight", "every second row", "expanded input"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_layout_changes_the_result(order, dtype):
+def test_layout_changes_nothing(order, dtype):
     (input, linear_weight, _), target, _ = problem(dtype=dtype)
     if order == "transposed weight":
         linear_weight = linear_weight.t().contiguous().t()
@@ -444,7 +442,7 @@ def test_layout_changes_the_result(order, dtype):
     st.booleans(),
     st.randoms(use_true_random=False),
 )
-def test_chunks_change_the_result(rows, features, classes, chunk_size, reduction, ahead, random):
+def test_chunks_change_nothing(rows, features, classes, chunk_size, reduction, ahead, random):
     generator = torch.Generator().manual_seed(random.randrange(2**31))
     input = torch.randn(rows, features, dtype=torch.float64, generator=generator)
     linear_weight = torch.randn(classes, features, dtype=torch.float64, generator=generator)
@@ -460,7 +458,7 @@ def test_chunks_change_the_result(rows, features, classes, chunk_size, reduction
 
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_bits_depend_on_the_run(reduction, dtype):
+def test_bits_are_the_same_in_every_run(reduction, dtype):
     layer, target, _ = problem(dtype=dtype, bias=True)
     first, second = (ours(layer, target, reduction=reduction, chunk_size=5) for _ in range(2))
     for a, b in zip(first, second, strict=True):
@@ -469,7 +467,7 @@ def test_bits_depend_on_the_run(reduction, dtype):
 
 @pytest.mark.parametrize("reduction, count", [("mean", 3), ("none", 4)])
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (True, True), (False, False)])
-def test_frozen_tensor_costs_a_gemm(reduction, count, needs):
+def test_frozen_tensor_costs_no_gemm(reduction, count, needs):
     (input, linear_weight, _), target, _ = problem()
     input.requires_grad_(needs[0])
     linear_weight.requires_grad_(needs[1])
@@ -483,7 +481,7 @@ def test_frozen_tensor_costs_a_gemm(reduction, count, needs):
     assert [t.grad is not None for t in (input, linear_weight)] == list(needs)
 
 
-def test_no_grad_computes_a_gradient():
+def test_no_grad_computes_no_gradient():
     (input, linear_weight, _), target, _ = problem()
     for t in (input, linear_weight):
         t.requires_grad_()
@@ -500,7 +498,7 @@ def test_no_grad_computes_a_gradient():
 
 @pytest.mark.parametrize("positions", ((), (3, 2)))
 @pytest.mark.parametrize("bias", (False, True))
-def test_module_differs_from_the_function(positions, bias):
+def test_module_agrees_with_the_function(positions, bias):
     loss = fused_ce.LinearCrossEntropyLoss(
         FEATURES,
         CLASSES,
@@ -534,7 +532,7 @@ def test_module_differs_from_the_function(positions, bias):
 
 
 @needs_torchs
-def test_module_does_not_load_what_the_one_of_torch_saved():
+def test_module_loads_what_the_one_of_torch_saved():
     arguments = {"in_features": 4, "num_classes": 6, "bias": True, "weight": torch.rand(6)}
     theirs = nn.LinearCrossEntropyLoss(**arguments)
     mine = fused_ce.LinearCrossEntropyLoss(**arguments)
@@ -546,7 +544,7 @@ def test_module_does_not_load_what_the_one_of_torch_saved():
 
 
 @needs_torchs
-def test_modules_signature_is_not_that_of_torch():
+def test_signature_of_the_module_is_that_of_torch():
     import inspect
 
     theirs = list(inspect.signature(nn.LinearCrossEntropyLoss).parameters.values())
@@ -555,7 +553,7 @@ def test_modules_signature_is_not_that_of_torch():
     assert {p.name: (p.kind, p.default) for p in theirs}.items() <= simple.items()
 
 
-def test_module_differs_from_what_older_torch_lacks(monkeypatch):
+def test_module_is_the_same_where_torch_has_none(monkeypatch):
     # Without nn.LinearCrossEntropyLoss the constructor is ours; it must be the same module.
     import copy
     import importlib.util

@@ -94,7 +94,7 @@ def unpack(call):
 @pytest.mark.parametrize("call", BAD_CALLS)
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 @pytest.mark.parametrize("requires_grad", (True, False))
-def test_bad_call_raises_something_else_than_stock(call, reduction, requires_grad):
+def test_bad_call_raises_what_stock_raises(call, reduction, requires_grad):
     tensors, options = unpack(BAD_CALLS[call])
     options = {"reduction": reduction, **options}
     expected = raised_by(TORCHS or stock_loss, *tensors, **options)
@@ -107,12 +107,12 @@ def test_bad_call_raises_something_else_than_stock(call, reduction, requires_gra
 
 @pytest.mark.skipif(TORCHS is None, reason="torch 2.13 and newer have the function")
 @pytest.mark.parametrize("call", TORCHS_OWN)
-def test_bad_layer_raises_something_else_than_torch(call):
+def test_bad_layer_raises_what_torch_raises(call):
     tensors, options = unpack(TORCHS_OWN[call])
     assert raised_by(lce, *tensors, **options) == raised_by(TORCHS, *tensors, **options)
 
 
-def test_bad_layer_is_accepted():
+def test_bad_layer_is_refused():
     # As above, in torch's words, for a torch that has none.
     messages = {
         "scalar input": "expected input with dimensionality 1 or 2, got 0",
@@ -133,7 +133,7 @@ def test_bad_layer_is_accepted():
 # The last of several chunks holds the bad target; the first bad one is named.
 @pytest.mark.parametrize("dtype", (torch.int64, torch.int32, torch.uint8))
 @pytest.mark.parametrize("classes", (5, 300))
-def test_chunks_before_a_bad_target_are_computed(dtype, classes):
+def test_chunks_before_a_bad_target_are_not_computed(dtype, classes):
     input, linear_weight = layer(rows=20, classes=classes)
     target = torch.zeros(20, dtype=dtype)
     if dtype == torch.uint8 and classes > 255:
@@ -147,7 +147,7 @@ def test_chunks_before_a_bad_target_are_computed(dtype, classes):
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (6,), (2, 4), (2, 3, 5, 1)])
-def test_target_of_another_batch_shape_is_flattened(shape):
+def test_target_of_another_batch_shape_is_refused(shape):
     # Torch takes no input of three dimensions, so there is no error of its own. (3, 2) would fit
     # a batch of (2, 3) after flattening, with every target in the wrong place.
     with pytest.raises(RuntimeError, match=re.escape("expected target of shape (2, 3)")):
@@ -156,11 +156,11 @@ def test_target_of_another_batch_shape_is_flattened(shape):
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "4"])
 @pytest.mark.parametrize("name", ("chunk_size", "max_chunk_bytes"))
-def test_chunk_of_nothing_is_accepted(name, value):
+def test_chunk_of_nothing_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be a positive int or None, got {value!r}"):
         lce(*layer(), indices(), **{name: value})
 
 
-def test_two_sizes_of_a_chunk_are_accepted():
+def test_two_sizes_of_a_chunk_are_refused():
     with pytest.raises(ValueError, match="pass one of them"):
         lce(*layer(), indices(), chunk_size=2, max_chunk_bytes=100)

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from support.linear_reference import Outcome, differentiate, in_chunks, stock_loss
+from support.grids import every_reduction
+from support.linear_reference import WAYS, Outcome, differentiate, every_way, in_chunks, stock_loss
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
@@ -16,11 +17,7 @@ import fused_ce
 from fused_ce import linear_cross_entropy as lce
 
 FEATURES, CLASSES, ROWS = 4, 6, 7
-REDUCTIONS = ("mean", "sum", "none")
-WAYS = {"ahead": {}, "recompute": {"grad_in_forward": False}}
 
-every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
-every_way = pytest.mark.parametrize("way", WAYS)
 every_kind = pytest.mark.parametrize("kind", ("index", "probability", "positions"))
 
 
@@ -64,7 +61,7 @@ def varied(loss):
 @every_reduction
 @every_way
 @every_kind
-def test_second_backward_differs_from_the_first(kind, reduction, way):
+def test_second_backward_equals_the_first(kind, reduction, way):
     def body(loss, leaves):
         value = loss(*leaves)
         first = torch.autograd.grad(value, leaves, 3 * varied(value), retain_graph=True)
@@ -78,7 +75,7 @@ def test_second_backward_differs_from_the_first(kind, reduction, way):
 
 @every_reduction
 @every_way
-def test_second_backward_without_retain_graph_is_accepted(reduction, way):
+def test_second_backward_without_retain_graph_is_refused(reduction, way):
     def body(loss, leaves):
         value = loss(*leaves).sum()
         value.backward()
@@ -93,7 +90,7 @@ def test_second_backward_without_retain_graph_is_accepted(reduction, way):
 @every_reduction
 @every_way
 @every_kind
-def test_double_backward_differs_from_stock(kind, reduction, way):
+def test_double_backward_agrees_with_stock(kind, reduction, way):
     def body(loss, leaves):
         value = loss(*leaves)
         gradients = torch.autograd.grad(value, leaves, varied(value), create_graph=True)
@@ -104,7 +101,7 @@ def test_double_backward_differs_from_stock(kind, reduction, way):
 
 
 @every_reduction
-def test_gradient_is_not_the_slope_of_the_loss(reduction):
+def test_gradient_is_the_slope_of_the_loss(reduction):
     layer, target, options = problem()
     leaves = [t.requires_grad_() for t in layer]
 
@@ -125,7 +122,7 @@ def test_gradient_is_not_the_slope_of_the_loss(reduction):
 
 @every_reduction
 @every_way
-def test_batched_incoming_gradients_fail(reduction, way):
+def test_batched_incoming_gradients_are_taken(reduction, way):
     def body(loss, leaves):
         value = loss(*leaves)
         batch = torch.stack([varied(value), torch.ones_like(value), -varied(value)])
@@ -161,7 +158,7 @@ def _dual(function, x):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @every_kind
 @every_reduction
-def test_transform_gives_something_else(transform, kind, reduction):
+def test_transform_agrees_with_stock(transform, kind, reduction):
     def body(loss, leaves):
         x, of_input = over_input(leaves, loss)
         return TRANSFORMS[transform](of_input, x)
@@ -181,7 +178,7 @@ LATE = {
 @pytest.mark.parametrize("transform", LATE)
 @every_reduction
 @every_way
-def test_transform_of_a_backward_alone_is_silently_wrong(transform, reduction, way):
+def test_transform_of_a_backward_alone_is_right_or_refused(transform, reduction, way):
     def body(loss, leaves):
         value = loss(*leaves)
 
@@ -193,7 +190,7 @@ def test_transform_of_a_backward_alone_is_silently_wrong(transform, reduction, w
     torch.testing.assert_close(*outcomes(body, way=way, reduction=reduction))
 
 
-def test_transforms_of_a_module_give_something_else():
+def test_transforms_of_a_module_agree():
     loss = fused_ce.LinearCrossEntropyLoss(FEATURES, CLASSES, bias=True).double()
     (input, *_), target, _ = problem()
     parameters = dict(loss.named_parameters())
@@ -209,7 +206,7 @@ def test_transforms_of_a_module_give_something_else():
             torch.testing.assert_close(per_sample[name][i], gradient)
 
 
-def test_gradient_for_target_or_weight_is_lost():
+def test_gradient_for_target_and_weight_is_there():
     # Left to the formula with all logits, which stock can differentiate.
     layer, target, options = problem("probability")
     results = []
@@ -224,7 +221,7 @@ def test_gradient_for_target_or_weight_is_lost():
 # Without the scaler's factor folded in before rounding, these gradients would be zero in float16.
 @pytest.mark.parametrize("autocast", (False, True))
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
-def test_small_fp16_gradients_vanish_under_a_scaler(reduction, autocast):
+def test_small_fp16_gradients_survive_under_a_scaler(reduction, autocast):
     rows, classes, factor = 64, 500, 32768.0  # float16 ends at 65504
     torch.manual_seed(0)
     wide = [torch.randn(rows, 8) * 1e-5, torch.randn(classes, 8) * 1e-5]
@@ -243,7 +240,7 @@ def test_small_fp16_gradients_vanish_under_a_scaler(reduction, autocast):
         assert (ours.double() - theirs).abs().max() < 2e-3 * theirs.abs().max()
 
 
-def test_scaler_steps_part_from_stock():
+def test_scaler_steps_follow_stock():
     # Three steps of a model under autocast with a gradient scaler, which looks for overflow.
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(5, FEATURES), nn.GELU())
@@ -267,7 +264,7 @@ def test_scaler_steps_part_from_stock():
 
 
 @every_way
-def test_accumulation_into_grad_overwrites_or_shares(way):
+def test_accumulation_into_grad_adds_and_shares_nothing(way):
     def body(loss, leaves):
         for factor in (0.25, 1.0, 0.75):
             (loss(*leaves) * factor).backward()
@@ -277,7 +274,7 @@ def test_accumulation_into_grad_overwrites_or_shares(way):
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
-def test_tied_weight_gets_half_of_its_gradient(dtype):
+def test_tied_weight_gets_all_of_its_gradient(dtype):
     torch.manual_seed(0)
     plain = nn.Embedding(20, 8)
     tokens = torch.randint(20, (3, 6))
@@ -291,7 +288,7 @@ def test_tied_weight_gets_half_of_its_gradient(dtype):
     torch.testing.assert_close(*gradients, rtol=rounding, atol=rounding)
 
 
-def test_tied_weight_of_the_module_is_copied():
+def test_tied_weight_of_the_module_is_not_copied():
     embedding = nn.Embedding(CLASSES, FEATURES)
     loss = fused_ce.LinearCrossEntropyLoss(FEATURES, CLASSES)
     loss.linear.weight = embedding.weight
@@ -302,7 +299,7 @@ def test_tied_weight_of_the_module_is_copied():
 
 @pytest.mark.parametrize("reentrant", (False, True))
 @every_reduction
-def test_gradient_through_a_checkpoint_is_wrong(reduction, reentrant):
+def test_gradient_through_a_checkpoint_is_right(reduction, reentrant):
     def body(loss, leaves):
         value = checkpoint(lambda *layer: loss(*layer), *leaves, use_reentrant=reentrant)
         value.backward(varied(value))
@@ -312,7 +309,7 @@ def test_gradient_through_a_checkpoint_is_wrong(reduction, reentrant):
 
 
 @every_way
-def test_saved_tensors_elsewhere_are_misread(way):
+def test_saved_tensors_may_lie_elsewhere(way):
     def body(loss, leaves):
         with torch.autograd.graph.save_on_cpu():
             value = loss(*leaves)
@@ -324,7 +321,7 @@ def test_saved_tensors_elsewhere_are_misread(way):
 
 @every_way
 @pytest.mark.parametrize("which", (0, 1))
-def test_tensor_changed_before_the_backward_is_not_noticed(which, way):
+def test_tensor_changed_before_the_backward_is_noticed(which, way):
     layer, target, _ = problem()
     leaves = [t.requires_grad_() for t in layer[:2]]
     loss = lce(*leaves, target, **WAYS[way])
@@ -334,7 +331,7 @@ def test_tensor_changed_before_the_backward_is_not_noticed(which, way):
         loss.backward()
 
 
-def test_gradient_does_not_reach_what_made_the_input():
+def test_gradient_reaches_what_made_the_input():
     def body(loss, leaves):
         input, *others = leaves
         value = loss(input.tanh(), *(t * 2 for t in others))
@@ -343,7 +340,7 @@ def test_gradient_does_not_reach_what_made_the_input():
     torch.testing.assert_close(*outcomes(body))
 
 
-def test_backward_fills_memory_with_zeros():
+def test_backward_fills_no_memory_with_zeros():
     # Of the gradients that the forward has computed, none is made anew, not even of zeros.
     (input, linear_weight, _), target, _ = problem()
     loss = lce(input, linear_weight.requires_grad_(), target)
@@ -355,7 +352,7 @@ def test_backward_fills_memory_with_zeros():
     assert not any("fill" in name or "zero" in name for name in called)
 
 
-def test_gradient_keeps_the_graph_alive():
+def test_gradient_lets_the_graph_go():
     (input, linear_weight, _), target, _ = problem()
     leaves = [input.requires_grad_(), linear_weight.requires_grad_()]
     gradients = torch.autograd.grad(lce(*leaves, target), leaves)
@@ -364,7 +361,7 @@ def test_gradient_keeps_the_graph_alive():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("inside", ("autocast", "autocast around the backward"))
-def test_autocast_gives_another_type_or_value(dtype, inside):
+def test_autocast_keeps_type_and_value(dtype, inside):
     # The parameter is float32; its gradient comes from the float32 sum, not through bfloat16.
     layer, target, _ = problem(dtype=torch.float32)
     layer = (layer[0].to(dtype), *layer[1:])
@@ -383,7 +380,7 @@ def test_autocast_gives_another_type_or_value(dtype, inside):
         torch.testing.assert_close(ours, theirs, rtol=0.03, atol=0.01)
 
 
-def test_autocast_rounds_the_gradient_of_a_float32_parameter():
+def test_autocast_does_not_round_the_gradient_of_a_float32_parameter():
     (input, linear_weight, _), target, _ = problem(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss = lce(input, linear_weight.requires_grad_(), target, chunk_size=3)
@@ -392,7 +389,7 @@ def test_autocast_rounds_the_gradient_of_a_float32_parameter():
 
 
 @every_reduction
-def test_threads_disturb_each_other(reduction):
+def test_threads_leave_each_other_alone(reduction):
     from concurrent.futures import ThreadPoolExecutor
 
     layer, target, options = problem()

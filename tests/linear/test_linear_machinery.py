@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from support.layouts import covering, name_of
-from support.linear_reference import differentiate, stock_loss
+from support.grids import REDUCTIONS, covering, every_reduction, name_of
+from support.linear_reference import WAYS, differentiate, every_way, stock_loss
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,11 +25,6 @@ from fused_ce.linear import operators
 from fused_ce.options import Options
 
 FEATURES, CLASSES = 4, 6
-REDUCTIONS = ("mean", "sum", "none")
-WAYS = {"ahead": {}, "recompute": {"grad_in_forward": False}}
-
-every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
-every_way = pytest.mark.parametrize("way", WAYS)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +59,7 @@ AXES = {
 
 
 @pytest.mark.parametrize("case", covering(AXES, 3), ids=name_of)
-def test_compiled_loss_or_gradient_differs(case):
+def test_compiled_loss_and_gradient_agree(case):
     dtype = case["dtype"]
     layer, target = problem(kind=case["kind"], dtype=dtype)
     options = {
@@ -82,7 +77,7 @@ def test_compiled_loss_or_gradient_differs(case):
 
 
 @pytest.mark.parametrize("shape", ("BTH", "K"))
-def test_inductor_gives_another_gradient(shape):
+def test_inductor_gives_the_same_gradient(shape):
     # Matrix products around the loss, no more: inductor would build code for anything else.
     layer, _ = problem()
     if shape == "BTH":
@@ -111,7 +106,7 @@ def calls_of(graphs):
 @every_reduction
 @every_way
 @pytest.mark.parametrize("needs", (True, False))
-def test_graph_holds_the_logits(reduction, way, needs):
+def test_graph_does_not_hold_the_logits(reduction, way, needs):
     layer, target = problem()
     backend = AotEagerAndRecordGraphs()
     function = compiled(lce, backend)
@@ -133,7 +128,7 @@ def test_graph_holds_the_logits(reduction, way, needs):
 
 @pytest.mark.parametrize("dynamic", (True, None))
 @every_way
-def test_new_number_of_rows_compiles_again(dynamic, way):
+def test_new_number_of_rows_needs_no_new_graph(dynamic, way):
     counter = CompileCounterWithBackend("aot_eager")
     function = compiled(lce, counter, dynamic=dynamic)
     counts = []
@@ -148,7 +143,7 @@ def test_new_number_of_rows_compiles_again(dynamic, way):
 
 @pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="torch 2.13 has them")
 @pytest.mark.parametrize("method", ("auto", "aspect_ratio", "aspect_ratio:2", None))
-def test_options_compile_again_for_each_number_of_rows(method):
+def test_options_need_no_new_graph_for_each_number_of_rows(method):
     options = nn.LinearCrossEntropyOptions(chunking_method=method)
     counter = CompileCounterWithBackend("aot_eager")
     function = compiled(lambda *layer: lce(*layer, options=options), counter, dynamic=True)
@@ -165,7 +160,7 @@ def test_options_compile_again_for_each_number_of_rows(method):
 @pytest.mark.parametrize("backend", ("eager", "aot_eager"))
 @every_reduction
 @every_way
-def test_double_backward_through_a_graph_is_silently_wrong(reduction, backend, way):
+def test_double_backward_through_a_graph_is_right_or_refused(reduction, backend, way):
     # A graph that runs as it was captured is differentiated; AOTAutograd refuses.
     layer, target = problem(dtype=torch.float64)
 
@@ -195,7 +190,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_compiled_transform_gives_something_else(transform):
+def test_compiled_transform_agrees_with_stock(transform):
     (x, linear_weight, _), target = problem(dtype=torch.float64)
 
     def body(function):
@@ -205,7 +200,7 @@ def test_compiled_transform_gives_something_else(transform):
     torch.testing.assert_close(function(x), body(stock_loss))
 
 
-def test_module_breaks_the_graph():
+def test_module_does_not_break_the_graph():
     module = fused_ce.LinearCrossEntropyLoss(FEATURES, CLASSES, bias=True, max_chunk_bytes=1 << 20)
     (input, *_), target = problem()
     loss = compiled(module)(input, target)
@@ -219,7 +214,7 @@ def test_module_breaks_the_graph():
 
 
 @pytest.mark.parametrize("inside", (False, True))
-def test_autocast_and_compile_give_another_type(inside):
+def test_autocast_under_compile_keeps_the_type(inside):
     layer, target = problem()
 
     def step(function, *leaves):
@@ -240,7 +235,7 @@ def test_autocast_and_compile_give_another_type(inside):
 @pytest.mark.parametrize("kind", ("index", "probability"))
 @every_reduction
 @every_way
-def test_operator_breaks_its_schema(kind, reduction, way):
+def test_operator_keeps_its_schema(kind, reduction, way):
     # torch's own check of schema, fake kernel and derivative, on what a call hands to the operator.
     layer, target = problem(kind=kind)
     needs = [True, False, True]
@@ -267,7 +262,7 @@ def test_operator_breaks_its_schema(kind, reduction, way):
 
 @pytest.mark.parametrize("kind", ("index", "probability"))
 @every_reduction
-def test_fake_call_returns_another_shape(kind, reduction):
+def test_fake_call_returns_the_shape(kind, reduction):
     layer, target = problem(kind=kind, dtype=torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         leaves = [mode.from_tensor(t).requires_grad_() for t in layer]
@@ -288,7 +283,7 @@ def test_fake_call_returns_another_shape(kind, reduction):
         )
 
 
-def test_meta_tensors_give_another_shape():
+def test_meta_tensors_give_the_shape():
     layer, target = problem()
     loss = lce(layer[0].to("meta"), layer[1].to("meta"), target.to("meta"), reduction="none")
     assert (loss.shape, loss.device.type) == ((7,), "meta")
@@ -304,7 +299,7 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("way", ("export", "jit.trace", "make_fx"))
-def test_recorded_program_gives_another_loss(way):
+def test_recorded_program_gives_the_same_loss(way):
     (input, *_), target = problem()
     model = Model()
     with warnings.catch_warnings():
@@ -319,7 +314,7 @@ def test_recorded_program_gives_another_loss(way):
     torch.testing.assert_close(program(input, target), expected)
 
 
-def test_jit_script_does_not_say_what_to_do():
+def test_jit_script_says_what_to_do():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for what in (fused_ce.LinearCrossEntropyLoss(FEATURES, CLASSES), lce):
@@ -341,7 +336,7 @@ class Recorder(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_subclass_gets_another_result():
+def test_subclass_gets_the_same_result():
     (input, linear_weight, _), target = problem()
     loss = lce(input.as_subclass(Plain), linear_weight, target)
     assert type(loss) is Plain
@@ -350,7 +345,7 @@ def test_subclass_gets_another_result():
     )
 
 
-def test_parameter_is_taken_for_a_subclass():
+def test_parameter_is_not_taken_for_a_subclass():
     from support.linear_reference import in_chunks
 
     (input, linear_weight, _), target = problem()
@@ -358,7 +353,7 @@ def test_parameter_is_taken_for_a_subclass():
         lce(input, nn.Parameter(linear_weight), target)
 
 
-def test_function_mode_does_not_see_our_function():
+def test_function_mode_sees_our_function():
     (input, linear_weight, _), target = problem()
     with Recorder() as recorder:
         loss = lce(input, linear_weight, target)
@@ -366,7 +361,7 @@ def test_function_mode_does_not_see_our_function():
     torch.testing.assert_close(loss, stock_loss(input, linear_weight, target))
 
 
-def test_device_context_gives_up_the_chunks():
+def test_device_context_keeps_the_chunks():
     from support.linear_reference import in_chunks
 
     (input, linear_weight, _), target = problem()
@@ -375,7 +370,7 @@ def test_device_context_gives_up_the_chunks():
     torch.testing.assert_close(loss, stock_loss(input, linear_weight, target))
 
 
-def test_dtensor_gets_another_result(tmp_path):
+def test_dtensor_gets_the_same_result(tmp_path):
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
     (input, linear_weight, _), target = problem()
@@ -392,7 +387,7 @@ def test_dtensor_gets_another_result(tmp_path):
         dist.destroy_process_group()
 
 
-def test_deterministic_algorithms_are_not():
+def test_deterministic_algorithms_are_taken():
     layer, target = problem()
     expected = differentiate(lce, layer, target, chunk_size=2)
     torch.use_deterministic_algorithms(True)
@@ -403,7 +398,7 @@ def test_deterministic_algorithms_are_not():
     torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
-def test_nested_tensor_gets_another_answer():
+def test_nested_tensor_is_refused_as_by_torch():
     rows = [torch.randn(2, FEATURES), torch.randn(3, FEATURES)]
     nested = torch.nested.nested_tensor(rows, layout=torch.jagged)
     errors = []

@@ -1,18 +1,15 @@
 """How much memory a call takes beyond its arguments, their gradients, and the float32 sum of the
 weight's gradient: what a chunk may take, and not the logits.
 
-Each call is measured by the system, in a process of its own that has made the same call before; as
-in `test_memory`, whose account of the process this uses.
+Each call is measured by the system, in a process of its own that has made the same call before.
 """
 
-import subprocess
 import sys
 
 import pytest
 import torch
 from support.linear_reference import stock_loss
-from support.memory import MEGABYTE, SLACK, reset_peak, status
-from support.processes import environment
+from support.memory import MEGABYTE, SLACK, Measurements, reset_peak, serve, status
 
 import fused_ce
 
@@ -53,21 +50,25 @@ CALLS = {
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status"),
-    pytest.mark.filterwarnings("ignore:fused_ce. max_chunk_bytes"),
+    pytest.mark.xdist_group("memory of a head"),  # one program measures them all
 ]
 
 
-def extra_memory(call):
-    """What the call takes at its peak, and that without gradients and their sums, in bytes."""
-    command = [sys.executable, "-W", "ignore", __file__, call]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    extra, gradients = map(int, result.stdout.split())
-    print(f"{call}: {extra} bytes, {gradients} of them gradients and the weight in another type")
-    return extra, extra - gradients
+@pytest.fixture(scope="module")
+def extra_memory():
+    """What a call takes at its peak, and that without gradients and their sums, in bytes."""
+    measurements = Measurements(__file__)
+
+    def of(call):
+        extra, gradients = measurements.of(call)
+        print(f"{call}: {extra} bytes, {gradients} of them gradients and weights in another type")
+        return extra, extra - gradients
+
+    yield of
+    measurements.close()
 
 
-# Every process costs seconds: by default, the calls that take the most besides their logits.
+# By default, the calls that take the most besides their logits.
 OFTEN = ("budget, all options", "budget, bfloat16")
 
 
@@ -79,7 +80,7 @@ OFTEN = ("budget, all options", "budget, bfloat16")
         if name.startswith("budget")
     ],
 )
-def test_budget_is_exceeded(call):
+def test_budget_of_memory_is_kept(extra_memory, call):
     taken, without_gradients = extra_memory(call)
     assert without_gradients <= 1.05 * BUDGET + SLACK
     # And it is used: the measurement itself sees a chunk. (Of the gradients it may see less, where
@@ -88,18 +89,18 @@ def test_budget_is_exceeded(call):
 
 
 @pytest.mark.slow
-def test_default_budget_is_exceeded():
+def test_default_budget_of_memory_is_kept(extra_memory):
     taken, without_gradients = extra_memory("default")
     assert without_gradients <= 1.05 * DEFAULT + SLACK
     assert taken > DEFAULT / 2
 
 
 @pytest.mark.slow
-def test_stock_takes_no_more_than_ours():
+def test_stock_takes_more_than_ours(extra_memory):
     assert extra_memory("stock")[1] > 5 * DEFAULT
 
 
-def _measure(name):
+def measure(name):
     which, options, dtype, probabilities = CALLS[name]
     function = stock_loss if which == "stock" else fused_ce.linear_cross_entropy
     options, dtype = dict(options), getattr(torch, dtype)
@@ -132,8 +133,8 @@ def _measure(name):
     if dtype != torch.float32:
         apart += 4 * linear_weight.numel() * (dtype == torch.float16)  # the weight as float32
         apart += 4 * linear_weight.numel()  # the sum
-    print(extra, apart)
+    return extra, apart
 
 
 if __name__ == "__main__":
-    _measure(sys.argv[1])
+    serve(measure)

@@ -7,8 +7,9 @@ autocast gives stock's dtypes; options that only stock serves go there, with sto
 import pytest
 import torch
 import torch.nn.functional as F
-from support.layouts import KINDS, SHAPES, target_of
-from support.reference import MODES, differentiate, same_layout
+from support.grids import KINDS, MODES, SHAPES, every_mode
+from support.layouts import target_of
+from support.reference import differentiate, same_layout
 from torch.overrides import TorchFunctionMode
 
 import fused_ce
@@ -34,15 +35,15 @@ def is_fused(*args, **options):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("mode", MODES)
-def test_ordinary_call_is_not_fused(shape, kind, mode):
+@every_mode
+def test_ordinary_call_is_fused(shape, kind, mode):
     input = torch.randn(SHAPES[shape](5), requires_grad=mode != "no grad")
     target = target_of(kind, input.shape, torch.float32)
     for options in ({}, {"reduction": "none"}, {"label_smoothing": 0.1}, ALL_OPTIONS):
         assert is_fused(input, target, **options, **MODES[mode])
 
 
-def test_stock_has_no_reason():
+def test_stock_has_a_reason():
     input, target = problem()
     reasons = {
         fused_ce.explain(input.to_sparse(), target),
@@ -64,7 +65,7 @@ def test_stock_has_no_reason():
         ("cuda", True, True, None),
     ],
 )
-def test_device_without_kernels_is_used_or_has_no_reason(kind, built, runs, reason, monkeypatch):
+def test_device_without_kernels_goes_to_stock_with_a_reason(kind, built, runs, reason, monkeypatch):
     asked = []
     monkeypatch.setattr(ops, "has_cuda_kernels", built)
     monkeypatch.setattr(ops, "has_cuda_code", lambda index: asked.append(index) or runs)
@@ -75,7 +76,7 @@ def test_device_without_kernels_is_used_or_has_no_reason(kind, built, runs, reas
     assert asked == ([1] if kind == "cuda" and built else [])  # once for each device
 
 
-def test_explaining_computes_or_writes_something():
+def test_explaining_computes_and_writes_nothing():
     input, target = problem()
     before = input.detach().clone()
     assert is_fused(input, target, inplace=True)
@@ -84,7 +85,7 @@ def test_explaining_computes_or_writes_something():
     assert is_fused(input, torch.full((6,), 99))
 
 
-def test_default_device_turns_fusion_off():
+def test_default_device_keeps_fusion_on():
     input, target = problem()
     expected = differentiate(F.cross_entropy, input, target)
     with torch.device("cpu"):
@@ -100,7 +101,7 @@ def test_default_device_turns_fusion_off():
         torch.testing.assert_close(fused_ce.cross_entropy(input, target), expected.loss)
 
 
-def test_parameters_and_buffers_turn_fusion_off():
+def test_parameters_and_buffers_keep_fusion_on():
     input, target = problem()
     parameter = torch.nn.Parameter(input.detach().clone())
     assert is_fused(parameter, target)
@@ -123,7 +124,7 @@ class Recorder(torch.Tensor):
 
 @pytest.mark.parametrize("which", ["input", "target", "weight"])
 @pytest.mark.parametrize("extra", [{}, {"inplace": True}, {"grad_in_forward": False}], ids=str)
-def test_subclass_is_handed_another_function(which, extra):
+def test_subclass_is_handed_the_function_of_torch(which, extra):
     values = {"input": torch.randn(6, 5), "target": torch.tensor([0, 1, 2, 3, 4, -1])}
     values |= {"weight": torch.rand(5)}
     expected = F.cross_entropy(**(ALL_OPTIONS | values))
@@ -139,7 +140,7 @@ def test_subclass_is_handed_another_function(which, extra):
     assert not is_fused(**(ALL_OPTIONS | values), **extra)
 
 
-def test_function_mode_does_not_see_our_function():
+def test_function_mode_sees_our_function():
     class Seen(TorchFunctionMode):
         def __init__(self):
             super().__init__()
@@ -159,10 +160,12 @@ def test_function_mode_does_not_see_our_function():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, "probability"], ids=str)
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_gives_other_dtypes_or_numbers(autocast, weighted, mode, kind, dtype, device):
+def test_autocast_gives_the_dtypes_and_numbers_of_stock(
+    autocast, weighted, mode, kind, dtype, device
+):
     input = torch.randn(6, 5).to(dtype)
     target = target_of(kind, input.shape, dtype)
     plain = target.long() if kind == torch.int32 else target
@@ -187,7 +190,7 @@ def test_autocast_gives_other_dtypes_or_numbers(autocast, weighted, mode, kind, 
         torch.testing.assert_close(results[0][1], results[1][1], **tolerance)
 
 
-def test_autocast_under_a_model_parts_from_stock():
+def test_autocast_under_a_model_follows_stock():
     # The logits of a linear layer are bfloat16 there, and its weights' gradients float.
     x, y = torch.randn(8, 6), torch.randint(0, 5, (8,))
     grads = []
@@ -209,7 +212,7 @@ def test_autocast_under_a_model_parts_from_stock():
     torch.testing.assert_close(grads[1], grads[2], rtol=2e-2, atol=2e-3)
 
 
-def test_deterministic_algorithms_are_refused():
+def test_deterministic_algorithms_are_taken():
     input, target = problem()
     expected = differentiate(F.cross_entropy, input, target)
     torch.use_deterministic_algorithms(True)

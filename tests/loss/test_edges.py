@@ -12,9 +12,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.devices import every_device, on_cpu
-from support.layouts import DTYPES, KINDS, SHAPES, target_of
-from support.reference import (
+from support.grids import (
+    DIFFERENTIATING,
+    DTYPES,
+    KINDS,
     MODES,
+    REDUCTIONS,
+    SHAPES,
+    crossed,
+    every_differentiating_mode,
+    every_dtype,
+    every_mode,
+    every_reduction,
+)
+from support.layouts import target_of
+from support.reference import (
     assert_as_accurate,
     check_against_stock,
     differentiate,
@@ -27,19 +39,11 @@ import fused_ce
 
 pytestmark = every_device
 
-REDUCTIONS = ("mean", "sum", "none")
 NAN, INF = math.nan, math.inf
-every_mode = pytest.mark.parametrize("mode", MODES)
-every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@every_mode
-@every_dtype
-@every_reduction
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_all_rows_ignored_give_another_value(shape, smoothing, reduction, dtype, mode):
+@crossed(shape=SHAPES, smoothing=(0.0, 0.1), reduction=REDUCTIONS, dtype=DTYPES, mode=MODES)
+def test_all_rows_ignored_give_the_value_of_stock(shape, smoothing, reduction, dtype, mode):
     # nan, 0, or zeros; and a gradient of zeros, also from the nan.
     input = torch.randn(SHAPES[shape](5)).to(dtype)
     target = torch.full(input.shape[:1] + input.shape[2:] if input.dim() > 1 else (), -100)
@@ -59,12 +63,12 @@ def test_all_rows_ignored_give_another_value(shape, smoothing, reduction, dtype,
             assert (result.grad_input == 0).all()
 
 
-@every_mode
-@every_dtype
-@every_reduction
 # No rows, with every rank; and rows without positions.
-@pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (0, 5, 3, 4), (0, 5, 1, 2, 2), (2, 5, 0)])
-def test_empty_batch_gives_another_value(shape, reduction, dtype, mode):
+EMPTY = ((0, 5), (0, 5, 3), (0, 5, 3, 4), (0, 5, 1, 2, 2), (2, 5, 0))
+
+
+@crossed(shape=EMPTY, reduction=REDUCTIONS, dtype=DTYPES, mode=MODES)
+def test_empty_batch_gives_the_value_of_stock(shape, reduction, dtype, mode):
     for kind in KINDS:
         check_against_stock(
             torch.randn(shape).to(dtype),
@@ -78,7 +82,7 @@ def test_empty_batch_gives_another_value(shape, reduction, dtype, mode):
 
 @every_mode
 @every_reduction
-def test_no_classes_and_nothing_counted_fails(reduction, mode):
+def test_no_classes_and_nothing_counted_is_no_error(reduction, mode):
     input, target = torch.randn(2, 0), torch.full((2,), -100)
     expected = differentiate(F.cross_entropy, input, target, reduction=reduction)
     options = {"reduction": reduction, **MODES[mode]}
@@ -86,11 +90,9 @@ def test_no_classes_and_nothing_counted_fails(reduction, mode):
     torch.testing.assert_close(result, expected, equal_nan=True)
 
 
-@every_mode
-@every_dtype
-@every_reduction
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_total_weight_of_zero_gives_another_value(smoothing, reduction, dtype, mode):
+@crossed(smoothing=(0.0, 0.1), reduction=REDUCTIONS, dtype=DTYPES, mode=MODES)
+@pytest.mark.on_simulator
+def test_total_weight_of_zero_gives_the_value_of_stock(smoothing, reduction, dtype, mode):
     # The counted rows weigh nothing: 0 / 0, and the gradient is nan as well; sums are just 0.
     input, target = torch.randn(4, 5).to(dtype), torch.tensor([0, 1, 1, 0])
     weight = torch.tensor([0, 0, 1, 2, 3]).to(dtype)
@@ -111,7 +113,7 @@ def test_total_weight_of_zero_gives_another_value(smoothing, reduction, dtype, m
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
-def test_weighted_mean_divides_by_something_else(kind, smoothing, ignored, mode):
+def test_weighted_mean_divides_by_the_counted_weight(kind, smoothing, ignored, mode):
     # By the weight of the targets that are counted; for probabilities by the number of rows.
     input, weight = torch.randn(6, 5, 4, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
     target = target_of(kind, input.shape, torch.float64, ignore_index=-100 if ignored else None)
@@ -128,10 +130,8 @@ def test_weighted_mean_divides_by_something_else(kind, smoothing, ignored, mode)
     torch.testing.assert_close(result.loss, losses[counted].sum() / divisor)
 
 
-@every_mode
-@every_dtype
-@every_reduction
-def test_unbatched_input_takes_only_one_form_of_target(reduction, dtype, mode):
+@crossed(reduction=REDUCTIONS, dtype=DTYPES, mode=MODES)
+def test_unbatched_input_takes_both_forms_of_target(reduction, dtype, mode):
     input = torch.randn(19).to(dtype)
     for index, kind in itertools.product((3, -100), (torch.int64, torch.int32, torch.int16)):
         target = torch.tensor(index, dtype=kind)
@@ -146,10 +146,8 @@ def test_unbatched_input_takes_only_one_form_of_target(reduction, dtype, mode):
     check_against_stock(input, probability, mode=mode, reduction=reduction)
 
 
-@every_mode
-@every_dtype
-@pytest.mark.parametrize("offset", [1000.0, -1000.0, 30000.0])
-def test_large_logits_lose_their_digits(offset, dtype, mode):
+@crossed(offset=(1000.0, -1000.0, 30000.0), dtype=DTYPES, mode=MODES)
+def test_large_logits_keep_their_digits(offset, dtype, mode):
     # Shifting all logits of a row changes nothing, if they are exact: eighths in float.
     step = 8 if dtype in (torch.float64, torch.float32) else 2**-5
     values = torch.randint(-40, 40, (6, 19)) / step
@@ -166,7 +164,7 @@ def test_large_logits_lose_their_digits(offset, dtype, mode):
 
 @every_dtype
 @every_mode
-def test_confident_row_loses_its_digits(dtype, mode):
+def test_confident_row_keeps_all_its_digits(dtype, mode):
     # p - 1 in float is 0 beyond 17 nats; the other classes' sum is still exact.
     gaps = (1.0, 5.0, 10.0, 20.0, 40.0, 80.0)
     input = torch.zeros(len(gaps), 5)
@@ -190,7 +188,7 @@ def test_confident_row_loses_its_digits(dtype, mode):
 @every_dtype
 # 65504 is fp16's largest number; in the others the difference to the smallest overflows.
 @pytest.mark.parametrize("largest", ["65504", "the dtype's largest"])
-def test_largest_finite_logits_overflow(largest, dtype, mode):
+def test_largest_finite_logits_do_not_overflow(largest, dtype, mode):
     bound = 65504.0 if largest == "65504" else torch.finfo(dtype).max
     input = torch.zeros(4, 19)
     input = input.to(dtype)
@@ -206,12 +204,17 @@ def test_largest_finite_logits_overflow(largest, dtype, mode):
 POSITIONS = ((5, 0), (5, 4), (19, 17), (4097, 0), (4097, 2048), (4097, 4096))
 
 
-@every_mode
-@every_dtype
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("classes, position", POSITIONS)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_nonfinite_logit_spreads_or_is_lost(value, classes, position, smoothing, dtype, mode):
+# Which value, where, and in which type meet in the code.
+@crossed(
+    often=3,
+    value=(NAN, INF, -INF),
+    place=POSITIONS,
+    smoothing=(0.0, 0.1),
+    dtype=DTYPES,
+    mode=MODES,
+)
+def test_nonfinite_logit_stays_in_its_row(value, place, smoothing, dtype, mode):
+    classes, position = place
     # In the target's own class and in another one; the other rows stay as they are.
     input = torch.randn(4, classes).to(dtype)
     input[1, position] = input[2, position] = value
@@ -230,11 +233,14 @@ def test_nonfinite_logit_spreads_or_is_lost(value, classes, position, smoothing,
 
 
 # Quiet and signalling, of either sign, with low bits: memory full of ones is the last.
-@every_mode
-@pytest.mark.parametrize("bits", [0x7FC00001, 0x7F800001, 0x7FFFFFFF, -1], ids=hex)
-@pytest.mark.parametrize("classes, position", POSITIONS)
-@pytest.mark.parametrize("layout", ["rows", "lanes"])
-def test_nan_with_a_payload_becomes_a_number(bits, classes, position, layout, mode):
+@crossed(
+    bits=(0x7FC00001, 0x7F800001, 0x7FFFFFFF, -1),
+    place=POSITIONS,
+    layout=("rows", "lanes"),
+    mode=MODES,
+)
+def test_nan_with_a_payload_stays_nan(bits, place, layout, mode):
+    classes, position = place
     input = torch.randn(4, classes)
     input.view(torch.int32)[1, position] = bits
     if layout == "lanes":
@@ -244,12 +250,15 @@ def test_nan_with_a_payload_becomes_a_number(bits, classes, position, layout, mo
     assert result.loss[1].isnan()
 
 
-@every_mode
-@every_reduction
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
-def test_row_of_nothing_finite_spreads_or_is_lost(value, smoothing, kind, reduction, mode):
+@crossed(
+    value=(NAN, INF, -INF),
+    smoothing=(0.0, 0.1),
+    kind=(torch.int64, "probability"),
+    reduction=REDUCTIONS,
+    mode=MODES,
+)
+@pytest.mark.on_simulator
+def test_row_of_nothing_finite_stays_by_itself(value, smoothing, kind, reduction, mode):
     input = torch.randn(4, 19)
     input[1] = value
     target = target_of(kind, input.shape, torch.float32)
@@ -257,11 +266,15 @@ def test_row_of_nothing_finite_spreads_or_is_lost(value, smoothing, kind, reduct
     check_against_stock(input, target, mode=mode, **options)
 
 
-@pytest.mark.parametrize("mode", ["default", "recompute", "in place"])
-@every_dtype
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("classes, position", [*POSITIONS, (66, 0), (66, 65)])
-def test_target_gradient_beside_a_nonfinite_logit_differs(classes, position, value, dtype, mode):
+@crossed(
+    often=3,
+    place=(*POSITIONS, (66, 0), (66, 65)),
+    value=(NAN, INF, -INF),
+    dtype=DTYPES,
+    mode=DIFFERENTIATING,
+)
+def test_target_gradient_beside_a_nonfinite_logit_agrees(place, value, dtype, mode):
+    classes, position = place
     input = torch.randn(3, classes).to(dtype)
     input[1, position] = value
     target = torch.rand(3, classes).softmax(1).to(dtype)
@@ -269,7 +282,7 @@ def test_target_gradient_beside_a_nonfinite_logit_differs(classes, position, val
 
 
 @every_mode
-def test_zero_probability_of_minus_infinity_is_not_nan(mode):
+def test_zero_probability_of_minus_infinity_is_nan(mode):
     # 0 * log 0: stock gives nan for the loss and a finite gradient.
     input = torch.randn(4, 5)
     input[0, 1] = -INF
@@ -280,7 +293,8 @@ def test_zero_probability_of_minus_infinity_is_not_nan(mode):
 
 @every_mode
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_unusual_weight_gives_another_value(smoothing, mode):
+@pytest.mark.on_simulator
+def test_unusual_weight_gives_the_value_of_stock(smoothing, mode):
     input, target = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
     for value in (-1.5, NAN, INF, 0.0):
         weight = torch.tensor([1.0, value, 2.0, 0.5, 3.0])
@@ -297,7 +311,8 @@ def test_unusual_weight_gives_another_value(smoothing, mode):
 
 @every_mode
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-def test_unusual_probabilities_are_refused_or_clamped(smoothing, mode):
+@pytest.mark.on_simulator
+def test_unusual_probabilities_are_taken_as_they_are(smoothing, mode):
     # Stock checks nothing: negative, larger than 1, not summing to 1, all zero, nan.
     input = torch.randn(5, 19)
     target = torch.randn(5, 19) * 3
@@ -308,12 +323,14 @@ def test_unusual_probabilities_are_refused_or_clamped(smoothing, mode):
         )
 
 
-@every_mode
-@every_dtype
-@every_reduction
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("shape", [(6, 19), (6, 4097), (3, 19, 7), (2, 19, 5, 5)], ids=str)
-def test_ignored_row_that_holds_nan_is_read(shape, value, reduction, dtype, mode):
+@crossed(
+    shape=((6, 19), (6, 4097), (3, 19, 7), (2, 19, 5, 5)),
+    value=(NAN, INF, -INF),
+    reduction=REDUCTIONS,
+    dtype=DTYPES,
+    mode=MODES,
+)
+def test_ignored_row_that_holds_nan_is_not_read(shape, value, reduction, dtype, mode):
     # Stock's gradient is nan there. Ours has the loss and gradient of the row being anything else.
     input = torch.randn(shape).to(dtype)
     target = target_of(torch.int64, shape, dtype, ignore_index=-100)
@@ -336,8 +353,8 @@ def test_ignored_row_that_holds_nan_is_read(shape, value, reduction, dtype, mode
             assert (result.grad_input.movedim(1, -1)[~ignored] != 0).any()
 
 
-@pytest.mark.parametrize("mode", ["default", "recompute", "in place"])
-def test_incoming_nan_reaches_an_ignored_row(mode):
+@every_differentiating_mode
+def test_incoming_nan_spares_an_ignored_row(mode):
     # 0 stands for "not looked at"; a nan that arrives belongs to the rows that were.
     target = torch.tensor([0, -100, 2])
     gradient = ours(torch.randn(3, 5), target, mode=mode, scale=NAN).grad_input
@@ -346,7 +363,7 @@ def test_incoming_nan_reaches_an_ignored_row(mode):
 
 
 @every_mode
-def test_ignore_index_of_another_width_is_taken_for_a_class(mode):
+def test_ignore_index_of_another_width_is_no_class(mode):
     # -100 is 156 as a uint8 and 65436 as an unsigned short: neither may be ignored for it.
     input = torch.randn(4, 200)
     check_against_stock(input, torch.tensor([0, 156, 199, 156], dtype=torch.uint8), mode=mode)
@@ -359,10 +376,8 @@ def test_ignore_index_of_another_width_is_taken_for_a_class(mode):
         check_against_stock(input, target, mode=mode, ignore_index=index)
 
 
-@every_mode
-@pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_narrow_indices_are_not_accepted_everywhere(shape, kind, mode):
+@crossed(shape=SHAPES, kind=KINDS[:-1], mode=MODES)
+def test_narrow_indices_are_taken_everywhere(shape, kind, mode):
     input = torch.randn(SHAPES[shape](19))
     target = target_of(kind, input.shape, torch.float32)
     for reduction in REDUCTIONS:
@@ -372,7 +387,8 @@ def test_narrow_indices_are_not_accepted_everywhere(shape, kind, mode):
 @every_mode
 @pytest.mark.parametrize("smoothing", [-0.1, NAN, -INF, 0, 1, True])
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
-def test_unusual_smoothing_is_taken_otherwise(kind, smoothing, mode):
+@pytest.mark.on_simulator
+def test_unusual_smoothing_is_taken_as_by_stock(kind, smoothing, mode):
     # Stock takes what is not positive for 0, without a word.
     input = torch.randn(6, 5)
     target = target_of(kind, input.shape, torch.float32)
@@ -383,7 +399,7 @@ def test_unusual_smoothing_is_taken_otherwise(kind, smoothing, mode):
 
 
 @every_mode
-def test_deprecated_name_of_the_mean_is_refused(mode):
+def test_deprecated_name_of_the_mean_is_taken(mode):
     input, target = torch.randn(6, 5), torch.randint(0, 5, (6,))
     with pytest.warns(UserWarning, match="elementwise_mean"):
         check_against_stock(input, target, mode=mode, reduction="elementwise_mean")
@@ -392,7 +408,7 @@ def test_deprecated_name_of_the_mean_is_refused(mode):
 @every_mode
 @every_reduction
 @pytest.mark.parametrize("wide", ["target", "weight", "input", "half target", "half weight"])
-def test_mixed_dtypes_with_probabilities_promote_otherwise(wide, reduction, mode):
+def test_mixed_dtypes_with_probabilities_promote_as_in_stock(wide, reduction, mode):
     values = {"input": torch.randn(6, 5), "target": torch.rand(6, 5), "weight": torch.rand(5)}
     dtype = torch.bfloat16 if wide.startswith("half") else torch.float64
     name = wide.removeprefix("half ")
@@ -403,7 +419,7 @@ def test_mixed_dtypes_with_probabilities_promote_otherwise(wide, reduction, mode
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_weight_that_requires_grad_is_refused_where_nothing_is_differentiated():
+def test_weight_that_requires_grad_is_taken_where_nothing_is_differentiated():
     input, target = torch.randn(6, 5), torch.randint(0, 5, (6,))
     weight = torch.rand(5, requires_grad=True)
     with torch.no_grad():
@@ -413,7 +429,7 @@ def test_weight_that_requires_grad_is_refused_where_nothing_is_differentiated():
 
 @every_mode
 @every_reduction
-def test_negative_ignore_index_is_refused_with_probabilities(reduction, mode):
+def test_negative_ignore_index_is_taken_with_probabilities(reduction, mode):
     input, target = torch.randn(6, 5), torch.rand(6, 5)
     check_against_stock(input, target, mode=mode, reduction=reduction, ignore_index=-1)
 
@@ -421,7 +437,7 @@ def test_negative_ignore_index_is_refused_with_probabilities(reduction, mode):
 @on_cpu
 @every_mode
 @pytest.mark.parametrize("kind", ["numpy", "tensor"])
-def test_numbers_of_other_libraries_are_refused(kind, mode):
+def test_numbers_of_other_libraries_are_taken(kind, mode):
     # As ignore_index and label_smoothing stock takes whatever is a number of the right sort.
     convert = torch.tensor if kind == "tensor" else lambda value: torch.tensor(value).numpy()[()]
     input, target = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 2])
@@ -435,7 +451,7 @@ def test_numbers_of_other_libraries_are_refused(kind, mode):
 @pytest.mark.parametrize("offset", [1e6, 1e9])
 @pytest.mark.parametrize("classes", [10, 1000, 4097])
 @pytest.mark.parametrize("kind", ["smoothing", "probabilities"])
-def test_float64_offset_takes_digits_from_the_loss(offset, classes, kind):
+def test_float64_offset_costs_the_loss_no_digits(offset, classes, kind):
     input = torch.randn(3, classes, dtype=torch.float64) + offset
     near = input - input.max(1, keepdim=True).values  # exact
     if kind == "smoothing":
@@ -447,7 +463,7 @@ def test_float64_offset_takes_digits_from_the_loss(offset, classes, kind):
     torch.testing.assert_close(loss, expected, rtol=1e-14, atol=0)
 
 
-def test_input_of_the_most_dimensions_is_misread():
+def test_input_of_the_most_dimensions_agrees():
     # 25 dimensions of which none merge, by way of a permutation; one more goes to stock.
     shape = [2, 3] + [2 if d % 3 == 0 else 1 for d in range(23)]
     order = [0, 1, *reversed(range(2, 25))]
@@ -467,8 +483,10 @@ def test_input_of_the_most_dimensions_is_misread():
 
 # More than a hundred tiles, the last of a run a short one.
 @pytest.mark.parametrize("shape", [(90011, 10), (2, 21, 150, 457)], ids=str)
-@pytest.mark.parametrize("mode", ["default", "recompute", "in place"])
-def test_short_tile_at_the_end_of_a_run_loses_rows(shape, mode):
+@every_differentiating_mode
+@pytest.mark.not_on_simulator
+def test_short_tile_at_the_end_of_a_run_keeps_its_rows(shape, mode):
+    torch.set_num_threads(2)
     input = torch.randn(shape)
     target = torch.randint(0, shape[1], shape[:1] + shape[2:])
     ours_ = ours(input, target, mode=mode, reduction="sum")

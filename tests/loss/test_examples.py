@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.reference import MODES, check_against_stock, ours
+from support.grids import every_mode
+from support.reference import check_against_stock, ours
 
 
 def by_definition(logits, targets):
@@ -45,10 +46,10 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_worked_example_has_another_value(example, dtype, mode):
+def test_worked_example_has_its_value(example, dtype, mode):
     logits, targets, printed = EXAMPLES[example]
     losses = by_definition(logits, targets)
     mean = math.fsum(losses) / len(losses)
@@ -73,7 +74,7 @@ def test_worked_example_has_another_value(example, dtype, mode):
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_one_hot_probabilities_differ_from_indices(example):
+def test_one_hot_probabilities_agree_with_indices(example):
     logits, targets, _ = EXAMPLES[example]
     input, target = torch.tensor(logits), torch.tensor(targets)
     one_hot = F.one_hot(target, input.shape[1]).float()
@@ -82,7 +83,7 @@ def test_one_hot_probabilities_differ_from_indices(example):
     torch.testing.assert_close(result.grad_input, ours(input, target).grad_input)
 
 
-def test_smoothing_differs_from_its_definition():
+def test_smoothing_agrees_with_its_definition():
     # (1 - e) * -log p[t] + e / C * sum of -log p, weights multiplying each term's class.
     logits, targets, weights, smoothing = [[2.0, 1.0, 0.1], [1.2, 2.5, 0.3]], [0, 2], [1, 2, 4], 0.1
     numerator = denominator = 0.0
@@ -101,8 +102,8 @@ def test_smoothing_differs_from_its_definition():
     torch.testing.assert_close(result.loss, expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_segmentation_differs_from_stock(mode):
+@every_mode
+def test_segmentation_agrees_with_stock(mode):
     # Eight classes, a border of one pixel marked 255 as in Pascal VOC, rare classes weighted.
     input = torch.randn(2, 8, 24, 32).contiguous(memory_format=torch.channels_last)
     target = torch.full((2, 24, 32), 255)
@@ -117,8 +118,8 @@ def test_segmentation_differs_from_stock(mode):
         assert result.grad_input.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_masked_language_model_differs_from_stock(mode):
+@every_mode
+def test_masked_language_model_agrees_with_stock(mode):
     # Sentences of four lengths padded to 12; position t predicts token t + 1.
     vocabulary, lengths = 101, (12, 7, 3, 1)
     tokens = torch.randint(0, vocabulary, (4, 12))

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support.reference import MODES, stock
+from support.grids import MODES, every_mode
+from support.reference import stock
 
 import fused_ce
 
-pytestmark = pytest.mark.slow
+# One after the other: each may take most of the memory.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("large")]
 
 BEYOND = 2**31
 GIGABYTE = 2**30
@@ -37,7 +39,7 @@ def is_fused(*args, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["index", "probability"])
-def test_many_repeated_rows_give_another_loss(kind, dtype):
+def test_many_repeated_rows_give_the_same_loss(kind, dtype):
     # Few rows of 1000 classes, each read more often than 32 bits can count elements.
     repeats, classes = BEYOND // 2000 + 3, 1000
     row = torch.randn(2, classes).to(dtype)
@@ -55,7 +57,7 @@ def test_many_repeated_rows_give_another_loss(kind, dtype):
     assert abs(loss.item() - each.item()) <= 2 * torch.finfo(dtype).eps * each.item()
 
 
-def test_more_rows_than_32_bits_count_give_another_loss():
+def test_more_rows_than_32_bits_count_are_all_counted():
     needs_memory(4)
     rows = BEYOND + 5
     row = torch.randn(1, 2, dtype=torch.float64)
@@ -74,7 +76,7 @@ def test_more_rows_than_32_bits_count_give_another_loss():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_more_classes_than_32_bits_count_give_another_loss(dtype):
+def test_more_classes_than_32_bits_count_are_all_counted(dtype):
     # All logits are one number: the loss is the logarithm of the number of classes.
     classes = BEYOND + 11
     input = torch.tensor([[0.5]], dtype=dtype).expand(2, classes)
@@ -88,7 +90,7 @@ def test_more_classes_than_32_bits_count_give_another_loss(dtype):
             fused_ce.cross_entropy(input, torch.tensor([0, outside]))
 
 
-def test_equal_logits_of_many_classes_are_not_all_counted():
+def test_equal_logits_of_many_classes_are_all_counted():
     # All of them are the largest: 2^26 is where a count in float32, four at a time, stands still.
     rows, classes = 4, 2**27
     input = torch.zeros(rows).expand(classes, rows).t()
@@ -98,9 +100,9 @@ def test_equal_logits_of_many_classes_are_not_all_counted():
     assert loss.item() == pytest.approx(math.log(classes), rel=1e-6)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@every_mode
 @pytest.mark.parametrize("axis", ["rows", "classes", "offset"])
-def test_wide_strides_reach_other_elements(axis, mode):
+def test_wide_strides_reach_their_elements(axis, mode):
     # Only the pages that hold the logits are ever touched: 8 GiB of addresses, little memory.
     storage = torch.empty(4 * BEYOND, dtype=torch.uint8).view(torch.bfloat16)
     size, stride, offset = {
@@ -151,7 +153,7 @@ def check_gradient(gradient, rows_of, target, scale):
 
 
 @pytest.mark.parametrize("mode", ["in place", "default"])
-def test_large_gradient_has_other_elements(mode):
+def test_large_gradient_has_its_elements(mode):
     # 33,000 rows of a vocabulary of 65,101: in rows, in bytes and in elements past 2^31.
     rows, classes = 33_000, 65_101
     assert rows * classes > BEYOND
@@ -169,7 +171,7 @@ def test_large_gradient_has_other_elements(mode):
     check_gradient(logits.grad, rows_of, target, 1 / rows)
 
 
-def test_large_image_has_other_elements():
+def test_large_image_has_its_elements():
     # Classes before positions, so that a class is more than 2^27 elements from the next.
     needs_memory(14)
     classes, height, width = 17, 2**14, 2**13 + 3

@@ -1,18 +1,25 @@
 """Peak memory of one loss, forward and backward, beyond the logits: 1.0 logits, or O(rows).
 
-Each measurement is a fresh process: this file run as a program makes the logits and a first small
-call, so that threads and code are in memory, then resets the peak of its resident memory
-(Linux keeps it as VmHWM) and prints by how much the call raised it.
+This file run as a program makes the measurements, each of logits and a call on them, in processes
+of their own.
 """
 
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.memory import LOGITS, MEGABYTE, PER_ROW, ROWS, SLACK, reset_peak, status
-from support.processes import environment
+from support.memory import (
+    LOGITS,
+    MEGABYTE,
+    PER_ROW,
+    ROWS,
+    SLACK,
+    Measurements,
+    reset_peak,
+    serve,
+    status,
+)
 
 import fused_ce
 
@@ -33,25 +40,39 @@ CALLS = {
     "no grad, transposed": ("ours", {}, "transposed", "float32", None),
     "no grad, image": ("ours", {}, "image", "bfloat16", None),
 }
+# name: (options, whether there is a gradient, most that it may take, in logits)
+AUTOCAST = {
+    "autocast": ({}, True, 1),
+    "autocast, recompute": ({"grad_in_forward": False}, True, 1),
+    "autocast, in place": ({"inplace": True}, True, 0),
+    "autocast, no grad": ({}, False, 0),
+}
 
 
-def extra_memory(call):
-    """What the call adds to the logits at its peak, in bytes, in a process of its own."""
-    command = [sys.executable, __file__, call]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    extra, rows = map(int, result.stdout.split())
-    print(f"{call}: {extra / LOGITS:.3f} logits, {extra} bytes")
-    return extra, rows
+@pytest.fixture(scope="module")
+def extra_memory():
+    """What a call adds to the logits at its peak, in bytes, and the number of rows."""
+    measurements = Measurements(__file__)
+
+    def of(call):
+        extra, rows = measurements.of(call)
+        print(f"{call}: {extra / LOGITS:.3f} logits, {extra} bytes")
+        return extra, rows
+
+    yield of
+    measurements.close()
 
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status"),
+    pytest.mark.xdist_group("memory of a loss"),  # one program measures them all
+]
 
 
 @pytest.mark.parametrize(
     "call", [name for name in CALLS if not name.startswith(("stock", "in place", "no grad"))]
 )
-def test_more_than_one_gradient_is_allocated(call):
+def test_no_more_than_one_gradient_is_allocated(extra_memory, call):
     extra, rows = extra_memory(call)
     assert extra <= LOGITS + PER_ROW * rows + SLACK
     # And the gradient is there: the measurement itself sees 100 MB.
@@ -61,18 +82,47 @@ def test_more_than_one_gradient_is_allocated(call):
 @pytest.mark.parametrize(
     "call", [name for name in CALLS if name.startswith(("in place", "no grad"))]
 )
-def test_more_than_a_few_numbers_a_row_are_allocated(call):
+def test_no_more_than_a_few_numbers_a_row_are_allocated(extra_memory, call):
     extra, rows = extra_memory(call)
     assert extra <= PER_ROW * rows + SLACK
 
 
-def test_stock_takes_no_more_than_ours():
+def test_stock_takes_more_than_ours(extra_memory):
     # Otherwise the measurement is wrong, or the promise is worth nothing.
     extra, _ = extra_memory("stock")
     assert extra > 2 * LOGITS
 
 
-def _measure(name):
+@pytest.mark.parametrize("call", AUTOCAST)
+def test_autocast_makes_no_float_copy_of_the_logits(extra_memory, call):
+    # Stock's first step there is a copy of the half precision logits, twice their size.
+    extra, rows = extra_memory(call)
+    logits = AUTOCAST[call][2]
+    assert extra <= logits * LOGITS + PER_ROW * rows + SLACK
+    assert extra > logits * (LOGITS - SLACK)  # the measurement sees what there is
+
+
+def measure_autocast(options, with_grad):
+    def call(rows, bytes):
+        logits = torch.randn(rows, bytes // rows // 2, dtype=torch.bfloat16)
+        logits.requires_grad_(with_grad)
+        target = torch.randint(0, logits.shape[1], (rows,))
+        before = reset_peak()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = fused_ce.cross_entropy(logits, target, **options)
+        assert loss.dtype == torch.float32
+        if with_grad:
+            (loss * 4).backward()
+            assert logits.grad.dtype == torch.bfloat16
+        return status("VmHWM") - before, rows
+
+    call(160, MEGABYTE)
+    return call(ROWS, LOGITS)
+
+
+def measure(name):
+    if name in AUTOCAST:
+        return measure_autocast(*AUTOCAST[name][:2])
     which, options, layout, dtype, scale = CALLS[name]
     function = F.cross_entropy if which == "stock" else fused_ce.cross_entropy
     dtype = getattr(torch, dtype)
@@ -105,8 +155,8 @@ def _measure(name):
     logits, target = problem(ROWS, LOGITS)
     before = reset_peak()
     call(logits, target)
-    print(status("VmHWM") - before, target.numel())
+    return status("VmHWM") - before, target.numel()
 
 
 if __name__ == "__main__":
-    _measure(sys.argv[1])
+    serve(measure)

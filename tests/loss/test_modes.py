@@ -11,15 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.devices import every_device
-from support.layouts import DTYPES, GEOMETRIES, OVERLAPPING, SHAPES, lay_out, target_of
-from support.reference import MODES, assert_as_accurate, float64, ours, same_layout, stock
+from support.grids import (
+    MODES,
+    REDUCTIONS,
+    SHAPES,
+    every_differentiating_mode,
+    every_dtype,
+    every_reduction,
+)
+from support.layouts import GEOMETRIES, OVERLAPPING, lay_out, target_of
+from support.reference import assert_as_accurate, float64, ours, same_layout, stock
 
 import fused_ce
 
 pytestmark = every_device
-
-REDUCTIONS = ("mean", "sum", "none")
-DIFFERENTIATING = ("default", "recompute", "in place")
 
 
 def problem(dtype=torch.float32, shape=(6, 19)):
@@ -31,7 +36,7 @@ def overwrites_in_forward(reduction, dtype):
     return reduction != "none" and dtype != torch.float16
 
 
-def test_modes_cannot_be_told_apart():
+def test_modes_can_be_told_apart():
     input, target = problem()
     input.requires_grad_()
     said = {fused_ce.explain(input, target, **options) for options in MODES.values()}
@@ -43,10 +48,10 @@ def test_modes_cannot_be_told_apart():
     assert len({text.rsplit(", ", 1)[1] for text in said}) == 1
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_dtype
+@every_reduction
 @pytest.mark.parametrize("mode", ["default", "recompute"])
-def test_logits_are_overwritten_without_being_asked(mode, reduction, dtype):
+def test_logits_are_left_alone_unless_asked(mode, reduction, dtype):
     input, target = problem(dtype)
     leaf = input.clone().requires_grad_()
     loss = fused_ce.cross_entropy(leaf, target, reduction=reduction, **MODES[mode])
@@ -56,10 +61,11 @@ def test_logits_are_overwritten_without_being_asked(mode, reduction, dtype):
     assert leaf.grad.data_ptr() != leaf.data_ptr()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_dtype
+@every_reduction
 @pytest.mark.parametrize("is_leaf", [True, False])
-def test_in_place_gradient_is_not_where_the_logits_were(reduction, dtype, is_leaf):
+@pytest.mark.on_simulator
+def test_in_place_gradient_is_where_the_logits_were(reduction, dtype, is_leaf):
     input, target = problem(dtype)
     leaf = input.clone().requires_grad_()
     logits = leaf if is_leaf else leaf * 1
@@ -81,7 +87,8 @@ def test_in_place_gradient_is_not_where_the_logits_were(reduction, dtype, is_lea
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_in_place_overwrites_before_a_target_gradient_was_computed(dtype):
+@pytest.mark.on_simulator
+def test_in_place_waits_for_a_target_gradient(dtype):
     # The target's gradient is made of log-probabilities: the logits must last until backward.
     input = torch.randn(6, 19).to(dtype)
     target = target_of("probability", input.shape, dtype)
@@ -92,10 +99,11 @@ def test_in_place_overwrites_before_a_target_gradient_was_computed(dtype):
     assert leaf.grad.data_ptr() == leaf.data_ptr()
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_reduction
+@every_dtype
 @pytest.mark.parametrize("reason", ["no_grad", "inference_mode", "no input grad", "target grad"])
-def test_in_place_writes_where_no_gradient_is_wanted(reason, dtype, reduction):
+@pytest.mark.on_simulator
+def test_in_place_writes_nothing_where_no_gradient_is_wanted(reason, dtype, reduction):
     input, target = problem(dtype)
     values = input.clone()
     if reason == "target grad":
@@ -118,7 +126,8 @@ def test_in_place_writes_where_no_gradient_is_wanted(reason, dtype, reduction):
 @pytest.mark.parametrize("shape, layout", [g for g in GEOMETRIES if g[1] in OVERLAPPING])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_in_place_accepts_logits_that_share_memory(shape, layout, reduction, dtype):
+@pytest.mark.on_simulator
+def test_in_place_refuses_logits_that_share_memory(shape, layout, reduction, dtype):
     input = lay_out(torch.randn(SHAPES[shape](5)).to(dtype), layout).requires_grad_()
     before = input.detach().clone()
     target = target_of(torch.int64, input.shape, dtype)
@@ -129,10 +138,11 @@ def test_in_place_accepts_logits_that_share_memory(shape, layout, reduction, dty
     ours(input.detach(), target, mode="no grad", reduction=reduction, inplace=True)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("hooked", [False, True])
-def test_in_place_goes_back_twice(hooked, reduction, dtype):
+@pytest.mark.on_simulator
+def test_in_place_goes_back_once(hooked, reduction, dtype):
     # What hooks have stored has no version for autograd to compare.
     input, target = problem(dtype)
     input.requires_grad_()
@@ -145,9 +155,10 @@ def test_in_place_goes_back_twice(hooked, reduction, dtype):
     assert torch.equal(input.grad, gradient)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_in_place_pretends_to_be_differentiable_twice(reduction, dtype):
+@pytest.mark.on_simulator
+def test_in_place_refuses_to_be_differentiated_twice(reduction, dtype):
     input, target = problem(dtype)
     input.requires_grad_()
     loss = fused_ce.cross_entropy(input, target, reduction=reduction, inplace=True).sum()
@@ -155,9 +166,10 @@ def test_in_place_pretends_to_be_differentiable_twice(reduction, dtype):
         torch.autograd.grad(loss, input, create_graph=True)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_in_place_destroys_logits_that_another_node_saved(reduction, dtype):
+@pytest.mark.on_simulator
+def test_in_place_is_noticed_by_a_node_that_saved_the_logits(reduction, dtype):
     input, target = problem(dtype)
     logits = input.requires_grad_() * 1
     penalty = logits.square().sum()  # saves the logits
@@ -166,9 +178,10 @@ def test_in_place_destroys_logits_that_another_node_saved(reduction, dtype):
         (loss + penalty).backward()
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_in_place_forward_is_not_noticed_by_another_node(reduction, dtype):
+@pytest.mark.on_simulator
+def test_in_place_forward_is_noticed_by_another_node(reduction, dtype):
     # The other node goes back first: from the logits if they are still there, else not at all.
     input, target = problem(dtype)
     logits = input.requires_grad_() * 1
@@ -185,7 +198,8 @@ def test_in_place_forward_is_not_noticed_by_another_node(reduction, dtype):
 
 @pytest.mark.parametrize("first", REDUCTIONS)
 @pytest.mark.parametrize("second", REDUCTIONS)
-def test_two_losses_in_place_on_the_same_logits_are_silently_wrong(first, second):
+@pytest.mark.on_simulator
+def test_two_losses_in_place_on_the_same_logits_are_refused(first, second):
     input, target = problem()
     input.requires_grad_()
     one = fused_ce.cross_entropy(input, target, reduction=first, inplace=True).sum()
@@ -194,12 +208,12 @@ def test_two_losses_in_place_on_the_same_logits_are_silently_wrong(first, second
         (one + two).backward()
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, "probability"], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.25])
-@pytest.mark.parametrize("mode", DIFFERENTIATING)
+@every_differentiating_mode
 @pytest.mark.parametrize("changed", ["input", "target", "weight", "ancestor"])
-def test_tensor_changed_before_backward_gives_a_wrong_gradient(
+def test_tensor_changed_before_backward_gives_no_wrong_gradient(
     changed, mode, scale, kind, reduction
 ):
     values = {
@@ -230,7 +244,8 @@ def test_tensor_changed_before_backward_gives_a_wrong_gradient(
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
-def test_stored_gradient_is_lost_or_shared_by_two_graphs(reduction, scale):
+@pytest.mark.on_simulator
+def test_stored_gradient_belongs_to_one_graph_and_stays(reduction, scale):
     # Two losses that share their logits, then each gone back through more than once, in turns.
     input, target = problem()
     other = target.flip(0)
@@ -246,8 +261,8 @@ def test_stored_gradient_is_lost_or_shared_by_two_graphs(reduction, scale):
             value.fill_(7)  # whoever got a gradient may do what they like with it
 
 
-@pytest.mark.parametrize("mode", DIFFERENTIATING)
-def test_hook_that_changes_the_gradient_changes_the_next_one(mode):
+@every_differentiating_mode
+def test_hook_that_changes_the_gradient_changes_this_one_alone(mode):
     input, target = problem()
     input.requires_grad_()
     seen = []
@@ -256,8 +271,9 @@ def test_hook_that_changes_the_gradient_changes_the_next_one(mode):
     torch.testing.assert_close(input.grad, 2 * seen[0])
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_training_in_place_parts_from_stock(reduction):
+@every_reduction
+@pytest.mark.on_simulator
+def test_training_in_place_follows_stock(reduction):
     # A linear classifier, three steps with accumulation over two batches.
     x, y = torch.randn(3, 2, 8, 6), torch.randint(0, 5, (3, 2, 8))
     finals = []
@@ -275,7 +291,7 @@ def test_training_in_place_parts_from_stock(reduction):
     torch.testing.assert_close(*finals)
 
 
-def test_weight_in_the_logits_memory_is_overwritten():
+def test_weight_in_the_memory_of_the_logits_is_refused():
     input = torch.randn(4, 5)
     before = input.clone()
     leaf = input.requires_grad_()
@@ -284,7 +300,7 @@ def test_weight_in_the_logits_memory_is_overwritten():
     assert torch.equal(leaf.detach(), before)
 
 
-def test_incoming_gradient_in_the_logits_memory_is_overwritten():
+def test_incoming_gradient_in_the_memory_of_the_logits_is_refused():
     # Many rows, so that some are computed after the first were overwritten.
     leaf = torch.randn(2000, 5).half().requires_grad_()
     before = leaf.detach().clone()

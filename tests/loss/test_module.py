@@ -13,8 +13,8 @@ import warnings
 import pytest
 import torch
 import torch.nn as nn
-from support.layouts import DTYPES
-from support.reference import MODES, differentiate
+from support.grids import MODES, every_dtype, every_mode
+from support.reference import differentiate
 
 import fused_ce
 
@@ -51,9 +51,9 @@ def assert_same(module, expected, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_module_gives_another_loss_or_gradient(options, mode, dtype):
+@every_mode
+@every_dtype
+def test_module_gives_the_same_loss_and_gradient(options, mode, dtype):
     module = build(fused_ce.CrossEntropyLoss, options, **MODES[mode]).to(dtype)
     expected = build(nn.CrossEntropyLoss, options).to(dtype)
     if mode == "no grad":
@@ -65,7 +65,7 @@ def test_module_gives_another_loss_or_gradient(options, mode, dtype):
         assert_same(module, expected, dtype)
 
 
-def test_signatures_differ_before_our_own_options():
+def test_signatures_agree_up_to_our_own_options():
     for mine, theirs in (
         (fused_ce.CrossEntropyLoss.__init__, nn.CrossEntropyLoss.__init__),
         (fused_ce.cross_entropy, nn.functional.cross_entropy),
@@ -83,13 +83,13 @@ def test_signatures_differ_before_our_own_options():
         ]
 
 
-def test_positional_arguments_land_elsewhere():
+def test_positional_arguments_land_where_they_should():
     arguments = (torch.rand(5), None, 2, None, "sum", 0.1)
     assert_same(fused_ce.CrossEntropyLoss(*arguments), nn.CrossEntropyLoss(*arguments))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_module_cannot_take_the_place_of_stocks(options):
+def test_module_can_take_the_place_of_stocks(options):
     module, expected = (build(k, options) for k in (fused_ce.CrossEntropyLoss, nn.CrossEntropyLoss))
     assert isinstance(module, nn.CrossEntropyLoss)
     assert repr(module) == repr(expected)
@@ -105,7 +105,7 @@ def test_module_cannot_take_the_place_of_stocks(options):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_state_dict_does_not_load_in_either_direction(strict):
+def test_state_dict_loads_in_both_directions(strict):
     weighted = {"weight": [1.0, 2.0, 3.0, 4.0, 5.0]}
     for source, destination in (
         (fused_ce.CrossEntropyLoss, nn.CrossEntropyLoss),
@@ -131,7 +131,7 @@ def through_torch_save(module):
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, through_pickle, through_torch_save])
 @pytest.mark.parametrize("extra", MODES.values(), ids=MODES.keys())
-def test_copy_forgets_an_option(copied, extra):
+def test_copy_keeps_every_option(copied, extra):
     module = build(fused_ce.CrossEntropyLoss, OPTIONS[-1], **extra)
     twin = copied(module)
     assert type(twin) is fused_ce.CrossEntropyLoss
@@ -140,13 +140,13 @@ def test_copy_forgets_an_option(copied, extra):
     assert_same(twin, build(nn.CrossEntropyLoss, OPTIONS[-1]))
 
 
-def test_deepcopy_shares_the_weight():
+def test_deepcopy_has_a_weight_of_its_own():
     module = build(fused_ce.CrossEntropyLoss, OPTIONS[1])
     copy.deepcopy(module).weight.zero_()
     assert module.weight.sum() > 0
 
 
-def test_attributes_are_read_once_and_for_all():
+def test_attributes_are_read_at_each_call():
     module, expected = fused_ce.CrossEntropyLoss(), nn.CrossEntropyLoss()
     for name, value in (
         ("weight", torch.rand(5)),
@@ -166,7 +166,7 @@ def test_attributes_are_read_once_and_for_all():
     assert not torch.equal(leaf.detach(), input)
 
 
-def test_weight_stays_behind_when_the_module_moves():
+def test_weight_moves_with_the_module():
     module = build(fused_ce.CrossEntropyLoss, OPTIONS[1])
     assert module.double().weight.dtype == torch.float64
     assert module.to(torch.bfloat16).weight.dtype == torch.bfloat16
@@ -188,7 +188,7 @@ def test_weight_stays_behind_when_the_module_moves():
     ],
     ids=str,
 )
-def test_bad_option_raises_at_another_time_or_something_else(options):
+def test_bad_option_raises_when_and_what_stock_raises(options):
     module, expected = fused_ce.CrossEntropyLoss(**options), nn.CrossEntropyLoss(**options)
     input, target = problem()
     errors = []
@@ -201,7 +201,7 @@ def test_bad_option_raises_at_another_time_or_something_else(options):
 
 @pytest.mark.parametrize("size_average", [None, True, False])
 @pytest.mark.parametrize("reduce", [None, True, False])
-def test_legacy_arguments_choose_another_reduction(size_average, reduce):
+def test_legacy_arguments_choose_the_same_reduction(size_average, reduce):
     made = []
     for kind in (fused_ce.CrossEntropyLoss, nn.CrossEntropyLoss):
         with warnings.catch_warnings(record=True) as caught:
@@ -211,7 +211,7 @@ def test_legacy_arguments_choose_another_reduction(size_average, reduce):
     assert made[0] == made[1]
 
 
-def test_module_is_confused_by_the_container_it_is_in():
+def test_module_works_in_any_container():
     # As a member of a model: buffers under its name, train and eval, apply, zero_grad.
     class Classifier(nn.Module):
         def __init__(self, loss):
@@ -233,6 +233,6 @@ def test_module_is_confused_by_the_container_it_is_in():
         torch.testing.assert_close(*losses)
 
 
-def test_scripting_fails_without_saying_what_to_script_instead():
+def test_scripting_says_what_to_script_instead():
     with pytest.raises(RuntimeError, match="torch.jit.script takes torch.nn.CrossEntropyLoss"):
         torch.jit.script(torch.nn.Sequential(fused_ce.CrossEntropyLoss()))

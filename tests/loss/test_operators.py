@@ -45,6 +45,7 @@ def summed(input, target, weight, smoothing, dtype, reduction="sum"):
 @pytest.mark.parametrize("smoothing, weighted", [(0.0, False), (0.1, False), (0.1, True)])
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("shape, dtype", SHAPES, ids=str)
+@pytest.mark.on_simulator
 def test_a_mean_divides_by_the_denominator(shape, dtype, kind, smoothing, weighted):
     input, target = problem(shape, dtype, kind)
     weight = torch.rand(shape[1], dtype=dtype) + 0.5 if weighted else None
@@ -69,6 +70,7 @@ def test_a_mean_divides_by_the_denominator(shape, dtype, kind, smoothing, weight
 @pytest.mark.parametrize("reduction", [NONE, MEAN, SUM])
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("shape, dtype", SHAPES, ids=str)
+@pytest.mark.on_simulator
 def test_the_gradient_in_forward_is_that_for_the_incoming_one(shape, dtype, kind, reduction):
     input, target = problem(shape, dtype, kind)
     options = (None, None, reduction, -100, 0.1, None)
@@ -95,6 +97,7 @@ def test_the_gradient_in_forward_is_that_for_the_incoming_one(shape, dtype, kind
         (torch.ones(()), NONE, "goes with the reduction 1"),
     ],
 )
+@pytest.mark.on_simulator
 def test_a_denominator_of_no_use_is_refused(denominator, reduction, message):
     input, target = problem((4, 5), torch.float32, "index")
     with pytest.raises(RuntimeError, match=message):

@@ -214,7 +214,7 @@ def test_report_without_a_gpu_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["", "pytest"])
-def test_report_stops_at_a_failure_or_hides_it(tmp_path, broken):
+def test_report_goes_on_after_a_failure_and_tells_it(tmp_path, broken):
     # A Python that agrees to everything, but for the module that is broken.
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\ncase " $* " in *" -m {broken} "*) exit 1 ;; esac\necho "$*"\n')
@@ -297,7 +297,7 @@ def test_heads_leave_figures_and_a_chart(tmp_path):
         assert peaks["stock", classes] > peaks["fused", classes] > 0
 
 
-def test_heads_that_are_stopped_lose_their_times(tmp_path, monkeypatch):
+def test_heads_that_are_stopped_keep_their_times(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 

@@ -51,12 +51,12 @@ def test_build_with_cuda_that_is_not_there_says_what_to_do(wish, sentence, tmp_p
 
 
 @pytest.mark.parametrize("wish", ["", "0"])
-def test_build_without_cuda_needs_a_toolkit(wish, tmp_path):
+def test_build_without_cuda_needs_no_toolkit(wish, tmp_path):
     result = run("setup.py", "--version", cwd=ROOT, FUSED_CE_CUDA=wish, CUDA_HOME=str(tmp_path))
     assert result.returncode == 0, result.stderr
 
 
-def test_another_torch_is_given_a_setuptools_that_it_refuses(tmp_path):
+def test_another_torch_is_given_a_setuptools_that_it_takes(tmp_path):
     # torch 2.11 takes none from 82 on; ours builds with 77 or newer.
     command = ["make", "-n", "TORCH=torch==2.11.0", f"VENV={tmp_path}"]
     command.append(f"{tmp_path}/.installed-torch==2.11.0")
@@ -91,7 +91,9 @@ runpy.run_path("setup.py")
         (None, True, "1", True),
     ],
 )
-def test_kernels_are_built_where_nobody_asks(torch_cuda, toolkit, wish, expected, tmp_path):
+def test_kernels_are_built_where_they_can_be_and_are_wanted(
+    torch_cuda, toolkit, wish, expected, tmp_path
+):
     for name in ("include/cuda_runtime.h", "bin/nvcc") if toolkit else ():
         path = tmp_path / name
         path.parent.mkdir()
@@ -113,7 +115,7 @@ def has_cuda_kernels():
 
 
 @pytest.mark.skipif(not has_cuda_kernels(), reason="this build has no CUDA kernels")
-def test_library_does_not_find_torch_s_stream_or_drops_the_assertion():
+def test_library_finds_the_stream_of_torch_and_keeps_the_assertion():
     # The weak symbol for the stream is looked for in what the library itself depends on.
     library = ROOT / "fused_ce" / "_C.so"
     listed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)

@@ -35,14 +35,14 @@ def test_both_tasks_agree_and_leave_a_picture(tmp_path):
     assert is_png(tmp_path / "demo.png")
 
 
-def test_head_within_the_loss_takes_another_curve(tmp_path):
+def test_head_within_the_loss_takes_the_same_curve(tmp_path):
     printed = run("-m", "bench.demo", "--linear", "--steps", "3", "--out", str(tmp_path))
     assert "LM head: the curves agree" in printed
     assert "digits" not in printed
     assert is_png(tmp_path / "demo.png")
 
 
-def test_wrong_gradient_of_the_head_is_not_seen(tmp_path):
+def test_wrong_gradient_of_the_head_is_seen(tmp_path):
     # The loss and the gradient of the states are right; only the head's own is 1 % too long.
     program = """
 import sys

@@ -91,7 +91,7 @@ def _ddp_worker(rank, folder):
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-def test_ddp_takes_another_curve(tmp_path):
+def test_ddp_takes_the_curve_of_stock(tmp_path):
     workers = torch.multiprocessing.spawn(_ddp_worker, args=(str(tmp_path),), nprocs=2, join=False)
     end = time.monotonic() + 300
     while not workers.join(timeout=5, grace_period=5):
@@ -113,7 +113,7 @@ def test_ddp_takes_another_curve(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_accelerate_takes_another_curve(precision):
+def test_accelerate_takes_the_curve_of_stock(precision):
     accelerate = pytest.importorskip("accelerate", reason=PACKAGES)
     accelerate.state.AcceleratorState._reset_state(True)  # it allows one precision in a process
     curves, models = [], []
@@ -146,7 +146,7 @@ def test_accelerate_takes_another_curve(precision):
 
 
 @pytest.mark.parametrize("mode", CRITERIA)
-def test_lightning_takes_another_curve(mode, tmp_path):
+def test_lightning_takes_the_curve_of_stock(mode, tmp_path):
     lightning = pytest.importorskip("lightning", reason=PACKAGES)
 
     # The README's class, and what a training needs besides.
@@ -212,7 +212,7 @@ def trainer_history(transformers, folder, model, **options):
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-def test_transformers_trainer_takes_another_curve(tmp_path):
+def test_transformers_trainer_takes_the_curve_of_stock(tmp_path):
     pytest.importorskip("accelerate", reason=PACKAGES)
     transformers = pytest.importorskip("transformers", reason=PACKAGES)
     generator = torch.Generator().manual_seed(2)
@@ -303,7 +303,7 @@ def sequences(rows):
 
 
 @pytest.mark.parametrize("kind", ["GPT2", "Llama"])
-def test_model_without_its_head_has_another_gradient(kind):
+def test_model_without_its_head_has_the_same_gradient(kind):
     transformers = pytest.importorskip("transformers", reason=PACKAGES)
     model = causal_lm(transformers, kind).eval()
     tokens, labels = sequences(4)
@@ -316,7 +316,7 @@ def test_model_without_its_head_has_another_gradient(kind):
     torch.testing.assert_close(*outcomes)
 
 
-def test_trainer_takes_another_curve_without_the_head(tmp_path):
+def test_trainer_takes_the_same_curve_without_the_head(tmp_path):
     pytest.importorskip("accelerate", reason=PACKAGES)
     transformers = pytest.importorskip("transformers", reason=PACKAGES)
     data = [{"input_ids": x, "labels": y} for x, y in zip(*sequences(16), strict=True)]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from support.layouts import lay_out
 from support.simulated import SimulatedDevice, unwritten
 
 IGNORE = -100
@@ -36,32 +37,6 @@ class Case(NamedTuple):
         return "-".join([f"C{self.classes}", *changed])
 
 
-def laid_out(values, layout):
-    """`values` with the class axis at 1, in memory as the layout's name says."""
-    if layout == "contiguous":
-        return values.contiguous()
-    if layout.startswith("offset"):  # rows that begin so many elements after a multiple of 16 bytes
-        offset = int(layout.removeprefix("offset"))
-        flat = torch.full((values.numel() + offset,), torch.nan, dtype=values.dtype)
-        return flat[offset:].view(values.shape).copy_(values)
-    if layout == "classes last":
-        return values.movedim(1, -1).contiguous().movedim(-1, 1)
-    if layout == "gap":  # after each row of classes
-        last = values.movedim(1, -1)
-        base = torch.full((*last.shape[:-1], last.shape[-1] + 3), torch.nan, dtype=values.dtype)
-        return base[..., : last.shape[-1]].copy_(last).movedim(-1, 1)
-    if layout == "every second class":
-        base = torch.full((*values.shape, 2), torch.nan, dtype=values.dtype)
-        return base[..., 0].copy_(values)
-    if layout == "next token":  # (B, T, V) without the last position
-        last = values.movedim(1, -1)
-        shape = (last.shape[0], last.shape[1] + 1, last.shape[2])
-        base = torch.full(shape, torch.nan, dtype=values.dtype)
-        return base[:, :-1].copy_(last).movedim(-1, 1)
-    assert layout == "transposed"
-    return values.t().contiguous().t()
-
-
 class Data(NamedTuple):
     input: torch.Tensor
     target: torch.Tensor
@@ -72,10 +47,10 @@ def make(case):
     generator = torch.Generator().manual_seed(1)
     shape = (case.rows[0], case.classes, *case.rows[1:])
     values = torch.randn(shape, generator=generator, dtype=torch.float64)
-    input = laid_out((values * case.spread + case.offset).to(case.dtype), case.layout)
+    input = lay_out((values * case.spread + case.offset).to(case.dtype), case.layout)
     if case.target.is_floating_point:
         target = torch.rand(shape, generator=generator, dtype=torch.float64)
-        target = laid_out((target / target.sum(1, keepdim=True)).to(case.target), case.layout)
+        target = lay_out((target / target.sum(1, keepdim=True)).to(case.target), case.layout)
     else:
         most = min(case.classes, torch.iinfo(case.target).max - 1)
         target = torch.randint(most, case.rows, generator=generator).to(case.target)

@@ -1,28 +1,13 @@
-"""Inputs of the tests: memory layouts, targets of every kind, and covering selections.
+"""Inputs of the tests: memory layouts, and targets of every kind.
 
 A layout takes contiguous values of shape (C,), (N, C) or (N, C, d1, ...) and returns a tensor of
 that shape with other strides. Gaps between the elements hold nan, so that a kernel that reads one
 shows it in the result, and one that writes to one is found by `gaps_are_untouched`.
 """
 
-import itertools
-import random
-
 import torch
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-# One shape of each rank that stock tells apart: unbatched, rows, and one to four further axes
-# (stock has code of its own for exactly two). Sizes are small, odd and different from each other;
-# a size of 1 appears once because its stride means nothing.
-SHAPES = {
-    "C": lambda c: (c,),
-    "NC": lambda c: (5, c),
-    "NCd": lambda c: (3, c, 7),
-    "NCHW": lambda c: (2, c, 3, 5),
-    "NCdhw": lambda c: (2, c, 3, 1, 4),
-    "NCd4": lambda c: (2, c, 1, 3, 2, 2),
-}
+from support.grids import SHAPES
 
 
 def _embed(values, shape, index):
@@ -40,6 +25,10 @@ def class_axis(tensor):
     return 0 if tensor.dim() == 1 else 1
 
 
+def row_axes(tensor):
+    return [axis for axis in range(tensor.dim()) if axis != class_axis(tensor)]
+
+
 def _gap_after_each_row(values):
     classes = values.shape[1]
     index = (slice(None), slice(0, classes))
@@ -52,10 +41,14 @@ def _every_second_class(values):
     return _embed(values, _enlarged(values, axis, 2 * values.shape[axis]), index)
 
 
-def _odd_offset(values):
-    flat = torch.full((values.numel() + 1,), torch.nan, dtype=values.dtype)
-    view = flat[1:].view(values.shape)
-    return view.copy_(values)
+def _at_offset(offset):
+    """Rows that begin so many elements after a multiple of what memory is aligned to."""
+
+    def lay_out(values):
+        flat = torch.full((values.numel() + offset,), torch.nan, dtype=values.dtype)
+        return flat[offset:].view(values.shape).copy_(values)
+
+    return lay_out
 
 
 def _next_token(values):
@@ -88,7 +81,7 @@ _BATCHED = _ALL[1:]
 _POSITIONS = _ALL[2:]
 LAYOUTS = {
     "contiguous": (lambda values: values.contiguous(), _ALL),
-    "odd offset": (_odd_offset, _ALL),
+    "odd offset": (_at_offset(1), _ALL),
     "gap after each row": (_gap_after_each_row, _BATCHED),
     "every second class": (_every_second_class, _ALL),
     "every second row": (
@@ -118,11 +111,23 @@ LAYOUTS = {
     "sliding window": (_sliding_window, ("NC",)),
 }
 OVERLAPPING = ("expanded rows", "expanded classes", "expanded positions", "sliding window")
+# For kernels that read several elements at once, or positions one after the other.
+FURTHER = {
+    "offset of 2": _at_offset(2),
+    "offset of 3": _at_offset(3),
+    "classes last, gap": lambda values: (
+        _gap_after_each_row(values.movedim(1, -1).flatten(0, -2))
+        .unflatten(0, (values.shape[0], *values.shape[2:]))
+        .movedim(-1, 1)
+    ),
+    "every second element": lambda values: _embed(values, (*values.shape, 2), (..., 0)),
+}
 GEOMETRIES = tuple((shape, layout) for layout, (_, shapes) in LAYOUTS.items() for shape in shapes)
 
 
 def lay_out(values, layout):
-    view = LAYOUTS[layout][0](values)
+    make = FURTHER[layout] if layout in FURTHER else LAYOUTS[layout][0]
+    view = make(values)
     assert view.shape == values.shape
     return view
 
@@ -147,9 +152,6 @@ def is_dense(tensor):
     return True
 
 
-KINDS = (torch.int64, torch.int32, torch.int16, torch.uint8, "probability")
-
-
 def target_of(kind, shape, dtype, *, ignore_index=None, generator=None):
     """Targets for logits of `shape`; every third one is `ignore_index` where that is given."""
     positions = shape[:0] if len(shape) == 1 else shape[:1] + shape[2:]
@@ -161,51 +163,3 @@ def target_of(kind, shape, dtype, *, ignore_index=None, generator=None):
     if ignore_index is not None and positions:
         target.view(-1)[1::3] = ignore_index
     return target.to(kind)
-
-
-def covering(axes, strength, valid=lambda case: True):
-    """Cases in which every valid combination of values of any `strength` axes occurs.
-
-    `valid` is asked about whole and about partial cases. The selection is greedy with a fixed
-    seed: it is the same in each run.
-    """
-    draw = random.Random(0)
-    wanted = {
-        combination: None
-        for names in itertools.combinations(axes, strength)
-        for values in itertools.product(*(axes[name] for name in names))
-        if valid(dict(combination := tuple(zip(names, values, strict=True))))
-    }
-    cases = []
-    while wanted:
-        first = next(iter(wanted))
-        best, gain = None, ()
-        attempts = 0
-        while attempts < 12 or best is None:
-            attempts += 1
-            assert attempts < 1000, f"no valid case contains {first}"
-            case = {name: draw.choice(values) for name, values in axes.items()} | dict(first)
-            if not valid(case):
-                continue
-            covered = [
-                combination
-                for combination in itertools.combinations(case.items(), strength)
-                if combination in wanted
-            ]
-            if len(covered) > len(gain):
-                best, gain = case, covered
-        for combination in gain:
-            del wanted[combination]
-        cases.append(best)
-    return cases
-
-
-def name_of(case):
-    """A test id that can be read and typed."""
-    return "-".join(_text(value) for value in case.values())
-
-
-def _text(value):
-    if isinstance(value, tuple):
-        return ",".join(map(_text, value))
-    return str(value).removeprefix("torch.").replace(" ", "_")

@@ -9,6 +9,7 @@ import contextlib
 from typing import NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -16,6 +17,10 @@ import fused_ce
 from fused_ce import linear, ops
 from fused_ce.linear import operators
 from support.reference import assert_as_accurate, incoming_gradient, one_thread
+
+# Whether the gradients are computed in forward.
+WAYS = {"ahead": {}, "recompute": {"grad_in_forward": False}}
+every_way = pytest.mark.parametrize("way", WAYS)
 
 
 class Outcome(NamedTuple):

@@ -1,10 +1,19 @@
 """The account that Linux keeps of a process's memory, and what a measurement of it must allow.
 
-A measurement is a process of its own: it makes a first small call, so that threads and code are in
-memory, then resets the peak of its resident memory and asks by how much a call raised it.
+Each measurement is a process of its own: it makes a first small call, so that threads and code are
+in memory, then resets the peak of its resident memory and asks by how much a call raised it. To
+import torch takes longer than that, so one process imports it and is forked for each measurement.
 """
 
+import os
+import subprocess
+import sys
+import traceback
 from pathlib import Path
+
+import torch
+
+from support.processes import environment
 
 MEGABYTE = 2**20
 ROWS = 800
@@ -31,3 +40,40 @@ def reset_peak():
     except OSError:
         return status("VmHWM")
     return status("VmRSS")
+
+
+class Measurements:
+    """What `measure` of a test file finds; that file, run as a program, calls `serve`."""
+
+    def __init__(self, file):
+        pipe = subprocess.PIPE
+        self.program = subprocess.Popen(
+            [sys.executable, "-W", "ignore", file],
+            stdin=pipe,
+            stdout=pipe,
+            env=environment(),
+            text=True,
+        )
+
+    def of(self, call):
+        print(call, file=self.program.stdin, flush=True)
+        answer = self.program.stdout.readline()
+        assert answer.strip(), f"{call} could not be measured"
+        return list(map(int, answer.split()))
+
+    def close(self):
+        self.program.communicate()
+
+
+def serve(measure):
+    for call in map(str.strip, sys.stdin):
+        child = os.fork()
+        if not child:
+            try:
+                torch.set_num_threads(2)  # what a thread takes of its own must be seen
+                print(*measure(call), flush=True)
+            except BaseException:
+                traceback.print_exc()
+                print(flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)

@@ -14,14 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import fused_ce
-
-# "no grad" is the same call as "default", made where no gradient can be asked for.
-MODES = {
-    "default": {},
-    "recompute": {"grad_in_forward": False},
-    "in place": {"inplace": True},
-    "no grad": {},
-}
+from support.grids import MODES
 
 
 class Outcome(NamedTuple):

@@ -1,24 +1,31 @@
 """Runs the CUDA kernels on the simulator in tests/cuda/simulator: tensors in, tensors out.
 
-The kernels' own sources are compiled with g++, once for each set of flags, and every call runs in a
-process of its own, so that a kernel that fails takes no test with it but its own.
+The kernels' own sources are compiled with g++, once for each set of flags. The calls run in another
+process, so that a kernel that fails takes no test with it but its own: the next call starts a fresh
+one.
 """
 
 import ctypes
 import math
 import os
+import select
 import signal
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from support.layouts import class_axis, row_axes
+
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "csrc"
 SIMULATOR = ROOT / "tests" / "cuda" / "simulator"
 COMPILER = os.environ.get("CXX", "g++")
+PROGRAM = "run_cases"
+PLAIN = ("-O1", "-fPIC")  # objects that a library can be made of as well
 FLAGS = ("-std=c++20", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 
 MAX_ROW_DIMS = 24
@@ -26,7 +33,7 @@ DTYPES = (
     *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
     *(torch.int64, torch.int32, torch.int16, torch.uint8),
 )
-REDUCTIONS = ("none", "mean", "sum")
+REDUCTION_NUMBERS = ("none", "mean", "sum")
 FORWARD, BACKWARD, BACKWARD_TARGET, SCALE = range(4)
 UNWRITTEN = 0xCD  # what results hold before the kernels write them
 
@@ -111,15 +118,70 @@ class SimulatorError(Exception):
     """What the program said before it ended."""
 
 
+class Program:
+    """The simulator's process. It takes calls until one of them ends it."""
+
+    LIMIT = 300  # seconds for a call
+
+    def __init__(self, path):
+        self.path = path
+        self.process = None
+
+    def start(self):
+        self.said = tempfile.TemporaryFile()
+        # A race ends the program at once, and not with the last call.
+        environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            [self.path], stdin=pipe, stdout=pipe, stderr=self.said, env=environment
+        )
+
+    def close(self):
+        if self.process:
+            self.process.kill()
+            self.process.communicate()
+            self.said.close()
+            self.process = None
+
+    def error(self):
+        """Why the process has ended, or does not answer; it is gone afterwards."""
+        try:
+            code = self.process.wait(1)
+        except subprocess.TimeoutExpired:
+            code = "no answer"
+        self.said.seek(0)
+        said = self.said.read().decode()[-4000:]
+        self.close()
+        if code == -signal.SIGSEGV:
+            return SimulatorError("memory outside of a buffer was touched")
+        return SimulatorError(said or f"exit {code}")
+
+    def call(self, message, answer_bytes):
+        if not self.process:
+            self.start()
+        try:
+            self.process.stdin.write(message)
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise self.error() from None
+        if not select.select([self.process.stdout], [], [], self.LIMIT)[0]:
+            raise self.error()
+        answer = self.process.stdout.read(answer_bytes)
+        if len(answer) < answer_bytes:
+            raise self.error()
+        return answer
+
+
 def build(directory, *flags, sources=KERNELS, base=None, only=None):
     """Compiles simulator and kernels, these from another place than csrc if `sources` says so.
 
     With `only`, no more than the kernels of these names are compiled; the others are those that
     were built in the directory `base`.
     """
+    flags = flags or PLAIN
     kernels = Path(sources) / "cuda"
     # What support.cu asks is a question to the CUDA runtime, which is not simulated.
-    files = [unit for unit in kernels.glob("*.cu") if unit.name != "support.cu"]
+    files = [unit for unit in kernels.rglob("*.cu") if unit.name != "support.cu"]
     units = [*sorted(files), *sorted(SIMULATOR.glob("*.cpp"))]
     wanted = [unit for unit in units if only is None or unit.stem in only]
 
@@ -135,19 +197,9 @@ def build(directory, *flags, sources=KERNELS, base=None, only=None):
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, wanted))
-    program = Path(directory) / "run_cases"
     # Of the functions in headers every unit has a copy; the linker keeps the first one it meets.
     units.sort(key=lambda unit: unit not in wanted)
-    subprocess.run([COMPILER, *flags, *map(target, units), "-o", program], check=True)
-    return program
-
-
-def row_axes(tensor):
-    return [d for d in range(tensor.dim()) if tensor.dim() == 1 or d != 1][: tensor.dim() - 1]
-
-
-def class_axis(tensor):
-    return 0 if tensor.dim() == 1 else 1
+    subprocess.run([COMPILER, *flags, *map(target, units), "-o", directory / PROGRAM], check=True)
 
 
 class _Calls:
@@ -218,20 +270,17 @@ class _Calls:
             message.append(int(written).to_bytes(8, "little"))
             if storage.nbytes():
                 message.append(bytes(torch.empty(0, dtype=torch.uint8).set_(storage).numpy()))
-        done = subprocess.run([program], input=b"".join(message), capture_output=True, timeout=300)
-        if done.returncode == -signal.SIGSEGV:
-            raise SimulatorError("memory outside of a buffer was touched")
-        if done.returncode != 0:
-            raise SimulatorError(done.stderr.decode()[-4000:] or f"exit {done.returncode}")
+        pairs = zip(self.storages, self.written, strict=True)
+        answer_bytes = 4 + sum(storage.nbytes() for storage, written in pairs if written)
+        answer = program.call(b"".join(message), answer_bytes)
         at = 4
         for storage, written in zip(self.storages, self.written, strict=True):
             if written and storage.nbytes():
                 end = at + storage.nbytes()
-                result = torch.frombuffer(bytearray(done.stdout[at:end]), dtype=torch.uint8)
+                result = torch.frombuffer(bytearray(answer[at:end]), dtype=torch.uint8)
                 torch.empty(0, dtype=torch.uint8).set_(storage).copy_(result)
                 at = end
-        assert at == len(done.stdout)
-        return int.from_bytes(done.stdout[:4], "little")
+        return int.from_bytes(answer[:4], "little")
 
 
 def unwritten(like, dtype=None, layout=None):
@@ -245,11 +294,18 @@ def unwritten(like, dtype=None, layout=None):
 
 
 class Kernels:
-    """The functions of csrc/cuda/launch.h, on tensors."""
+    """The functions of csrc/cuda/launch.h, on tensors, by the program that `build` has made."""
 
-    def __init__(self, program):
-        self.program = program
+    def __init__(self, directory):
+        self.directory = directory
+        self.program = Program(directory / PROGRAM)
         self.launches = 0  # of the last call
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.program.close()
 
     def _problem(
         self,
@@ -271,7 +327,7 @@ class Kernels:
         sizes = [input.shape[d] for d in row_axes(input)]
         p.rows = math.prod(sizes)
         p.probabilities = target.is_floating_point()
-        p.options.reduction = REDUCTIONS.index(reduction)
+        p.options.reduction = REDUCTION_NUMBERS.index(reduction)
         p.options.ignore_index = ignore_index
         p.options.label_smoothing = label_smoothing
         calls.operand("input", input, classes=True)

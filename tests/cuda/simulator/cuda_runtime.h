@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>  // has a use of its own for the name __noinline__
 #include <utility>
 
 #include "engine.h"

@@ -23,6 +23,12 @@ constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kMaxSharedBytes = 227 << 10;  // of a block, on compute capability 9.0
 constexpr int kUnwritten = 0xcd;               // what shared memory holds before it is written
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kBeyond = 0;
+#else
+constexpr size_t kBeyond = 1024;  // bytes behind it that are watched
+#endif
+constexpr unsigned char kUntouched = 0xff;     // and are nan to whoever reads them
 
 struct Block;
 
@@ -158,9 +164,10 @@ void set_up_cluster(unsigned first_block, size_t first_place, unsigned char* sta
     Block& block = cluster->blocks[b];
     block.index = {first_block + b, 0, 0};
     block.rank = b;
-    cluster->shared.emplace_back(new unsigned char[launch.shared_bytes]);
+    cluster->shared.emplace_back(new unsigned char[launch.shared_bytes + kBeyond]);
     block.shared = cluster->shared.back().get();
     std::memset(block.shared, kUnwritten, launch.shared_bytes);
+    std::memset(block.shared + launch.shared_bytes, kUntouched, kBeyond);
     reset(block.at_barrier, threads);
     block.warps = std::vector<Warp>(threads / kWarp);
     for (Warp& warp : block.warps) reset(warp.waiting, kWarp);
@@ -178,6 +185,13 @@ void set_up_cluster(unsigned first_block, size_t first_place, unsigned char* sta
     makecontext(&fiber.context, fiber_main, 0);
     cluster->ready.push_back(&fiber);
   }
+}
+
+void check_shared_memory() {
+  for (const auto& shared : cluster->shared)
+    for (size_t i = 0; i < kBeyond; i++)
+      if (shared[cluster->launch.shared_bytes + i] != kUntouched)
+        fail("written %zu bytes beyond the shared memory of a block", i);
 }
 
 void run_cluster() {
@@ -227,6 +241,8 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
     run_cluster();
   }
   learn(&running.end);
+  current = nullptr;
+  check_shared_memory();
   cluster = nullptr;
   munmap(stacks, stack_bytes);
 }

@@ -49,7 +49,7 @@ void write(const void* from, size_t bytes) {
 }
 
 constexpr size_t kAlignment = 16;
-constexpr unsigned char kAround = 0xa5;
+constexpr unsigned char kAround = 0xff;  // nan, or no index, to whoever reads it
 
 #if defined(__SANITIZE_ADDRESS__)
 
@@ -71,9 +71,12 @@ class Buffer {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
     pages_ = (rounded + page - 1) / page * page;
-    auto* all = static_cast<unsigned char*>(mmap(
-        nullptr, pages_ + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    begin_ = all + page;
+    const size_t all = pages_ + 2 * page;
+    void* memory =
+        mmap(nullptr, all, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) simulator::fail("no memory for a buffer of %zu bytes", bytes);
+    mapping_ = {static_cast<unsigned char*>(memory), Unmap{all}};
+    begin_ = mapping_.get() + page;
     mprotect(begin_, pages_, PROT_READ | PROT_WRITE);
     std::memset(begin_, kAround, pages_);
     data_ = at_end ? begin_ + pages_ - rounded : begin_;
@@ -86,7 +89,13 @@ class Buffer {
   }
 
  private:
+  struct Unmap {
+    size_t bytes;
+    void operator()(unsigned char* memory) const { munmap(memory, bytes); }
+  };
+
   size_t bytes_, pages_;
+  std::unique_ptr<unsigned char, Unmap> mapping_;
   unsigned char *begin_, *data_;
 };
 

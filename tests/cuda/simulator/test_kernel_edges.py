@@ -6,6 +6,7 @@ On the simulator, for one problem of each regime of csrc/cuda/launch.cu.
 
 import pytest
 import torch
+from support.grids import DTYPES, every_dtype
 from support.kernel_cases import (
     Case,
     assert_close,
@@ -28,7 +29,7 @@ REGIMES = {
     "strided": Case(40, rows=(2, 24)),
     "kept": Case(20, rows=(2, 24)),
     "two reads": Case(70, dtype=torch.float64),
-    "two reads by a block": Case(1200, layout="every second class"),
+    "two reads by a block": Case(1200, layout="every second element"),
     "probabilities": Case(50, target=torch.float32),
 }
 INDEX_REGIMES = {name: case for name, case in REGIMES.items() if name != "probabilities"}
@@ -141,7 +142,7 @@ def test_ignored_rows_are_zero_whatever_they_hold(kernels, case):
 
 @pytest.mark.parametrize("reduction, expected", [("mean", torch.nan), ("sum", 0.0), ("none", 0.0)])
 @every_index_regime
-def test_nothing_but_ignored_rows(kernels, case, reduction, expected):
+def test_nothing_but_ignored_rows_is_nan_or_zero(kernels, case, reduction, expected):
     case = case._replace(reduction=reduction, smoothing=0.1)
     data = make(case)
     data.target.fill_(data.options["ignore_index"])
@@ -200,7 +201,7 @@ def test_any_index_may_be_the_ignored_one(kernels, case, ignored):
 
 @pytest.mark.parametrize("reduction, expected", [("mean", torch.nan), ("sum", 0.0), ("none", None)])
 @pytest.mark.parametrize("target", [torch.int64, torch.float32])
-def test_no_rows(kernels, reduction, expected, target):
+def test_no_rows_is_nan_or_zero(kernels, reduction, expected, target):
     input = torch.empty(0, 7)
     targets = torch.empty((0,) if target == torch.int64 else (0, 7), dtype=target)
     loss, _ = kernels.forward(input, targets, reduction=reduction, keeps_stats=True)
@@ -240,7 +241,7 @@ def test_reduction_of_many_rows_is_rounded_once(kernels, reduction, weight):
     assert narrow == wide.bfloat16()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@every_dtype
 @every_regime
 def test_grad_output_of_one_leaves_the_gradient_alone(kernels, case, dtype):
     data = make(case)
@@ -263,7 +264,7 @@ def test_totals_are_kept_with_the_statistics(kernels, case):
     for reduction in ("none", "sum", "mean"):
         changed = case._replace(reduction=reduction, weight=True, smoothing=0.1)
         data = make(changed)
-        _, stats, _ = forward(kernels, changed, data, "statistics")
+        _, (_, totals), _ = forward(kernels, changed, data, "statistics")
         weight = data.options["weight"].double()
         expected = 1.0
         if reduction == "mean" and data.target.is_floating_point():
@@ -271,12 +272,12 @@ def test_totals_are_kept_with_the_statistics(kernels, case):
         elif reduction == "mean":
             counted = data.target[data.target != data.options["ignore_index"]]
             expected = weight[counted.long()].sum().item()
-        assert stats[1, -1].item() == pytest.approx(expected, rel=1e-6)
+        assert totals[1].item() == pytest.approx(expected, rel=1e-6)
         if not data.target.is_floating_point():
-            assert stats[0, -1].item() == pytest.approx(weight.sum().item(), rel=1e-6)
+            assert totals[0].item() == pytest.approx(weight.sum().item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@every_dtype
 @pytest.mark.parametrize("layout", ["dense", "strided", "many"])
 def test_scale_multiplies_what_is_not_zero(kernels, dtype, layout):
     shape = (3, 20000) if layout == "many" else (3, 5, 7)
@@ -296,7 +297,7 @@ def test_scale_multiplies_what_is_not_zero(kernels, dtype, layout):
 
 
 @every_regime
-def test_losses_of_another_type(kernels, case):
+def test_losses_may_be_of_another_type(kernels, case):
     """Under autocast a half input has a float32 loss; a raw call may ask for any."""
     data = make(case._replace(reduction="none"))
     exact, _ = kernels.forward(data.input, data.target, loss_dtype=torch.float64, **data.options)
@@ -315,7 +316,7 @@ def test_weight_of_all_classes_is_shared_out_by_smoothing(kernels):
 
 def test_unwritten_memory_is_noticed():
     """The comparisons above rest on it: what no kernel has written is far from every result."""
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    for dtype in DTYPES:
         value = unwritten([4], dtype)
         with pytest.raises(AssertionError):
             assert_close(value, torch.zeros(4, dtype=torch.float64), dtype, 1.0, "nothing")

@@ -24,26 +24,28 @@ SOURCES = (
 )
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory):
+@pytest.fixture(scope="session")
+def package(once_a_run):
     """The folder of a fused_ce that computes on the simulator."""
-    objects = tmp_path_factory.mktemp("objects")
-    simulated.build(objects, "-O1", "-fPIC")
-    (objects / "run_cases.cpp.o").unlink()  # another program's main
+    kernels = once_a_run("simulator", simulated.build)
+    return once_a_run("package", lambda place: build_package(place, kernels))
+
+
+def build_package(place, kernels):
+    # Less another program's main.
+    objects = [unit for unit in kernels.glob("*.o") if not unit.name.startswith(simulated.PROGRAM)]
     flags = ["-std=c++20", "-O1", "-fPIC", "-w", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += [f"-I{path}" for path in (simulated.SIMULATOR, *include_paths())]
     for source in SOURCES:
-        target = objects / f"torch_{Path(source).name}.o"
-        command = [simulated.COMPILER, *flags, "-c", ROOT / source, "-o", target]
+        objects.append(place / f"{source.name}.o")
+        command = [simulated.COMPILER, *flags, "-c", source, "-o", objects[-1]]
         subprocess.run(command, check=True)
-    place = tmp_path_factory.mktemp("package")
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "fused_ce", place / "fused_ce", ignore=ignored)
     libraries = Path(torch.__file__).parent / "lib"
     link = [f"-L{libraries}", "-lc10", "-ltorch", "-ltorch_cpu"]
-    library = ["-shared", "-o", place / "fused_ce/_C.so", *objects.glob("*.o")]
+    library = ["-shared", "-o", place / "fused_ce/_C.so", *objects]
     subprocess.run([simulated.COMPILER, *library, *link], check=True)
-    return place
 
 
 def run(package, *arguments):
@@ -58,28 +60,8 @@ def run(package, *arguments):
     assert " passed" in done.stdout
 
 
-# Options, and the edges of what they mean.
-@pytest.mark.parametrize(
-    "file, chosen",
-    [
-        (
-            "loss/test_parity.py",
-            "an_option or number_of_rows and (rows0 or 33) or target_at_the_edge",
-        ),
-        ("loss/test_operators.py", "denominator or incoming"),
-        ("loss/test_modes.py", "in_place or stored_gradient"),
-        ("loss/test_edges.py", "unusual or row_of_nothing or total_weight_of_zero"),
-        ("loss/test_strides.py", "many_strided or layout_of_the_target and probability"),
-    ],
-)
-def test_package_on_the_simulator_differs(package, file, chosen):
-    run(package, TESTS / file, "-m", "not slow and not cuda", "-k", chosen)
-
-
-# Everything, but for rows so many or long that a simulated thread for each takes minutes, and what
-# is about the CPU's threads: the simulator runs on one.
-TOO_LONG = "sum_over_many", "outgrows", "short_tile", "shared_by_threads", "mean_over_many"
-THREADS = "depend", "concurrent"
+def test_package_on_the_simulator_agrees_with_stock(package):
+    run(package, TESTS / "loss", "-m", "on_simulator and not slow and not cuda")
 
 
 @pytest.mark.slow
@@ -87,9 +69,8 @@ THREADS = "depend", "concurrent"
     "file",
     [
         *("loss/test_parity.py", "loss/test_strides.py", "loss/test_edges.py"),
-        *("loss/test_modes.py", "autograd/test_gradients.py"),
+        *("loss/test_modes.py", "loss/test_operators.py", "autograd/test_gradients.py"),
     ],
 )
-def test_whole_suite_on_the_simulator_differs(package, file):
-    chosen = "not (" + " or ".join(TOO_LONG + THREADS) + ")"
-    run(package, TESTS / file, "-m", "not cuda", "-k", chosen)
+def test_whole_suite_agrees_on_the_simulator(package, file):
+    run(package, TESTS / file, "-m", "not not_on_simulator and not cuda")
