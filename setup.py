@@ -34,8 +34,8 @@ if shutil.which(get_cxx_compiler()) is None:
         "newer (or clang 14), or name one in the environment variable CXX."
     )
 
-SOURCES = ["csrc/ops.cpp", "csrc/checks.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
-CUDA_SOURCES = ["csrc/cuda/register.cpp", *sorted(map(str, Path("csrc/cuda").glob("*.cu")))]
+SOURCES = ["csrc/ops.cpp", "csrc/checks.cpp", *sorted(map(str, Path("csrc/cpu").rglob("*.cpp")))]
+CUDA_SOURCES = ["csrc/cuda/backend.cpp", *sorted(map(str, Path("csrc/cuda").rglob("*.cu")))]
 DEFAULT_ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"
 
 COMMON_FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
