@@ -240,7 +240,7 @@ class LaneKernel {
   }
 
   void sum_terms() {
-    if (batch_.spreads()) sum_gaps();
+    if (batch_.spreads()) simd::run_as<kLevel>([&] { sum_gaps(); });
     std::fill(batch_.rest, batch_.rest + n_, 0.0);
     std::fill(sums_, sums_ + n_, A(0));
     std::fill(ones_, ones_ + n_, A(-1));
@@ -323,30 +323,33 @@ class LaneKernel {
     }
   }
 
+  // Compiled by itself, like sum_gaps: a kernel that is one function takes longer to compile.
   void write_gradient(bool has_terms) {
+    simd::run_as<kLevel>([&] {
 #pragma omp simd
-    for (int64_t l = 0; l < n_; l++) {
-      factor_[l] = static_cast<A>(batch_.exp_factor[l]);
-      scale_[l] = static_cast<A>(batch_.scale[l]);
-    }
-    for (int64_t c = 0; c < p_.classes; c++) {
-      const A* from = has_terms ? kept_lanes(c) : logits(c, 1).data;
-      A* out = grad_direct_       ? grad_lanes(c)
-               : transposes_grad_ ? tile_.data() + c * stride_
-                                  : buffer_;
-      if (has_terms)
-        write_class(c, out, [=](int64_t l) { return from[l]; });
-      else
-        write_exps(c, from, out);
-      if (batch_.has_ignored) {
-#pragma omp simd
-        for (int64_t l = 0; l < n_; l++) out[l] = batch_.target_class[l] < 0 ? A(0) : out[l];
+      for (int64_t l = 0; l < n_; l++) {
+        factor_[l] = static_cast<A>(batch_.exp_factor[l]);
+        scale_[l] = static_cast<A>(batch_.scale[l]);
       }
-      if (!grad_direct_ && !transposes_grad_)
-        store_span(out, n_, p_.grad, grad_ + c * p_.grad.class_stride, lane_stride(p_.grad));
-    }
+      for (int64_t c = 0; c < p_.classes; c++) write_class_gradients(c, has_terms);
+    });
     if (transposes_grad_) store_rows();
     if (!p_.probabilities) write_target_gradients();
+  }
+
+  void write_class_gradients(int64_t c, bool has_terms) {
+    const A* from = has_terms ? kept_lanes(c) : logits(c, 1).data;
+    A* out = grad_direct_ ? grad_lanes(c) : transposes_grad_ ? tile_.data() + c * stride_ : buffer_;
+    if (has_terms)
+      write_class(c, out, [=](int64_t l) { return from[l]; });
+    else
+      write_exps(c, from, out);
+    if (batch_.has_ignored) {
+#pragma omp simd
+      for (int64_t l = 0; l < n_; l++) out[l] = batch_.target_class[l] < 0 ? A(0) : out[l];
+    }
+    if (!grad_direct_ && !transposes_grad_)
+      store_span(out, n_, p_.grad, grad_ + c * p_.grad.class_stride, lane_stride(p_.grad));
   }
 
   void write_exps(int64_t c, const A* x, A* out) {

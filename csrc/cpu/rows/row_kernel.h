@@ -68,14 +68,13 @@ class RowKernel {
       for (int64_t r = 0; r < tile.rows; r++) reduce(r, row_blocks(r), 0, p_.classes);
     }
     const double loss = finish(tile, blocks_.data());
-    if (p_.grad.data)
-      for (int64_t r = 0; r < tile.rows; r++) write_gradient(r, row_blocks(r), 0, p_.classes);
+    if (p_.grad.data) write_gradients(tile.rows, blocks_.data(), 0, p_.classes);
     return loss;
   }
 
   void backward(const Tile& tile) {
     begin_backward(tile);
-    for (int64_t r = 0; r < tile.rows; r++) rewrite_gradient(r, 0, p_.classes);
+    rewrite_gradients(tile.rows, 0, p_.classes);
   }
 
   void backward_target(const Tile& tile) {
@@ -85,7 +84,8 @@ class RowKernel {
   }
 
   // What forward and backward consist of. Classes [first, last) of row r begin and end at multiples
-  // of kRowBlock or the row's end; `blocks` holds the whole row's blocks.
+  // of kRowBlock or the row's end; `blocks` holds all blocks of the rows. The larger parts are
+  // compiled by themselves: inlined, each caller would have a copy.
   void begin(const Tile& tile) {
     input_ = tile.run(p_.input);
     target_ = tile.run(p_.target);
@@ -115,12 +115,14 @@ class RowKernel {
 
   void reduce(int64_t r, BlockSums<A>* blocks, int64_t first, int64_t last) {
     if (!is_counted(r)) return;
-    for (int64_t b = first; b < last; b += kRowBlock) {
-      BlockSums<A>& sums = blocks[b / kRowBlock];
-      const int64_t n = std::min(kRowBlock, last - b);
-      const A* x = measure_block(r, b, n, sums);
-      sum_block(r, b, n, x, sums);
-    }
+    simd::run_as<kLevel>([&] {
+      for (int64_t b = first; b < last; b += kRowBlock) {
+        BlockSums<A>& sums = blocks[b / kRowBlock];
+        const int64_t n = std::min(kRowBlock, last - b);
+        const A* x = measure_block(r, b, n, sums);
+        sum_block(r, b, n, x, sums);
+      }
+    });
   }
 
   double finish(const Tile& tile, BlockSums<A>* blocks) {
@@ -133,13 +135,24 @@ class RowKernel {
     return batch_.write_losses(tile);
   }
 
-  void write_gradient(int64_t r, const BlockSums<A>* blocks, int64_t first, int64_t last) {
-    if (keeps_terms_)
-      scale_terms(r, blocks, first, last);
-    else
-      rewrite_gradient(r, first, last);
+  // Of as many rows of the tile.
+  void write_gradients(int64_t rows, const BlockSums<A>* blocks, int64_t first, int64_t last) {
+    if (!keeps_terms_) return rewrite_gradients(rows, first, last);
+    simd::run_as<kLevel>([&] {
+      for (int64_t r = 0; r < rows; r++) scale_terms(r, blocks + r * blocks_of(p_), first, last);
+    });
   }
 
+  void rewrite_gradients(int64_t rows, int64_t first, int64_t last) {
+    simd::run_as<kLevel>([&] {
+      for (int64_t r = 0; r < rows; r++) rewrite_gradient(r, first, last);
+    });
+  }
+
+ private:
+  static constexpr bool kAvx512 = kLevel == simd::Level::kAvx512 && std::is_same_v<A, float>;
+  static constexpr bool kTellsNormal = !kAvx512 && std::is_same_v<A, float>;
+  static constexpr auto exp_of_double = [](double x) { return math::exp_nonpositive(x); };
   void rewrite_gradient(int64_t r, int64_t first, int64_t last) {
     const A factor = static_cast<A>(batch_.exp_factor[r]), max = batch_.max[r];
     write_blocks(r, first, last, [&](int64_t b, int64_t n) {
@@ -154,10 +167,6 @@ class RowKernel {
     });
   }
 
- private:
-  static constexpr bool kAvx512 = kLevel == simd::Level::kAvx512 && std::is_same_v<A, float>;
-  static constexpr bool kTellsNormal = !kAvx512 && std::is_same_v<A, float>;
-  static constexpr auto exp_of_double = [](double x) { return math::exp_nonpositive(x); };
   // Elements of the widest vector, in float.
   static constexpr int64_t kVector = 16;
   // Of short rows, as many are in work at a time as have this many elements together.

@@ -37,7 +37,7 @@ class SharedRows {
     });
     if (!p_.grad.data) return;
     for_pieces([&](RowKernel<A, kLevel>& kernel, int64_t t, int64_t first, int64_t last) {
-      kernel.write_gradient(0, blocks(t), first, last);
+      kernel.write_gradients(1, blocks(t), first, last);
     });
   }
 
@@ -46,7 +46,7 @@ class SharedRows {
       leader.begin_backward(tile);
     });
     for_pieces([&](RowKernel<A, kLevel>& kernel, int64_t, int64_t first, int64_t last) {
-      kernel.rewrite_gradient(0, first, last);
+      kernel.rewrite_gradients(1, first, last);
     });
   }
 
