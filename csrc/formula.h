@@ -66,11 +66,11 @@ struct TermSums {
 
   template <class Exp>
   FCE_HOST_DEVICE void add_logit(A x, A base, const Exp& exp) {
-    const A lead = x - base;
-    if (lead == A(0))
+    const A difference = x - base;
+    if (difference == A(0))
       ones += A(1);
     else
-      rest += exp(lead);
+      rest += exp(difference);
   }
 
   FCE_HOST_DEVICE void add_gap(A gap, A coefficient) {

@@ -1,7 +1,8 @@
 """Fused cross entropy for PyTorch: a drop-in for ``nn.CrossEntropyLoss``, forward and backward."""
 
+from .fallback import warn_on_fallback
 from .functional import cross_entropy, explain
-from .linear import linear_cross_entropy
+from .linear import explain_linear, linear_cross_entropy
 from .modules import CrossEntropyLoss, LinearCrossEntropyLoss
 
 __version__ = "0.1.0"
@@ -10,5 +11,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "cross_entropy",
     "explain",
+    "explain_linear",
     "linear_cross_entropy",
+    "warn_on_fallback",
 ]

@@ -1,26 +1,21 @@
-"""``cross_entropy`` with the signature of ``torch.nn.functional``'s, and what decides its path.
+"""``cross_entropy`` with the signature of ``torch.nn.functional``'s, and the way that a call takes.
 
-One function, ``_stock_reason``, says whether the kernels can take a call or why stock PyTorch does.
-A call that stock would refuse goes to stock as well, so that the error is the installed torch's
-own; the tests below are therefore about what is valid, and cheap.
+``eligibility`` says whether the kernels can take it or why stock PyTorch does; ``_mode`` says when
+the gradient is computed.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import autograd, graph, ops
-
-_STRIDED = torch.strided
-_HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
-_LOGIT_DTYPES = frozenset({torch.float32, torch.float64}) | _HALF_DTYPES
-_INDEX_DTYPES = frozenset({torch.int64, torch.int32, torch.int16, torch.uint8})
-_MAX_DIMS = 25  # kMaxRowDims and the class dimension
-_INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
-INVALID = "the arguments are not valid, and stock says why"
+from . import eager, fallback, graph, ops, stock
+from .eligibility import INVALID, OVERRIDDEN, loss_dtype, overrides, stock_reason
+from .options import DEFAULTS, NONE, Options
+from .signatures import bound, takes_arguments_of
 
 
 def cross_entropy(
@@ -99,12 +94,18 @@ def cross_entropy(
         )
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    if _stock_reason(input, target, weight, ignore_index, reduction, label_smoothing):
-        return _stock(input, target, weight, ignore_index, reduction, label_smoothing)
-
-    arguments = _arguments(input, target, weight, ignore_index, reduction, label_smoothing)
+    reduction = _Reduction.get_enum(reduction)
+    reason = stock_reason(input, target, weight, ignore_index, label_smoothing)
+    if reason is not None:
+        options = Options(weight, None, reduction, ignore_index, label_smoothing)
+        return _by_stock(input, target, options, reason)
+    dtype = loss_dtype(input.dtype, target, weight)
+    # In a plain tuple, since making Options takes a while.
+    options = (weight, None, reduction, ignore_index, label_smoothing, dtype)
+    if weight is None and options == DEFAULTS:
+        options = ()  # an operator takes as long to read them
     mode = _mode(input, target, reduction, grad_in_forward, inplace)
-    return _RUN[mode](input, target, *arguments)
+    return _RUN[mode](input, target, *options)
 
 
 def _refuse_script():
@@ -117,19 +118,8 @@ def _refuse_script():
 cross_entropy.__prepare_scriptable__ = _refuse_script
 
 
-def explain(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    *,
-    grad_in_forward: bool = True,
-    inplace: bool = False,
-) -> str:
+@takes_arguments_of(cross_entropy)
+def explain(*args: Any, **kwargs: Any) -> str:
     """Says how :func:`cross_entropy` would take this call, without computing anything.
 
     Returns ``"fused: "`` with the moment the gradient is computed and the instruction set in use
@@ -146,190 +136,60 @@ def explain(
         >>> fused_ce.explain(input, torch.tensor([0, 1, 2])).split(",")[0]
         'fused: no gradient'
     """
-    if any(_overrides(t) for t in (input, target, weight)):
-        return "stock: an argument overrides __torch_function__"
-    if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce, emit_warning=False)
-    reason = _stock_reason(input, target, weight, ignore_index, reduction, label_smoothing)
-    if reason:
+    call = bound(cross_entropy, args, kwargs)
+    input, target = call["input"], call["target"]
+    if any(overrides(t) for t in (input, target, call["weight"])):
+        return f"stock: {OVERRIDDEN}"
+    reduction, legacy = call["reduction"], (call["size_average"], call["reduce"])
+    if legacy != (None, None):
+        reduction = _Reduction.legacy_get_string(*legacy, emit_warning=False)
+    try:
+        options = options_of(call | {"reduction": reduction})
+    except ValueError:
+        return f"stock: {INVALID}"
+    reason = stock_reason(
+        input, target, options.weight, options.ignore_index, options.label_smoothing
+    )
+    if reason is not None:
         return f"stock: {reason}"
-    mode = _mode(input, target, reduction, grad_in_forward, inplace)
-    return f"fused: {mode}, {_instructions(input)}"
+    mode = _mode(input, target, options.reduction, call["grad_in_forward"], call["inplace"])
+    return f"fused: {mode}, {instructions(input)}"
 
 
-def _instructions(input: Tensor) -> str:
+def options_of(arguments: Mapping[str, Any]) -> Options:
+    """The options among the arguments of a function, as the operators have them."""
+    given = {name: value for name, value in arguments.items() if name in Options._fields}
+    given["reduction"] = _Reduction.get_enum(given["reduction"])
+    return Options(**given)
+
+
+def instructions(input: Tensor) -> str:
+    """What the kernels for this tensor are made of."""
     if input.is_cpu:
         return ops.instruction_set()
     return "cuda {}.{}".format(*torch.cuda.get_device_capability(input.device))
 
 
-def _overrides(argument: object) -> bool:
-    implementation = getattr(type(argument), "__torch_function__", None)
-    return (
-        implementation is not None
-        and implementation is not torch._C._disabled_torch_function_impl
-        and implementation is not Tensor.__torch_function__
-        and getattr(implementation, "__func__", None) is not Tensor.__torch_function__.__func__
-    )
-
-
-def _overridden(input, target, weight, *, grad_in_forward, inplace, **options):
+def _overridden(input, target, weight, *, grad_in_forward, inplace, **arguments):
     """A subclass gets the function that it knows, torch's; a mode (a device context, say) ours."""
-    if any(_overrides(t) for t in (input, target, weight)):
-        return F.cross_entropy(input, target, weight, **options)
-    return handle_torch_function(
-        cross_entropy,
-        (input, target, weight),
-        input,
-        target,
-        weight,
-        grad_in_forward=grad_in_forward,
-        inplace=inplace,
-        **options,
-    )
+    tensors = (input, target, weight)
+    if any(overrides(t) for t in tensors):
+        loss = stock.overridden(*tensors, **arguments)
+        if fallback.is_on:
+            fallback.warn("cross_entropy", OVERRIDDEN)
+        return loss
+    arguments |= {"grad_in_forward": grad_in_forward, "inplace": inplace}
+    return handle_torch_function(cross_entropy, tensors, *tensors, **arguments)
 
 
-def _stock(input, target, weight, ignore_index, reduction, label_smoothing):
-    if (
-        isinstance(target, Tensor)
-        and isinstance(input, Tensor)
-        and target.dtype in _INDEX_DTYPES
-        and target.shape != input.shape
-    ):
-        target = target.long()
-    return F.cross_entropy(
-        input,
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+def _by_stock(input, target, options: Options, reason: str) -> Tensor:
+    loss = stock.cross_entropy(input, target, options)
+    if fallback.is_on:  # afterwards, since stock may have refused the call
+        fallback.warn("cross_entropy", reason)
+    return loss
 
 
-def _stock_reason(input, target, weight, ignore_index, reduction, label_smoothing) -> str | None:
-    """Why the kernels cannot take this call; None if they can.
-
-    This runs before every call and takes as long as a small one: a tensor's attribute is read once.
-    """
-    reason = _foreign(input, "logits") or _foreign(target, "target")
-    if reason is None and weight is not None:
-        reason = _foreign(weight, "weight")
-    if reason is not None:
-        return reason
-    if autograd.transform_is_active():
-        return "a torch.func transform or forward-mode differentiation is active"
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace is recording"
-    if torch.compiler._is_exporting_flag:  # is_exporting() holds in any graph of torch 2.10
-        return "torch.export is recording"
-    if not input.is_cpu:
-        reason = ops.lacking(input.device.type, input.get_device())
-        if reason is not None:
-            return reason
-    if input.dtype not in _LOGIT_DTYPES:
-        return f"there are no kernels for {input.dtype} logits"
-    if _is_invalid(input, target, weight, ignore_index, reduction, label_smoothing):
-        return INVALID
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        return "the weight requires grad"
-    return None
-
-
-def _foreign(tensor: object, name: str) -> str | None:
-    """Why this argument is not a tensor of plain strided memory; None if it is."""
-    if not isinstance(tensor, Tensor):
-        what = "not a tensor"
-    elif tensor.is_nested:
-        what = "nested"
-    elif tensor.layout is not _STRIDED:
-        what = "sparse" if "sparse" in str(tensor.layout) else f"of the layout {tensor.layout}"
-    elif type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor):
-        what = f"a {type(tensor).__name__}"
-    else:
-        return None
-    return f"the {name} {'are' if name == 'logits' else 'is'} {what}"
-
-
-def _is_invalid(input, target, weight, ignore_index, reduction, label_smoothing) -> bool:
-    """Whether stock might refuse the call. The range of the targets is checked by the operators."""
-    shape, target_shape, target_dtype = input.shape, target.shape, target.dtype
-    dims = len(shape)
-    if not 0 < dims <= _MAX_DIMS:
-        return True
-    if type(ignore_index) is not int or not _INT64_MIN <= ignore_index <= _INT64_MAX:
-        return True
-    if type(label_smoothing) not in (float, int) or label_smoothing > 1.0:
-        return True
-    if reduction not in ("mean", "sum", "none", "elementwise_mean"):
-        return True
-    if _is_elsewhere(target, input):
-        return True
-    classes = shape[1 if dims > 1 else 0]
-    if classes == 0:
-        return True
-    if target_shape == shape:
-        if target_dtype not in _LOGIT_DTYPES or ignore_index >= 0:
-            return True
-    elif target_dtype not in _INDEX_DTYPES:
-        return True
-    elif dims == 1:
-        if len(target_shape) > 1 or target.numel() != 1:
-            return True
-    elif len(target_shape) != dims - 1 or target_shape[0] != shape[0]:
-        return True
-    elif dims > 2 and target_shape[1:] != shape[2:]:
-        return True
-    if weight is None:
-        return False
-    if _is_elsewhere(weight, input) or weight.dtype not in _LOGIT_DTYPES:
-        return True
-    if weight.shape != (classes,):
-        return True
-    mixes = weight.dtype != input.dtype and target_dtype in _INDEX_DTYPES
-    return mixes and _computed_dtype(weight) != _computed_dtype(input)
-
-
-def _is_elsewhere(tensor: Tensor, input: Tensor) -> bool:
-    """Whether the tensor is on another device than the logits, in the cheapest way to ask."""
-    if input.is_cpu:
-        return not tensor.is_cpu
-    return tensor.device != input.device
-
-
-def _computed_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that stock computes with: under autocast, float32 for the half types."""
-    dtype = tensor.dtype
-    if dtype in _HALF_DTYPES and torch.is_autocast_enabled(tensor.device.type):
-        return torch.float32
-    return dtype
-
-
-def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype | None:
-    """The loss's dtype, or None where it is the logits' own."""
-    own = input.dtype
-    probabilities = target.dtype in _LOGIT_DTYPES
-    if not probabilities and own not in _HALF_DTYPES:
-        return None
-    dtype = _computed_dtype(input)
-    if probabilities:
-        dtype = torch.promote_types(dtype, _computed_dtype(target))
-        if weight is not None:
-            dtype = torch.promote_types(dtype, _computed_dtype(weight))
-    return dtype if dtype != own else None
-
-
-def _arguments(input, target, weight, ignore_index, reduction, label_smoothing) -> tuple:
-    """The operators' arguments after the first two, or none of them where they are the defaults."""
-    loss_dtype = _loss_dtype(input, target, weight)
-    reduction = _Reduction.get_enum(reduction)
-    options = (weight, None, reduction, ignore_index, label_smoothing, loss_dtype)
-    if weight is None and options == ops.DEFAULTS:
-        return ()
-    return options
-
-
-def _mode(input, target, reduction: str, grad_in_forward: bool, inplace: bool) -> str:
+def _mode(input, target, reduction: int, grad_in_forward: bool, inplace: bool) -> str:
     """When the gradient is computed; a key of _RUN."""
     if not torch.is_grad_enabled() or not (input.requires_grad or target.requires_grad):
         return "no gradient in the graph" if torch.compiler.is_compiling() else "no gradient"
@@ -337,7 +197,7 @@ def _mode(input, target, reduction: str, grad_in_forward: bool, inplace: bool) -
         return "recomputed in the graph's backward"
     if not input.requires_grad:
         return "recomputed in backward"
-    defers = reduction == "none" or target.requires_grad
+    defers = reduction == NONE or target.requires_grad
     # For an operator that writes to a negative view torch materialises the view, and expects to
     # find it as the first result, where forward_grad_ has the loss.
     if inplace and not input.is_neg():
@@ -350,9 +210,9 @@ def _mode(input, target, reduction: str, grad_in_forward: bool, inplace: bool) -
 _RUN = {
     "no gradient": ops.eager.forward,
     "no gradient in the graph": ops.forward,
-    "gradient in forward": autograd.grad_in_forward,
-    "recomputed in backward": autograd.recompute,
+    "gradient in forward": eager.grad_in_forward,
+    "recomputed in backward": eager.recompute,
     "recomputed in the graph's backward": graph.graph_loss,
-    "in place in forward": autograd.overwrite_in_forward,
-    "in place in backward": autograd.overwrite_in_backward,
+    "in place in forward": eager.overwrite_in_forward,
+    "in place in backward": eager.overwrite_in_backward,
 }

@@ -1,6 +1,6 @@
 """The loss within a graph of ``torch.compile``: operators with derivatives registered for them.
 
-A graph cannot hold what ``autograd`` decides at run time, and it runs a ``Function`` without the
+A graph cannot hold what ``eager`` decides at run time, and it runs a ``Function`` without the
 saved tensors' history, which would drop second derivatives without a word. Registered derivatives
 keep it: the forward's is the backward operator, and that one's is stock's formula, twice.
 Forward mode may begin after the forward, and then has stock's formula for the gradient as well.
@@ -11,54 +11,56 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd import Function
 
-from . import ops
-from .autograd import Options, stock_gradients, stock_loss, transform_is_active
+from . import ops, stock
+from .eligibility import transform_is_active
+from .fakes import empty_gradient
+from .options import NO_GRADIENTS, Options, split
 
 
-def graph_loss(input: Tensor, target: Tensor, *arguments) -> Tensor:
+def graph_loss(input: Tensor, target: Tensor, *options) -> Tensor:
     """Returns the loss; its gradient is recomputed from the logits in the graph's backward."""
-    loss, *_ = ops.graph_forward(input, target, *arguments)
+    loss, *_ = ops.graph_forward(input, target, *options)
     return loss
 
 
 def _save_forward(ctx, inputs, output) -> None:
-    input, target, weight, *options = inputs
+    input, target, *options = inputs
     _, stats, totals = output
-    ctx.save_for_backward(input, target, stats, totals, weight)
-    ctx.options = options
+    option_tensors, ctx.options = split(options)
+    ctx.save_for_backward(input, target, stats, totals, *option_tensors)
 
 
 def _backward(ctx, grad_loss: Tensor, *_) -> tuple:
-    saved = input, target, stats, totals, weight = ctx.saved_tensors
+    input, target, stats, totals, *option_tensors = ctx.saved_tensors
+    options = Options(*option_tensors, *ctx.options)
+    needs = needs_input, needs_target = ctx.needs_input_grad[:2]
     if transform_is_active():
         # A graph that runs as it was captured: the transform began only after it.
-        return stock_gradients(ctx, grad_loss, saved)
-    needs_input, needs_target, *_ = ctx.needs_input_grad
-    arguments = (input, target, stats, totals, grad_loss, weight, *ctx.options)
+        return *stock.gradients(input, target, options, grad_loss, needs), *NO_GRADIENTS
+    arguments = (input, target, stats, totals, grad_loss, *options)
     return (
         ops.graph_backward(*arguments) if needs_input else None,
         ops.graph_backward_target(*arguments) if needs_target else None,
-        *(None,) * 6,
+        *NO_GRADIENTS,
     )
 
 
-def _by_stock(of_target: bool, input, target, weight, options, grad_output, create_graph):
+def _by_stock(of_target: bool, input, target, grad_output, options: Options, create_graph: bool):
     """What one of the two backward operators returns, by stock's formula."""
-    loss = stock_loss(input, target, weight, options, grad_output.dtype)
+    loss = stock.loss(input, target, options, grad_output.dtype)
     (gradient,) = torch.autograd.grad(
         loss, target if of_target else input, grad_output.to(loss.dtype), create_graph=create_graph
     )
     return gradient
 
 
-def _unpack(arguments: tuple) -> tuple:
-    """A backward operator's problem, with the defaults of what a call leaves out.
+def _unpack(arguments: tuple) -> tuple[Tensor, Tensor, Tensor, Options]:
+    """What a backward operator is given, with the defaults of what a call leaves out.
 
     The dispatcher takes away what equals its default, also where the call spelled it out.
     """
-    input, target, _, _, grad_output, *given = arguments
-    options = Options(*given, *ops.DEFAULTS[len(given) :])
-    return input, target, options.weight, options, grad_output
+    input, target, _, _, grad_output, *options = arguments
+    return input, target, grad_output, Options(*options)
 
 
 class _Gradient(Function):
@@ -66,25 +68,30 @@ class _Gradient(Function):
 
     @staticmethod
     def forward(ctx, operator, *arguments):
-        input, target, weight, ctx.options, grad_output = _unpack(arguments)
-        ctx.save_for_backward(input, target, weight, grad_output)
+        *tensors, options = _unpack(arguments)
+        option_tensors, ctx.options = split(options)
+        ctx.save_for_backward(*tensors, *option_tensors)
         ctx.of_target = operator is ops.graph_backward_target
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
     @staticmethod
     def backward(ctx, grad):
-        input, target, weight, grad_output = ctx.saved_tensors
+        input, target, grad_output, *option_tensors = ctx.saved_tensors
+        options = Options(*option_tensors, *ctx.options)
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            input, target, grad_output = map(_variable, (input, target, grad_output))
-            arguments = (input, target, weight, ctx.options, grad_output)
-            first = _by_stock(ctx.of_target, *arguments, create_graph=True)
+            variables = input, target, grad_output = [
+                _variable(t) for t in (input, target, grad_output)
+            ]
+            first = _by_stock(ctx.of_target, *variables, options, create_graph=True)
         wanted = [t for t in (input, target, grad_output) if t.is_floating_point()]
         by_input, *by_target, by_grad_output = torch.autograd.grad(
             first, wanted, grad, create_graph=create_graph, allow_unused=True
         )
-        return None, by_input, *(by_target or [None]), None, None, by_grad_output, *(None,) * 6
+        (by_target,) = by_target or (None,)
+        of_rows = None, None  # the statistics and the totals
+        return None, by_input, by_target, *of_rows, by_grad_output, *NO_GRADIENTS
 
 
 def _autograd_kernel(operator):
@@ -100,7 +107,7 @@ def _autograd_kernel(operator):
             input, target = map(_variable, (input, target))
             gradient = _by_stock(of_target, input, target, *others, create_graph)
         # The graph was made for the strides of the operator's result.
-        return ops.empty_gradient(target if of_target else input).copy_(gradient)
+        return empty_gradient(target if of_target else input).copy_(gradient)
 
     return kernel
 

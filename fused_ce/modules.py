@@ -2,20 +2,58 @@
 options more.
 
 They inherit everything that is not the call itself, so buffers, state dicts, pickling and
-``isinstance`` checks are stock's own. torch before 2.13 has no ``nn.LinearCrossEntropyLoss``; there
-its constructor is ours.
+``isinstance`` checks are stock's own. What a function takes by name alone, and stock's constructor
+does not, is an attribute of its module, handed on as it is. torch before 2.13 has no
+``nn.LinearCrossEntropyLoss``; there its constructor is ours.
 """
 
+import inspect
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.loss import _WeightedLoss
 
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
+from .signatures import keyword_options
+
+M = TypeVar("M", bound=type[nn.Module])
 
 
+def _with_options_of(function: Callable, *but: str) -> Callable[[M], M]:
+    """Gives a module's constructor the options of ``function`` that stock's does not have.
+
+    The defaults are attributes of the class, so that an older pickle, which lacks one, means the
+    default.
+    """
+
+    def decorate(module: M) -> M:
+        inherited = inspect.signature(module.__mro__[1].__init__).parameters
+        known = {*inherited, *but}
+        added = {n: p for n, p in keyword_options(function).items() if n not in known}
+        defaults = {name: parameter.default for name, parameter in added.items()}
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            given = {name: kwargs.pop(name, default) for name, default in defaults.items()}
+            super(module, self).__init__(*args, **kwargs)
+            for name, value in given.items():
+                setattr(self, name, value)
+
+        parameters = [*inherited.values(), *added.values()]
+        __init__.__signature__ = inspect.Signature(parameters, return_annotation=None)
+        module.__init__ = __init__
+        module._own_options = tuple(added)
+        module.__constants__ = [*getattr(module, "__constants__", ()), *added]
+        for name, default in defaults.items():
+            setattr(module, name, default)
+        return module
+
+    return decorate
+
+
+@_with_options_of(cross_entropy)
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     r"""Cross entropy between logits and target, in one fused pass; a drop-in for
     :class:`torch.nn.CrossEntropyLoss`.
@@ -57,24 +95,6 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         torch.Size([3, 5])
     """
 
-    __constants__ = [*nn.CrossEntropyLoss.__constants__, "grad_in_forward", "inplace"]
-
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        size_average: bool | None = None,
-        ignore_index: int = -100,
-        reduce: bool | None = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        *,
-        grad_in_forward: bool = True,
-        inplace: bool = False,
-    ) -> None:
-        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.grad_in_forward = grad_in_forward
-        self.inplace = inplace
-
     def __prepare_scriptable__(self):
         raise RuntimeError(
             "fused_ce.CrossEntropyLoss cannot be scripted; torch.jit.script takes "
@@ -90,8 +110,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-            grad_in_forward=self.grad_in_forward,
-            inplace=self.inplace,
+            **{name: getattr(self, name) for name in self._own_options},
         )
 
 
@@ -148,6 +167,7 @@ else:
             )
 
 
+@_with_options_of(linear_cross_entropy, "linear_bias")  # which is that of the layer
 class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
     r"""A linear layer and the cross entropy of its output, which is never held as a whole; a
     drop-in for ``torch.nn.LinearCrossEntropyLoss`` of torch 2.13 and newer, for any torch.
@@ -185,52 +205,6 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         torch.Size([1000, 16])
     """
 
-    __constants__ = [
-        "num_classes",
-        "out_features",
-        "reduction",
-        "ignore_index",
-        "label_smoothing",
-        "chunk_size",
-        "max_chunk_bytes",
-        "grad_in_forward",
-    ]
-
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        *,
-        out_features: tuple[int, ...] = (),
-        bias: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-        reduction: str = "mean",
-        weight: Tensor | None = None,
-        ignore_index: int | None = None,
-        label_smoothing: float = 0.0,
-        options: Any = None,
-        chunk_size: int | None = None,
-        max_chunk_bytes: int | None = None,
-        grad_in_forward: bool = True,
-    ) -> None:
-        super().__init__(
-            in_features,
-            num_classes,
-            out_features=out_features,
-            bias=bias,
-            device=device,
-            dtype=dtype,
-            reduction=reduction,
-            weight=weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            options=options,
-        )
-        self.chunk_size = chunk_size
-        self.max_chunk_bytes = max_chunk_bytes
-        self.grad_in_forward = grad_in_forward
-
     def __prepare_scriptable__(self):
         raise RuntimeError(
             "fused_ce.LinearCrossEntropyLoss cannot be scripted; torch.jit.script takes "
@@ -250,7 +224,5 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             options=self.options,
-            chunk_size=self.chunk_size,
-            max_chunk_bytes=self.max_chunk_bytes,
-            grad_in_forward=self.grad_in_forward,
+            **{name: getattr(self, name) for name in self._own_options},
         )

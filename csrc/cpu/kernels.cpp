@@ -10,10 +10,10 @@
 #include <string>
 #include <vector>
 
-#include "row_kernels.h"
-#include "simd.h"
-#include "span.h"
-#include "sum.h"
+#include "rows/row_kernels.h"
+#include "vector/simd.h"
+#include "vector/span.h"
+#include "vector/sum.h"
 
 namespace fused_ce::cpu {
 

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "../problem.h"
-#include "tiles.h"
+#include "rows/tiles.h"
 
 namespace fused_ce::cpu {
 

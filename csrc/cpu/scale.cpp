@@ -5,8 +5,8 @@
 #include <algorithm>
 
 #include "kernels.h"
-#include "simd.h"
-#include "span.h"
+#include "vector/simd.h"
+#include "vector/span.h"
 
 namespace fused_ce::cpu {
 

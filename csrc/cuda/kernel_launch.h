@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "launch.h"
+#include "kernels.h"
 
 namespace fused_ce::cuda {
 

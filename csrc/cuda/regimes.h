@@ -1,11 +1,11 @@
-// The kernels by the kind of problem that each is for; launch.cu picks.
+// The kernels by the kind of problem that each is for; kernels.cu picks.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
 #include "kernel_launch.h"
-#include "result.cuh"
+#include "row/result.cuh"
 
 namespace fused_ce::cuda {
 
@@ -44,9 +44,9 @@ void with_vector_type(const Problem& p, const Use& use) {
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // of a launch
 
 // The blocks of a forward launch, each of which leaves one number in Result::losses.
-int64_t two_read_blocks(const Problem& p, const Device& device);
-void two_read_forward(const Problem& p, const Result& result, const Device& device, Stream stream);
-void two_read_backward(const Problem& p, const Device& device, When when, Stream stream);
+int64_t general_blocks(const Problem& p, const Device& device);
+void general_forward(const Problem& p, const Result& result, const Device& device, Stream stream);
+void general_backward(const Problem& p, const Device& device, When when, Stream stream);
 void target_backward(const Problem& p, const Device& device, Stream stream);
 
 bool strided_serves(const Problem& p, const Device& device);
@@ -59,13 +59,12 @@ int64_t tile_rows_blocks(const Problem& p, const Device& device);
 void tile_rows_forward(const Problem& p, const Result& result, const Device& device, Stream stream);
 void tile_rows_backward(const Problem& p, const Device& device, When when, Stream stream);
 
-bool row_on_chip_serves(const Problem& p, const Device& device);
-int64_t row_on_chip_blocks(const Problem& p, const Device& device);
-void row_on_chip_forward(const Problem& p, const Result& result, const Device& device,
-                         Stream stream);
-void row_on_chip_float32(const Problem& p, const Result& result, Stream stream);
-void row_on_chip_bfloat16(const Problem& p, const Result& result, Stream stream);
-void row_on_chip_float16(const Problem& p, const Result& result, Stream stream);
+bool on_chip_serves(const Problem& p, const Device& device);
+int64_t on_chip_blocks(const Problem& p, const Device& device);
+void on_chip_forward(const Problem& p, const Result& result, const Device& device, Stream stream);
+void on_chip_float32(const Problem& p, const Result& result, Stream stream);
+void on_chip_bfloat16(const Problem& p, const Result& result, Stream stream);
+void on_chip_float16(const Problem& p, const Result& result, Stream stream);
 
 bool streaming_serves(const Problem& p, const Device& device);
 int64_t streaming_blocks(const Problem& p, const Device& device);

@@ -1,7 +1,7 @@
 // Multiplies every element of a tensor by a number on the device, for a gradient that is already in
 // place. Where the number is 1 the kernel ends at once.
 #include "regimes.h"
-#include "row.cuh"
+#include "row/row.cuh"
 
 namespace fused_ce::cuda {
 

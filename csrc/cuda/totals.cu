@@ -4,7 +4,7 @@
 // of the launch that follows to zero; else a memset does, and the last block of this launch adds
 // up.
 #include "regimes.h"
-#include "row.cuh"
+#include "row/row.cuh"
 
 namespace fused_ce::cuda {
 

@@ -561,7 +561,7 @@ def operator_calls(shape, layout, kind, reduction, dtype):
 
 
 def all_operators():
-    """The library's; those of Python, in linear.py, are checked with it."""
+    """The library's; those of Python, in fused_ce/linear, are checked with it."""
     names = {s.name for s in torch._C._jit_get_all_schemas()}
     return {n for n in names if n.startswith("fused_ce::") and "::linear_" not in n}
 
@@ -591,7 +591,7 @@ def test_fake_kernel_foretells_the_layout(shape, layout):
 def checks_of(operator):
     """All of opcheck's, without a graph for operators that return what they write to.
 
-    No graph holds one: in a compiled backward the in-place modes do without (autograd.py).
+    No graph holds one: in a compiled backward the in-place modes do without (eager.py).
     """
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     if any(result.alias_info for result in operator._schema.returns):

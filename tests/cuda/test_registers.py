@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import pytest
 
-SOURCES = sorted((Path(__file__).parents[2] / "csrc" / "cuda").rglob("*.cu"))
+KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
+SOURCES = sorted(KERNELS.rglob("*.cu"))
 REGISTERS = 65536  # of a multiprocessor, on every architecture since compute capability 3.7
 OFTEN = 90  # the architecture that has clusters and is there
-SELDOM = ("row_on_chip_float16",)  # as row_on_chip_bfloat16, but for the conversions
+SELDOM = ("on_chip_float16",)  # as on_chip_bfloat16, but for the conversions
 GRANULE = 8  # a thread is given multiples of this
 
 pytestmark = [
@@ -75,7 +76,7 @@ def compile_for(source, architecture, directory):
 def defines_kernels(source):
     included = re.findall(r'#include "(\w+\.cuh)"', source.read_text())
     texts = [source.read_text(), *((source.parent / name).read_text() for name in included)]
-    return source.name != "row_on_chip.cu" and any("__global__" in text for text in texts)
+    return source.name != "on_chip.cu" and any("__global__" in text for text in texts)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_kernels_keep_to_their_registers(source, architecture, compiled):
 
 def test_code_without_clusters_ends_rather_than_take_part_of_a_row(tmp_path):
     """Such code is what PTX for an older architecture becomes on a device that has clusters."""
-    source = SOURCES[0].parent / "row_on_chip_float16.cu"
+    source = KERNELS / "regimes" / "on_chip_float16.cu"
     assembly = tmp_path / "kernels.ptx"
     command = ["nvcc", "-std=c++20", "-arch=compute_80", "-ptx", source, "-o", assembly]
     subprocess.run(command, check=True, timeout=900)
@@ -128,17 +129,20 @@ def test_code_without_clusters_ends_rather_than_take_part_of_a_row(tmp_path):
     loading = {name for name, body in kernels if "ld.global" in body}
     ending = {name for name, body in kernels if "trap;" in body}
     assert loading and ending and loading.isdisjoint(ending)
-    layouts = (SOURCES[0].parent / "row_on_chip.cuh").read_text()
+    layouts = (source.parent / "on_chip.cuh").read_text()
     layouts = re.findall(r"LayoutAt<(\d)> : RowLayout<\d+, \d+, (\d)>", layouts)
     clusters = {index for index, blocks in layouts if blocks != "1"}
     assert {re.search(r"LayoutAtILi(\d)E", name)[1] for name in ending} == clusters
 
 
 def test_kernels_know_nothing_of_torch():
-    """Only registration does, so that kernels compile in seconds and run on the simulator."""
-    for source in SOURCES[0].parent.iterdir():
-        if source.name == "register.cpp":
-            continue
-        for name in re.findall(r'#include [<"](.*)[>"]', source.read_text()):
-            outside = name.startswith("../") and name not in ("../formula.h", "../problem.h")
-            assert "torch" not in name and not outside, f"{source.name} includes {name}"
+    """Only the backend does, so that kernels compile in seconds and run on the simulator."""
+    shared = {KERNELS.parent / name for name in ("formula.h", "problem.h")}
+    sources = [path for path in KERNELS.rglob("*.*") if path.name != "backend.cpp"]
+    assert len(sources) > len(SOURCES)
+    for source in sources:
+        text = source.read_text()
+        for name in re.findall(r'#include "(.*)"', text):
+            included = (source.parent / name).resolve()
+            assert KERNELS in included.parents or included in shared, f"{source} includes {name}"
+        assert "#include <torch" not in text, source

@@ -25,8 +25,8 @@ from support.linear_reference import (
 from torch import nn
 
 import fused_ce
-from fused_ce import linear
 from fused_ce import linear_cross_entropy as lce
+from fused_ce.linear import plan
 
 HAS_TORCHS = hasattr(F, "linear_cross_entropy")
 needs_torchs = pytest.mark.skipif(not HAS_TORCHS, reason="torch 2.13 and newer have the function")
@@ -90,7 +90,7 @@ def problem(shape="NH", dtype=torch.float32, kind=torch.int64, bias=False, ignor
 
 @pytest.fixture(autouse=True)
 def warnings_of_other_tests():
-    linear._warn_once.cache_clear()
+    plan._warn_once.cache_clear()
 
 
 @pytest.mark.filterwarnings("ignore:fused_ce. max_chunk_bytes")

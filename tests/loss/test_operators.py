@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from support.devices import every_device
 from support.reference import assert_as_accurate, incoming_gradient, one_thread
 
+import fused_ce
 from fused_ce import ops
 
 pytestmark = every_device
@@ -119,3 +120,14 @@ def test_what_a_kernel_reads_is_not_overwritten(what):
         totals = input[0, :2]
     with pytest.raises(RuntimeError, match="share no memory"):
         ops.backward_(input, target, stats, totals, incoming)
+
+
+def test_a_loss_wider_than_the_logits_keeps_its_digits():
+    # Stock's log-probabilities are rounded to float32, their products with the targets are not.
+    input, target = torch.randn(2000, 11) * 3, torch.rand(2000, 11, dtype=torch.float64)
+    exact = F.cross_entropy(input.double(), target, reduction="none")
+    errors = [
+        (function(input, target, reduction="none") - exact).square().mean().sqrt().item()
+        for function in (fused_ce.cross_entropy, F.cross_entropy)
+    ]
+    assert errors[0] <= 1.1 * errors[1]

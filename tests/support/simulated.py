@@ -180,8 +180,8 @@ def build(directory, *flags, sources=KERNELS, base=None, only=None):
     """
     flags = flags or PLAIN
     kernels = Path(sources) / "cuda"
-    # What support.cu asks is a question to the CUDA runtime, which is not simulated.
-    files = [unit for unit in kernels.rglob("*.cu") if unit.name != "support.cu"]
+    # What architecture.cu asks is a question to the CUDA runtime, which is not simulated.
+    files = [unit for unit in kernels.rglob("*.cu") if unit.name != "architecture.cu"]
     units = [*sorted(files), *sorted(SIMULATOR.glob("*.cpp"))]
     wanted = [unit for unit in units if only is None or unit.stem in only]
 
@@ -294,7 +294,7 @@ def unwritten(like, dtype=None, layout=None):
 
 
 class Kernels:
-    """The functions of csrc/cuda/launch.h, on tensors, by the program that `build` has made."""
+    """The functions of csrc/cuda/kernels.h, on tensors, by the program that `build` has made."""
 
     def __init__(self, directory):
         self.directory = directory

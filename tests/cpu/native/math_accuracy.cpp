@@ -8,13 +8,13 @@
 #include <cstdlib>
 #include <limits>
 
-#include "../../../csrc/cpu/exp_avx512.h"
-#include "../../../csrc/cpu/math.h"
-#include "../../../csrc/cpu/simd.h"
+#include "../../../csrc/cpu/vector/exp_avx512.h"
+#include "../../../csrc/cpu/vector/math.h"
+#include "../../../csrc/cpu/vector/simd.h"
 
 namespace {
 
-using fused_ce::math::bits_as;
+using fused_ce::cpu::math::bits_as;
 
 template <class T>
 long double ulp(long double value) {
@@ -49,7 +49,7 @@ Worst sweep_spans(const Span& span, const Exact& exact, Next next) {
   for (bool more = true; more;) {
     int n = 0;
     while (n < kChunk && (more = next(x[n]))) n++;
-    fused_ce::simd::run([&] { span(x, n, y); });
+    fused_ce::cpu::simd::run([&] { span(x, n, y); });
     for (int i = 0; i < n; i++) worst.see(x[i], y[i], exact(static_cast<long double>(x[i])));
   }
   return worst;
@@ -74,38 +74,40 @@ int main(int, char** argv) {
 
   // From -0 to where exp rounds to zero.
   uint64_t bits = 0x80000000u;
-  report("exp_float", sweep<float>([](float x) { return fused_ce::math::exp_nonpositive(x); }, exp,
-                                   [&](float& x) {
-                                     x = bits_as<float>(static_cast<uint32_t>(bits));
-                                     bits += step;
-                                     return x >= -104.5f;
-                                   }));
-
-  bits = 0x80000000u;
-  report("exp_normal_float",
-         sweep<float>([](float x) { return fused_ce::math::exp_normal(x); }, exp,
+  report("exp_float",
+         sweep<float>([](float x) { return fused_ce::cpu::math::exp_nonpositive(x); }, exp,
                       [&](float& x) {
                         x = bits_as<float>(static_cast<uint32_t>(bits));
                         bits += step;
-                        return x > -fused_ce::math::kNormalExp;
+                        return x >= -104.5f;
                       }));
 
   bits = 0x80000000u;
-  if (fused_ce::avx512::has_exp())
-    report("exp_avx512",
-           sweep_spans<float>([](const float* x, int64_t n,
-                                 float* y) { fused_ce::avx512::exp_differences(x, 0.0f, n, y); },
-                              exp,
-                              [&](float& x) {
-                                x = bits_as<float>(static_cast<uint32_t>(bits));
-                                bits += step;
-                                return x >= -104.5f;
-                              }));
+  report("exp_normal_float",
+         sweep<float>([](float x) { return fused_ce::cpu::math::exp_normal(x); }, exp,
+                      [&](float& x) {
+                        x = bits_as<float>(static_cast<uint32_t>(bits));
+                        bits += step;
+                        return x > -fused_ce::cpu::math::kNormalExp;
+                      }));
+
+  bits = 0x80000000u;
+  if (fused_ce::cpu::avx512::has_exp())
+    report("exp_avx512", sweep_spans<float>(
+                             [](const float* x, int64_t n, float* y) {
+                               fused_ce::cpu::avx512::exp_differences(x, 0.0f, n, y);
+                             },
+                             exp,
+                             [&](float& x) {
+                               x = bits_as<float>(static_cast<uint32_t>(bits));
+                               bits += step;
+                               return x >= -104.5f;
+                             }));
 
   // The same floats, spread over the arguments of the other two.
   bits = 0x80000000u;
   report("exp_double",
-         sweep<double>([](double x) { return fused_ce::math::exp_nonpositive(x); }, exp,
+         sweep<double>([](double x) { return fused_ce::cpu::math::exp_nonpositive(x); }, exp,
                        [&](double& x) {
                          x = bits_as<float>(static_cast<uint32_t>(bits)) * 6.8;
                          bits += step;
@@ -114,7 +116,8 @@ int main(int, char** argv) {
   bits = 0;
   report("log1p_double",
          sweep<double>(
-             [](double y) { return fused_ce::math::log1p_nonnegative(y, 1.0 / (1.0 + y)); }, log1p,
+             [](double y) { return fused_ce::cpu::math::log1p_nonnegative(y, 1.0 / (1.0 + y)); },
+             log1p,
              [&](double& y) {
                y = bits_as<float>(static_cast<uint32_t>(bits)) * 1.0000001;
                bits += step;
@@ -123,7 +126,8 @@ int main(int, char** argv) {
   bits = 0;
   report("log1p_float",
          sweep<float>(
-             [](float y) { return fused_ce::math::log1p_nonnegative(y, 1.0f / (1.0f + y)); }, log1p,
+             [](float y) { return fused_ce::cpu::math::log1p_nonnegative(y, 1.0f / (1.0f + y)); },
+             log1p,
              [&](float& y) {
                y = bits_as<float>(static_cast<uint32_t>(bits));
                bits += step;

@@ -28,7 +28,7 @@ constexpr size_t kBeyond = 0;
 #else
 constexpr size_t kBeyond = 1024;  // bytes behind it that are watched
 #endif
-constexpr unsigned char kUntouched = 0xff;     // and are nan to whoever reads them
+constexpr unsigned char kUntouched = 0xff;  // and are nan to whoever reads them
 
 struct Block;
 

@@ -14,7 +14,7 @@
 #include <memory>
 #include <vector>
 
-#include "../../../csrc/cuda/launch.h"
+#include "../../../csrc/cuda/kernels.h"
 #include "engine.h"
 
 namespace {

@@ -1,7 +1,7 @@
 """Guards what the CUDA kernels promise beside ordinary numbers: extreme logits, targets out of
 range, ignored rows, how many launches a call is, how exact a mean of many rows is.
 
-On the simulator, for one problem of each regime of csrc/cuda/launch.cu.
+On the simulator, for one problem of each regime of csrc/cuda/kernels.cu.
 """
 
 import pytest

@@ -20,7 +20,7 @@ from torch.utils.cpp_extension import include_paths
 SOURCES = (
     ROOT / "csrc/ops.cpp",
     ROOT / "csrc/checks.cpp",
-    TESTS / "cuda/simulator/backend/register.cpp",
+    TESTS / "cuda/simulator/backend/backend.cpp",
 )
 
 

@@ -1,0 +1,60 @@
+// The operators on the CPU, with torch's threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
+
+#include "../operators.h"
+#include "kernels.h"
+#include "vector/huge_pages.h"
+#include "vector/span.h"
+
+namespace fused_ce::cpu {
+
+namespace {
+
+constexpr Threads kThreads{
+    [] { return static_cast<int64_t>(torch::stable::get_num_threads()); },
+    [](int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& work) {
+      torch::stable::parallel_for(0, count, grain, work);
+    }};
+
+class Cpu {
+ public:
+  explicit Cpu(const Tensor&) {}
+
+  void forward(Problem& p) { cpu::forward(p, kThreads); }
+  void backward(Problem& p) { cpu::backward(p, kThreads); }
+  void rescale(Problem& p) { backward(p); }
+  void backward_target(Problem& p) { cpu::backward_target(p, kThreads); }
+
+  void scale(const Elements& elements, const Operand& factor) {
+    cpu::scale(elements, load_value<double>(factor, 0), kThreads);
+  }
+
+  static bool is_known_to_be_one(const Operand& factor) {
+    return load_value<double>(factor, 0) == 1.0;
+  }
+
+  static void prepare(const Tensor& grad) {
+    advise_huge_pages(grad.data_ptr(), static_cast<size_t>(grad.numel()) * grad.element_size());
+  }
+};
+
+void advise_huge_pages_cpu(const Tensor& memory) {
+  if (memory.is_cpu()) Cpu::prepare(memory);
+}
+
+std::string instruction_set_cpu() { return instruction_set(); }
+
+}  // namespace
+
+}  // namespace fused_ce::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) { fused_ce::register_operators<fused_ce::cpu::Cpu>(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {
+  m.impl("check_overwritable", TORCH_BOX(&fused_ce::check_overwritable));
+  m.impl("advise_huge_pages", TORCH_BOX(&fused_ce::cpu::advise_huge_pages_cpu));
+  m.impl("instruction_set", TORCH_BOX(&fused_ce::cpu::instruction_set_cpu));
+}

@@ -1,0 +1,405 @@
+// Many rows side by side, one row to a vector lane, the classes one after another.
+//
+// Serves logits whose rows lie next to each other in memory, as (N, C, H, W) does, without copying
+// them, and rows of few classes, which alone would waste the lanes: those are turned into a
+// class-major tile in the cache and turned back. The terms exp(x - M) are kept in the gradient's
+// own memory or in the tile; where neither can hold them they are computed a second time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "../../formula.h"
+#include "../vector/exp_avx512.h"
+#include "../vector/math.h"
+#include "../vector/scratch.h"
+#include "../vector/span.h"
+#include "../vector/transpose.h"
+#include "coefficients.h"
+#include "row_batch.h"
+
+namespace fused_ce::cpu {
+
+// Compiled for one of the levels of simd.h.
+template <class A, simd::Level kLevel>
+class LaneKernel {
+ public:
+  LaneKernel(const Problem& p, const Tiling& tiling)
+      : p_(p),
+        batch_(p, tiling.tile_rows),
+        smoothing_(p.options.label_smoothing, p.classes),
+        weight_(static_cast<const A*>(p.options.weight.data)),
+        input_direct_(is_direct<A>(p.input, lane_stride(p.input))),
+        grad_direct_(is_direct<A>(p.grad, lane_stride(p.grad))),
+        needs_tile_(!input_direct_ || (p.grad.data && !(grad_direct_ && in_place()))),
+        stride_(tiling.tile_rows + kPad),
+        tile_(needs_tile_ && p.classes * stride_ <= kMaxTile ? p.classes * stride_ : 0),
+        transposes_input_(!input_direct_ && p.input.class_stride == 1 && !tile_.empty()),
+        transposes_grad_(!grad_direct_ && p.grad.class_stride == 1 && !tile_.empty()),
+        rows_((transposes_input_ || transposes_grad_) && !is_direct<A>(p.input, 1)
+                  ? p.classes * tiling.tile_rows
+                  : 0) {}
+
+  // As RowKernel::forward.
+  double forward(const Tile& tile) {
+    begin(tile);
+    find_max();
+    batch_.read_target_logits(tile, 0, n_);
+    sum_terms();
+    const double total = batch_.write_losses(tile);
+    if (p_.grad.data) write_gradient(keeps_terms());
+    return total;
+  }
+
+  void backward(const Tile& tile) {
+    begin(tile);
+    batch_.read_statistics(tile);
+    batch_.read_target_logits(tile, 0, n_);
+    batch_.find_gradients();
+    write_gradient(false);
+  }
+
+ private:
+  static constexpr bool kAvx512 = kLevel == simd::Level::kAvx512 && std::is_same_v<A, float>;
+  static constexpr bool kTellsNormal = !kAvx512 && std::is_same_v<A, float>;
+  // Small enough that a tile and what it is made from stay in the second-level cache.
+  static constexpr int64_t kMaxTile = 65536;
+  // Lanes between the classes of a tile: at a distance of a power of two their cache lines would
+  // compete for the same few places.
+  static constexpr int64_t kPad = 16;
+  // Classes that a loop over the lanes takes at a time.
+  static constexpr int kGroup = 4;
+  // Terms of at most this many classes are summed in the accumulation type, then in double.
+  static constexpr int64_t kSumClasses = 64;
+
+  int64_t lane_stride(const Operand& operand) const { return operand.row_strides[p_.row_dims - 1]; }
+
+  bool keeps_terms() const { return p_.grad.data && (grad_direct_ || !tile_.empty()); }
+
+  void begin(const Tile& tile) {
+    n_ = tile.rows;
+    input_ = tile.run(p_.input).first;
+    target_ = tile.run(p_.target).first;
+    grad_ = tile.run(p_.grad).first;
+    loaded_ = false;
+    if (transposes_input_) load_rows();
+    batch_.begin(tile);
+  }
+
+  A* grad_lanes(int64_t c) const {
+    return static_cast<A*>(p_.grad.data) + grad_ + c * p_.grad.class_stride;
+  }
+
+  bool in_place() const { return p_.grad.data == p_.input.data; }
+
+  // Where the terms of class c are kept. The gradient's memory serves where it is in the cache
+  // anyway; fresh memory is better written once, a long run at a time, than a few classes by a few.
+  A* kept_lanes(int64_t c) {
+    if (!tile_.empty()) return tile_.data() + c * stride_;
+    return grad_direct_ ? grad_lanes(c) : nullptr;
+  }
+
+  // The logits of some classes: those of class c + j begin at data + j * stride.
+  struct Classes {
+    const A* data;
+    int64_t stride;
+  };
+
+  // The logits of `count` classes from c on. Once the tile holds them they are not loaded again.
+  Classes logits(int64_t c, int64_t count) {
+    const int64_t offset = input_ + c * p_.input.class_stride;
+    if (input_direct_)
+      return {static_cast<const A*>(p_.input.data) + offset, p_.input.class_stride};
+    A* lanes = tile_.empty() ? buffer_ : tile_.data() + c * stride_;
+    for (int64_t j = 0; j < count && !loaded_; j++)
+      load_span(p_.input, offset + j * p_.input.class_stride, lane_stride(p_.input), n_,
+                lanes + j * stride_);
+    return {lanes, stride_};
+  }
+
+  // Rows of adjacent classes are read and written as they lie, and turned over in the cache.
+  void load_rows() {
+    const int64_t row_stride = lane_stride(p_.input), classes = p_.classes;
+    if (is_direct<A>(p_.input, 1)) {
+      transpose(static_cast<const A*>(p_.input.data) + input_, row_stride, n_, classes,
+                tile_.data(), stride_);
+    } else {
+      for_row_runs(row_stride, [&](int64_t row, int64_t count) {
+        load_span(p_.input, input_ + row * row_stride, 1, count, rows_.data() + row * classes);
+      });
+      transpose(rows_.data(), classes, n_, classes, tile_.data(), stride_);
+    }
+    loaded_ = true;
+  }
+
+  void store_rows() {
+    const int64_t row_stride = lane_stride(p_.grad), classes = p_.classes;
+    if (is_direct<A>(p_.grad, 1)) {
+      transpose(tile_.data(), stride_, classes, n_, static_cast<A*>(p_.grad.data) + grad_,
+                row_stride);
+    } else {
+      transpose(tile_.data(), stride_, classes, n_, rows_.data(), classes);
+      for_row_runs(row_stride, [&](int64_t row, int64_t count) {
+        store_span(rows_.data() + row * classes, count, p_.grad, grad_ + row * row_stride, 1);
+      });
+    }
+  }
+
+  // Calls use(row, count) for each run of `count` adjacent elements: all rows, or row by row.
+  template <class Use>
+  void for_row_runs(int64_t row_stride, const Use& use) const {
+    if (row_stride == p_.classes) return use(0, n_ * p_.classes);
+    for (int64_t row = 0; row < n_; row++) use(row, p_.classes);
+  }
+
+  // Calls use(c, count) with count an integral_constant: a few classes at a time spare most of the
+  // traffic with what is kept for every lane.
+  template <class Use>
+  void for_classes(const Use& use) {
+    int64_t c = 0;
+    for (; c + kGroup <= p_.classes; c += kGroup) use(c, std::integral_constant<int, kGroup>{});
+    for (; c < p_.classes; c++) use(c, std::integral_constant<int, 1>{});
+  }
+
+  const A* probabilities(int64_t c) {
+    return p_.probabilities ? read_span<A>(p_.target, target_ + c * p_.target.class_stride,
+                                           lane_stride(p_.target), n_, probability_buffer_)
+                            : nullptr;
+  }
+
+  // Calls use(a) with a(l), the coefficient of class c in lane l.
+  template <class Use>
+  void with_lane_coefficients(int64_t c, const Use& use) {
+    const A weight = weight_ ? weight_[c] : A(1);
+    if (const A* q = probabilities(c)) {
+      const Smoothing<A> smoothing = smoothing_;
+      use([=](int64_t l) { return probability_coefficient(q[l], weight, smoothing); });
+    } else {
+      const A coefficient = index_coefficient(weight, smoothing_);
+      use([=](int64_t) { return coefficient; });
+    }
+  }
+
+  void find_max() {
+    A* max = batch_.max;
+    std::fill(max, max + n_, -kInfinity<A>);
+    if constexpr (kTellsNormal) {
+      std::fill(min_, min_ + n_, kInfinity<A>);
+      for_classes([&](int64_t c, auto count) {
+        const Classes x = logits(c, count);
+        widen(x.data, x.stride, min_, max, n_, count);
+      });
+      is_normal_ = largest_gap(min_, max, n_) < math::kNormalExp;
+    } else {
+      for_classes([&](int64_t c, auto count) {
+        const Classes x = logits(c, count);
+        raise(x.data, x.stride, max, n_, count);
+      });
+    }
+    loaded_ = !tile_.empty();
+  }
+
+  // Takes some classes into the lanes' maxima.
+  template <class Count>
+  static void raise(const A* x, int64_t stride, A* max, int64_t n, Count count) {
+#pragma omp simd
+    for (int64_t l = 0; l < n; l++) max[l] = largest(x + l, stride, max[l], count);
+  }
+
+  // The minima too: who asks for exp_normal must know that it may.
+  template <class Count>
+  static void widen(const A* x, int64_t stride, A* min, A* max, int64_t n, Count count) {
+#pragma omp simd
+    for (int64_t l = 0; l < n; l++) {
+      min[l] = smallest(x + l, stride, min[l], count);
+      max[l] = largest(x + l, stride, max[l], count);
+    }
+  }
+
+  template <class Count>
+  static A largest(const A* x, int64_t stride, A max, Count) {
+    for (int j = 0; j < Count::value; j++) max = larger(x[j * stride], max);
+    return max;
+  }
+
+  template <class Count>
+  static A smallest(const A* x, int64_t stride, A min, Count) {
+    for (int j = 0; j < Count::value; j++) min = smaller(x[j * stride], min);
+    return min;
+  }
+
+  static A larger(A a, A b) { return a > b ? a : b; }
+  static A smaller(A a, A b) { return a < b ? a : b; }
+
+  static A largest_gap(const A* min, const A* max, int64_t n) {
+    A largest = A(0);
+#pragma omp simd reduction(max : largest)
+    for (int64_t l = 0; l < n; l++) largest = larger(max[l] - min[l], largest);
+    return largest;
+  }
+
+  void sum_terms() {
+    if (batch_.spreads()) sum_gaps();
+    std::fill(batch_.rest, batch_.rest + n_, 0.0);
+    std::fill(sums_, sums_ + n_, A(0));
+    std::fill(ones_, ones_ + n_, A(-1));
+    for_classes([&](int64_t c, auto count) {
+      const Classes x = logits(c, count);
+      prefetch_next(c, count);
+      A* terms = keeps_terms() ? kept_lanes(c) : terms_;
+      if (kTellsNormal && is_normal_)
+        keep_terms<kTellsNormal>(x, terms, count);
+      else
+        keep_terms<false>(x, terms, count);
+      if ((c + count) % kSumClasses == 0) add_sums();
+    });
+    add_sums();
+#pragma omp simd
+    for (int64_t l = 0; l < n_; l++) batch_.rest[l] += ones_[l];
+  }
+
+  void add_sums() {
+#pragma omp simd
+    for (int64_t l = 0; l < n_; l++) {
+      batch_.rest[l] += sums_[l];
+      sums_[l] = A(0);
+    }
+  }
+
+  // Asks for as much of the next tile as is being computed of this one.
+  void prefetch_next(int64_t c, int64_t count) const {
+    if (lane_stride(p_.input) == 1)
+      for (int64_t j = c; j < c + count; j++)
+        prefetch(p_.input, input_ + n_ + j * p_.input.class_stride, n_);
+    else if (lane_stride(p_.input) == p_.classes)
+      prefetch(p_.input, input_ + n_ * p_.classes + c * n_, count * n_);
+  }
+
+  // exp(x - max) of some classes, kept and summed. The largest ones are counted apart, for the
+  // reason that formula.h gives.
+  template <bool kIsNormal, class Count>
+  void keep_terms(Classes x, A* terms, Count) {
+    const int64_t n = n_;
+    const int64_t stride = !keeps_terms()  ? kMaxBatch
+                           : tile_.empty() ? p_.grad.class_stride
+                                           : stride_;
+    const A* max = batch_.max;
+    A* ones = ones_;
+    A* sums = sums_;
+    if constexpr (kAvx512)
+      return avx512::keep_lane_terms<Count::value>(x.data, x.stride, n, max, terms, stride, sums,
+                                                   ones);
+#pragma omp simd
+    for (int64_t l = 0; l < n; l++) {
+      A sum = A(0), lane_ones = A(0);
+      for (int j = 0; j < Count::value; j++) {
+        const A difference = x.data[j * x.stride + l] - max[l];
+        const A e = kIsNormal ? math::exp_normal(difference) : math::exp_nonpositive(difference);
+        terms[j * stride + l] = e;
+        sum += difference == A(0) ? A(0) : e;
+        lane_ones += difference == A(0) ? A(1) : A(0);
+      }
+      sums[l] += sum;
+      ones[l] += lane_ones;
+    }
+  }
+
+  // sum_c a_c (M - x_c) and sum_c a_c.
+  void sum_gaps() {
+    double *gaps = batch_.gaps, *mass = batch_.mass;
+    const A* max = batch_.max;
+    std::fill(gaps, gaps + n_, 0.0), std::fill(mass, mass + n_, 0.0);
+    for (int64_t c = 0; c < p_.classes; c++) {
+      const A* x = logits(c, 1).data;
+      with_lane_coefficients(c, [&](auto coefficient) {
+#pragma omp simd
+        for (int64_t l = 0; l < n_; l++) {
+          const A a = coefficient(l);
+          gaps[l] += coefficient_gap(a, max[l] - x[l]);
+          mass[l] += a;
+        }
+      });
+    }
+  }
+
+  void write_gradient(bool has_terms) {
+#pragma omp simd
+    for (int64_t l = 0; l < n_; l++) {
+      factor_[l] = static_cast<A>(batch_.exp_factor[l]);
+      scale_[l] = static_cast<A>(batch_.scale[l]);
+    }
+    for (int64_t c = 0; c < p_.classes; c++) {
+      const A* from = has_terms ? kept_lanes(c) : logits(c, 1).data;
+      A* out = grad_direct_       ? grad_lanes(c)
+               : transposes_grad_ ? tile_.data() + c * stride_
+                                  : buffer_;
+      if (has_terms)
+        write_class(c, out, [=](int64_t l) { return from[l]; });
+      else
+        write_exps(c, from, out);
+      if (batch_.has_ignored) {
+#pragma omp simd
+        for (int64_t l = 0; l < n_; l++) out[l] = batch_.target_class[l] < 0 ? A(0) : out[l];
+      }
+      if (!grad_direct_ && !transposes_grad_)
+        store_span(out, n_, p_.grad, grad_ + c * p_.grad.class_stride, lane_stride(p_.grad));
+    }
+    if (transposes_grad_) store_rows();
+    if (!p_.probabilities) write_target_gradients();
+  }
+
+  void write_exps(int64_t c, const A* x, A* out) {
+    const A* max = batch_.max;
+    if constexpr (kAvx512) {
+      avx512::exp_differences(x, max, n_, out);
+      return write_class(c, out, [=](int64_t l) { return out[l]; });
+    }
+    write_class(c, out, [=](int64_t l) { return math::exp_nonpositive(x[l] - max[l]); });
+  }
+
+  template <class Term>
+  void write_class(int64_t c, A* out, const Term& term) {
+    if (!batch_.spreads()) {
+#pragma omp simd
+      for (int64_t l = 0; l < n_; l++) out[l] = factor_[l] * term(l);
+      return;
+    }
+    with_lane_coefficients(c, [&](auto coefficient) {
+#pragma omp simd
+      for (int64_t l = 0; l < n_; l++) out[l] = scale_[l] * (factor_[l] * term(l) - coefficient(l));
+    });
+  }
+
+  void write_target_gradients() {
+    const int64_t lanes = lane_stride(p_.grad), classes = p_.grad.class_stride;
+    with_floating_pointer(p_.grad, grad_, [&](auto* grad) {
+      using T = std::remove_reference_t<decltype(*grad)>;
+      for (int64_t l = 0; l < n_; l++) {
+        const int64_t target = batch_.target_class[l];
+        if (target >= 0) grad[l * lanes + target * classes] = from_float<T>(batch_.target_grad[l]);
+      }
+    });
+  }
+
+  const Problem& p_;
+  RowBatch<A> batch_;
+  const Smoothing<A> smoothing_;
+  const A* const weight_;
+  const bool input_direct_, grad_direct_, needs_tile_;
+  const int64_t stride_;  // of a class in the tile
+  const Scratch<A> tile_;
+  const bool transposes_input_, transposes_grad_;
+  const Scratch<A> rows_;
+
+  int64_t n_ = 0, input_ = 0, target_ = 0, grad_ = 0;
+  bool loaded_ = false;
+  bool is_normal_ = false;  // no exp of the tile comes near to being subnormal
+
+  alignas(kLine) A min_[kMaxBatch], sums_[kMaxBatch], ones_[kMaxBatch];
+  alignas(kLine) A factor_[kMaxBatch], scale_[kMaxBatch];
+  alignas(kLine) A probability_buffer_[kMaxBatch];
+  alignas(kLine) A buffer_[kGroup * (kMaxBatch + kPad)], terms_[kGroup * kMaxBatch];
+};
+
+}  // namespace fused_ce::cpu

@@ -1,0 +1,262 @@
+// The rows of one tile, each as the few numbers that it comes down to, and the mathematics on them.
+//
+// A row costs two divisions and a logarithm whatever its length, which for few classes would be
+// most of its time; here it is done for many rows at once. The kernels fill in what takes a walk
+// over the logits and read back what the gradient needs. What goes into every element of a gradient
+// is in double; a loss, whose terms do not cancel, has all digits of its own type without.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "../../formula.h"
+#include "../vector/math.h"
+#include "../vector/scratch.h"
+#include "../vector/simd.h"
+#include "../vector/span.h"
+#include "targets.h"
+#include "tiles.h"
+
+namespace fused_ce::cpu {
+
+constexpr int64_t kMaxBatch = 512;
+
+template <class A>
+class RowBatch {
+ public:
+  // For tiles of at most so many rows.
+  RowBatch(const Problem& p, int64_t rows)
+      : p_(p),
+        smoothing_(p.options.label_smoothing, p.classes),
+        spreads_(p.probabilities || smoothing_.smooth != 0.0),
+        scales_vary_(std::any_of(p.grad_output.row_strides, p.grad_output.row_strides + p.row_dims,
+                                 [](int64_t stride) { return stride != 0; })) {
+    const double grad_output = p.grad_output.data ? load_value<double>(p.grad_output, 0) : 1.0;
+    std::fill(scale, scale + rows, grad_output / p.known.denominator);
+    std::fill(target_weight_, target_weight_ + rows, A(1));
+  }
+
+  // Whether a class other than the target has a coefficient a_c.
+  bool spreads() const { return spreads_; }
+
+  // The targets of a tile's rows, their weights, and what their gradients are scaled by.
+  void begin(const Tile& tile) {
+    size = tile.rows;
+    has_ignored = false;
+    if (!p_.probabilities) {
+      read_targets(tile.run(p_.target));
+      for (int64_t r = 0; r < size; r++) has_ignored |= target_class[r] < 0;
+      if (p_.options.weight.data) read_target_weights();
+    }
+    if (p_.grad_output.data && scales_vary_) read_scales(tile);
+  }
+
+  // Takes over what another batch of the same problem knows.
+  void copy(const RowBatch& from) {
+    size = from.size;
+    const auto copy_rows = [&](const auto& source, auto& rows) { std::copy_n(source, size, rows); };
+    copy_rows(from.target_class, target_class);
+    copy_rows(from.max, max);
+    copy_rows(from.rest, rest);
+    copy_rows(from.scale, scale);
+    copy_rows(from.exp_factor, exp_factor);
+    copy_rows(from.target_grad, target_grad);
+  }
+
+  // What the kernel found of a row.
+  void set(int64_t r, const RowSums<A, double>& sums) {
+    max[r] = sums.max;
+    rest[r] = sums.rest;
+    gaps[r] = sums.gaps;
+    mass[r] = sums.mass;
+  }
+
+  // Of the rows [first, last); to be called before a kernel overwrites their logits, and best when
+  // they are in the cache.
+  void read_target_logits(const Tile& tile, int64_t first, int64_t last) {
+    if (p_.probabilities) return;
+    const Run input = tile.run(p_.input);
+    with_floating_pointer(p_.input, input.first, [&](auto* logits) {
+      for (int64_t r = first; r < last; r++)
+        target_logit_[r] =
+            target_class[r] < 0
+                ? A(0)
+                : static_cast<A>(
+                      to_float(logits[r * input.stride + target_class[r] * p_.input.class_stride]));
+    });
+  }
+
+  void read_statistics(const Tile& tile) {
+    const Run maxima = tile.run(p_.row_max), rests = tile.run(p_.row_rest);
+    load_span(p_.row_max, maxima.first, maxima.stride, size, max);
+    load_span(p_.row_rest, rests.first, rests.stride, size, rest);
+    if (!p_.probabilities) return;
+    const Run masses = tile.run(p_.row_mass);
+    load_span(p_.row_mass, masses.first, masses.stride, size, mass);
+  }
+
+  // Writes the losses and the statistics, and finds what the gradient needs where there is one;
+  // returns the sum of the losses.
+  double write_losses(const Tile& tile) {
+    if (p_.grad.data)
+      run<true, true>();
+    else
+      run<true, false>();
+    if (!p_.reduces()) {
+      const Run losses = tile.run(p_.loss);
+      store_span(loss_, size, p_.loss, losses.first, losses.stride);
+    }
+    if (p_.row_max.data) {
+      const Run maxima = tile.run(p_.row_max), rests = tile.run(p_.row_rest);
+      store_span(max, size, p_.row_max, maxima.first, maxima.stride);
+      store_span(rest, size, p_.row_rest, rests.first, rests.stride);
+      if (p_.probabilities) {
+        const Run masses = tile.run(p_.row_mass);
+        store_span(mass, size, p_.row_mass, masses.first, masses.stride);
+      }
+    }
+    double total = 0.0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t r = 0; r < size; r++) total += loss_[r];
+    return total;
+  }
+
+  // From the statistics to exp_factor and target_grad.
+  void find_gradients() { run<false, true>(); }
+
+  // log(sum_c exp(x_c - M)); a row whose largest logit is infinite has none.
+  A log_total(int64_t r) const {
+    const A defined = defined_rest<A>(r);
+    return math::log1p_nonnegative(defined, A(1) / (A(1) + defined));
+  }
+
+  int64_t size = 0;
+  bool has_ignored = false;
+  // Arrays begin on a cache line: of any other the compiler would handle the first few elements one
+  // by one.
+  alignas(kLine) int64_t target_class[kMaxBatch];  // -1 where the row is not counted
+
+  // From the kernel, or with read_statistics: the largest logit M, and the sum of exp(x - M) over
+  // all classes but one of the largest.
+  alignas(kLine) A max[kMaxBatch];
+  alignas(kLine) double rest[kMaxBatch];
+  // From the kernel where rows spread: sum_c a_c (M - x_c), and for probabilities sum_c a_c.
+  alignas(kLine) double gaps[kMaxBatch], mass[kMaxBatch];
+
+  // The gradient is scale (exp_factor exp(x_c - M) - a_c) with target_grad at the target class; the
+  // scale is already in the factor of rows that do not spread.
+  alignas(kLine) double scale[kMaxBatch], exp_factor[kMaxBatch], target_grad[kMaxBatch];
+
+ private:
+  void read_targets(const Run run) {
+    with_index_pointer(p_.target, run.first, [&](const auto* targets) {
+      const int64_t ignored = p_.options.ignore_index, classes = p_.classes, stride = run.stride;
+      if (stride == 1) prefetch(p_.target, run.first + size, size);
+#pragma omp simd
+      for (int64_t r = 0; r < size; r++) {
+        const int64_t index = targets[r * stride];
+        const bool counted = index != ignored && index >= 0 && index < classes;
+        target_class[r] = counted ? index : -1;
+      }
+    });
+  }
+
+  void read_target_weights() {
+    const A* weight = static_cast<const A*>(p_.options.weight.data);
+    for (int64_t r = 0; r < size; r++)
+      target_weight_[r] = target_class[r] >= 0 ? weight[target_class[r]] : A(1);
+  }
+
+  void read_scales(const Tile& tile) {
+    const Run run = tile.run(p_.grad_output);
+    load_span(p_.grad_output, run.first, run.stride, size, scale);
+    const double denominator = p_.known.denominator;
+#pragma omp simd
+    for (int64_t r = 0; r < size; r++) scale[r] /= denominator;
+  }
+
+  // A row whose largest logit is infinite has no softmax.
+  template <class R>
+  R defined_rest(int64_t r) const {
+    const A zero_or_nan = max[r] - max[r];
+    return zero_or_nan == A(0) ? static_cast<R>(rest[r]) : std::numeric_limits<R>::quiet_NaN();
+  }
+
+  template <class R>
+  IndexRow<R> index_row(int64_t r, R weight_sum, Smoothing<R> smoothing) const {
+    const A difference = target_logit_[r] - max[r];
+    const R gap = static_cast<R>(max[r]) - static_cast<R>(target_logit_[r]);
+    const R rest_of_row = defined_rest<R>(r);
+    return {rest_of_row,
+            R(1) / (R(1) + rest_of_row),
+            gap,
+            static_cast<R>(math::exp_nonpositive(difference)),
+            static_cast<R>(target_weight_[r]),
+            weight_sum,
+            smoothing};
+  }
+
+  template <class R>
+  Row<R> probability_row(int64_t r) const {
+    const R rest_of_row = defined_rest<R>(r);
+    return {rest_of_row, static_cast<R>(mass[r]), R(1) / (R(1) + rest_of_row)};
+  }
+
+  // As a function of its own: inlined into a whole kernel the loops are not always vectorised.
+  template <bool kLoss, bool kGradient>
+  void run() {
+    simd::run([this] { solve<kLoss, kGradient>(); });
+  }
+
+  template <bool kLoss, bool kGradient>
+  void solve() {
+    if (p_.probabilities) {
+#pragma omp simd
+      for (int64_t r = 0; r < size; r++) {
+        if (kLoss) loss_[r] = probability_row<double>(r).loss(log_total(r), gaps[r]);
+        if (kGradient) exp_factor[r] = probability_row<double>(r).exp_factor();
+      }
+    } else {
+      const double weight_sum = p_.known.weight_sum;
+      const Smoothing<A> loss_smoothing(smoothing_);
+      const Smoothing<double> smoothing = smoothing_;
+#pragma omp simd
+      for (int64_t r = 0; r < size; r++) {
+        const A loss = kLoss ? index_loss(r, static_cast<A>(weight_sum), loss_smoothing) : A(0);
+        const double factor = kGradient ? index_factor(r, weight_sum, smoothing) : 0.0;
+        const double grad = kGradient ? scaled_target_grad(r, weight_sum, smoothing) : 0.0;
+        if (kLoss) loss_[r] = loss;
+        if (kGradient) exp_factor[r] = factor;
+        if (kGradient) target_grad[r] = grad;
+      }
+    }
+  }
+
+  // One function for each result of a row: the variables of a function that is inlined into a loop
+  // stay in registers, those of the loop itself may become arrays, which GCC does not vectorise.
+  // What they have in common is computed once.
+  A index_loss(int64_t r, A weight_sum, Smoothing<A> smoothing) const {
+    const IndexRow<A> row = index_row(r, weight_sum, smoothing);
+    const A loss = row.loss(log_total(r), static_cast<A>(gaps[r]));
+    return target_class[r] < 0 ? A(0) : loss;
+  }
+
+  double index_factor(int64_t r, double weight_sum, Smoothing<double> smoothing) const {
+    const double factor = index_row(r, weight_sum, smoothing).exp_factor();
+    return smoothing.smooth == 0.0 ? scale[r] * factor : factor;
+  }
+
+  double scaled_target_grad(int64_t r, double weight_sum, Smoothing<double> smoothing) const {
+    return scale[r] * index_row(r, weight_sum, smoothing).target_grad();
+  }
+
+  const Problem& p_;
+  const Smoothing<double> smoothing_;
+  const bool spreads_, scales_vary_;
+  alignas(kLine) A target_logit_[kMaxBatch], target_weight_[kMaxBatch];
+  // The loss of probabilities may be wider than the logits.
+  alignas(kLine) double loss_[kMaxBatch];
+};
+
+}  // namespace fused_ce::cpu

@@ -1,0 +1,417 @@
+// Rows whose classes lie next to each other, in blocks that stay in the first-level cache.
+//
+// Each block is read once: its maximum m_b, then e = exp(x - m_b), which is kept where the gradient
+// will be (or in scratch memory, for types that would round it) and summed. When the row is
+// through, a second walk multiplies each block by factor * exp(m_b - M): one exp per element in
+// all. A block and what it comes down to depend on the problem alone, so that the blocks of one
+// long row may be shared out between threads without a bit of the result changing.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "../../formula.h"
+#include "../vector/exp_avx512.h"
+#include "../vector/math.h"
+#include "../vector/scratch.h"
+#include "../vector/span.h"
+#include "coefficients.h"
+#include "row_batch.h"
+
+namespace fused_ce::cpu {
+
+constexpr int64_t kRowBlock = 2048;
+// Sums are taken in the logits' accumulation type over at most this many elements, then in double.
+constexpr int64_t kChunk = 256;
+
+// Beyond this a scratch row outgrows the cache, and a second exp is cheaper than keeping the first.
+constexpr int64_t kMaxScratch = 262144;
+
+inline int64_t blocks_of(const Problem& p) { return (p.classes + kRowBlock - 1) / kRowBlock; }
+
+template <class A>
+struct Extent {
+  A min, max;
+};
+
+// What a block of a row comes down to.
+template <class A>
+struct BlockSums : RowSums<A, double> {
+  Extent<A> extents[kRowBlock / kChunk];
+};
+
+// Compiled for one of the levels of simd.h.
+template <class A, simd::Level kLevel>
+class RowKernel {
+ public:
+  RowKernel(const Problem& p, const Tiling& tiling)
+      : p_(p),
+        batch_(p, tiling.tile_rows),
+        smoothing_(p.options.label_smoothing, p.classes),
+        adjacent_(p.input.class_stride == 1),
+        terms_in_grad_(is_direct<A>(p.grad, p.grad.class_stride)),
+        keeps_terms_(terms_in_grad_ || (p.grad.data && p.classes <= kMaxScratch)),
+        group_(std::max<int64_t>(1, kGroupElements / std::max<int64_t>(1, p.classes))),
+        terms_(keeps_terms_ && !terms_in_grad_ ? p.classes * tiling.tile_rows : 0),
+        blocks_(blocks_of(p) * tiling.tile_rows) {}
+
+  // Returns the sum of the tile's losses; writes the statistics and the gradient where there is
+  // memory for them.
+  double forward(const Tile& tile) {
+    begin(tile);
+    if (blocks_of(p_) == 1) {
+      reduce_short_rows(tile);
+    } else {
+      batch_.read_target_logits(tile, 0, tile.rows);
+      for (int64_t r = 0; r < tile.rows; r++) reduce(r, row_blocks(r), 0, p_.classes);
+    }
+    const double loss = finish(tile, blocks_.data());
+    if (p_.grad.data)
+      for (int64_t r = 0; r < tile.rows; r++) write_gradient(r, row_blocks(r), 0, p_.classes);
+    return loss;
+  }
+
+  void backward(const Tile& tile) {
+    begin_backward(tile);
+    for (int64_t r = 0; r < tile.rows; r++) rewrite_gradient(r, 0, p_.classes);
+  }
+
+  void backward_target(const Tile& tile) {
+    begin(tile);
+    batch_.read_statistics(tile);
+    for (int64_t r = 0; r < tile.rows; r++) write_target_gradient(r, tile.run(p_.target_grad));
+  }
+
+  // What forward and backward consist of. Classes [first, last) of row r begin and end at multiples
+  // of kRowBlock or the row's end; `blocks` holds the whole row's blocks.
+  void begin(const Tile& tile) {
+    input_ = tile.run(p_.input);
+    target_ = tile.run(p_.target);
+    grad_ = tile.run(p_.grad);
+    batch_.begin(tile);
+  }
+
+  void begin_forward(const Tile& tile) {
+    begin(tile);
+    batch_.read_target_logits(tile, 0, tile.rows);
+  }
+
+  void begin_backward(const Tile& tile) {
+    begin(tile);
+    batch_.read_target_logits(tile, 0, tile.rows);
+    batch_.read_statistics(tile);
+    batch_.find_gradients();
+  }
+
+  // To work on the tile that another kernel has begun.
+  void join(const RowKernel& leader) {
+    input_ = leader.input_;
+    target_ = leader.target_;
+    grad_ = leader.grad_;
+    batch_.copy(leader.batch_);
+  }
+
+  void reduce(int64_t r, BlockSums<A>* blocks, int64_t first, int64_t last) {
+    if (!is_counted(r)) return;
+    for (int64_t b = first; b < last; b += kRowBlock) {
+      BlockSums<A>& sums = blocks[b / kRowBlock];
+      const int64_t n = std::min(kRowBlock, last - b);
+      const A* x = measure_block(r, b, n, sums);
+      sum_block(r, b, n, x, sums);
+    }
+  }
+
+  double finish(const Tile& tile, BlockSums<A>* blocks) {
+    for (int64_t r = 0; r < tile.rows; r++) {
+      BlockSums<A>* row = blocks + r * blocks_of(p_);
+      // What an earlier tile left there depends on which thread that was.
+      if (!is_counted(r)) std::fill(row, row + blocks_of(p_), BlockSums<A>{});
+      combine(r, row);
+    }
+    return batch_.write_losses(tile);
+  }
+
+  void write_gradient(int64_t r, const BlockSums<A>* blocks, int64_t first, int64_t last) {
+    if (keeps_terms_)
+      scale_terms(r, blocks, first, last);
+    else
+      rewrite_gradient(r, first, last);
+  }
+
+  void rewrite_gradient(int64_t r, int64_t first, int64_t last) {
+    const A factor = static_cast<A>(batch_.exp_factor[r]), max = batch_.max[r];
+    write_blocks(r, first, last, [&](int64_t b, int64_t n) {
+      const A* x = read_logits(r, b, n, buffer_);
+      if constexpr (kAvx512) {
+        A* e = terms_in_grad_ ? term_block(r, b) : buffer_;
+        avx512::exp_differences(x, max, n, e);
+        return [=](int64_t i) { return factor * e[i]; };
+      } else {
+        return [=](int64_t i) { return factor * math::exp_nonpositive(x[i] - max); };
+      }
+    });
+  }
+
+ private:
+  static constexpr bool kAvx512 = kLevel == simd::Level::kAvx512 && std::is_same_v<A, float>;
+  static constexpr bool kTellsNormal = !kAvx512 && std::is_same_v<A, float>;
+  static constexpr auto exp_of_double = [](double x) { return math::exp_nonpositive(x); };
+  // Elements of the widest vector, in float.
+  static constexpr int64_t kVector = 16;
+  // Of short rows, as many are in work at a time as have this many elements together.
+  static constexpr int64_t kGroupElements = 1024;
+
+  bool is_counted(int64_t r) const { return p_.probabilities || batch_.target_class[r] >= 0; }
+
+  BlockSums<A>* row_blocks(int64_t r) { return blocks_.data() + r * blocks_of(p_); }
+
+  int64_t at(const Run& run, const Operand& operand, int64_t r, int64_t c) const {
+    return run.at(r) + c * operand.class_stride;
+  }
+
+  const A* read_logits(int64_t r, int64_t b, int64_t n, A* buffer) const {
+    return read_span<A>(p_.input, at(input_, p_.input, r, b), p_.input.class_stride, n, buffer);
+  }
+
+  const A* read_probabilities(int64_t r, int64_t b, int64_t n) {
+    if (!p_.probabilities) return nullptr;
+    return read_span<A>(p_.target, at(target_, p_.target, r, b), p_.target.class_stride, n,
+                        coefficients_);
+  }
+
+  // Where the terms of a block are kept, or the buffer where they are not.
+  A* term_block(int64_t r, int64_t b) {
+    if (terms_in_grad_) return static_cast<A*>(p_.grad.data) + grad_.at(r) + b;
+    return keeps_terms_ ? terms_.data() + r * p_.classes + b : buffer_ + r % group_ * p_.classes;
+  }
+
+  // Calls use(i, n) for the chunks of a block; n is a constant for all but the last.
+  template <class Use>
+  static void for_chunks(int64_t n, const Use& use) {
+    int64_t i = 0;
+    for (; i + kChunk <= n; i += kChunk) use(i, std::integral_constant<int64_t, kChunk>{});
+    if (i < n) use(i, n - i);
+  }
+
+  // Finding a maximum ends in a chain of comparisons that the exps of the row must wait for. For
+  // short rows the waiting would show, unless the maxima of a few rows come before their exps.
+  void reduce_short_rows(const Tile& tile) {
+    const A* x[kGroupElements];
+    for (int64_t first = 0; first < batch_.size; first += group_) {
+      const int64_t last = std::min(first + group_, batch_.size);
+      for (int64_t r = first; r < last; r++)
+        if (is_counted(r)) x[r - first] = measure_block(r, 0, p_.classes, *row_blocks(r));
+      batch_.read_target_logits(tile, first, last);
+      for (int64_t r = first; r < last; r++)
+        if (is_counted(r)) sum_block(r, 0, p_.classes, x[r - first], *row_blocks(r));
+    }
+  }
+
+  // Returns where the logits of the block are to be had as A, and finds its maximum.
+  const A* measure_block(int64_t r, int64_t b, int64_t n, BlockSums<A>& sums) {
+    const A* x = read_logits(r, b, n, term_block(r, b));
+    sums = {};
+    for_chunks(n, [&](int64_t i, auto count) {
+      const Extent<A> extent =
+          kTellsNormal ? extent_of(x + i, count) : Extent<A>{A(0), max_of(x + i, count)};
+      sums.extents[i / kChunk] = extent;
+      sums.max = std::max(sums.max, extent.max);
+    });
+    return x;
+  }
+
+  void sum_block(int64_t r, int64_t b, int64_t n, const A* x, BlockSums<A>& sums) {
+    A* terms = term_block(r, b);
+    const A base = base_of(sums.max);
+    if (batch_.spreads()) add_gaps(sums, x, base, b, n, read_probabilities(r, b, n));
+    TermSums<double> all;
+    for_chunks(n, [&](int64_t i, auto count) {
+      const Extent<A> extent = sums.extents[i / kChunk];
+      if (adjacent_) prefetch(p_.input, at(input_, p_.input, r, b) + i + kRowBlock, count);
+      all.add(extent.max == base ? keep_terms<true>(x + i, count, base, extent, terms + i)
+                                 : keep_terms<false>(x + i, count, base, extent, terms + i));
+    });
+    sums.add(all);
+  }
+
+  template <class Count>
+  static Extent<A> extent_of(const A* x, Count n) {
+    A min = kInfinity<A>, max = -kInfinity<A>;
+#pragma omp simd reduction(min : min) reduction(max : max)
+    for (int64_t i = 0; i < n; i++) {
+      min = x[i] < min ? x[i] : min;
+      max = x[i] > max ? x[i] : max;
+    }
+    return {min, max};
+  }
+
+  template <class Count>
+  static A max_of(const A* x, Count n) {
+    A max = -kInfinity<A>;
+#pragma omp simd reduction(max : max)
+    for (int64_t i = 0; i < n; i++) max = x[i] > max ? x[i] : max;
+    return max;
+  }
+
+  // exp(x - base) of a chunk, kept and summed; kHasBase tells that some x may be the base.
+  template <bool kHasBase, class Count>
+  TermSums<A> keep_terms(const A* x, Count n, A base, const Extent<A>& extent, A* terms) const {
+    if constexpr (kAvx512)
+      return avx512::keep_terms<kHasBase>(x, n, base, terms);
+    else if (kTellsNormal && base - extent.min < math::kNormalExp)
+      return keep_terms<kHasBase, kTellsNormal>(x, n, base, terms);
+    else
+      return keep_terms<kHasBase, false>(x, n, base, terms);
+  }
+
+  template <bool kHasBase, bool kIsNormal, class Count>
+  static TermSums<A> keep_terms(const A* x, Count n, A base, A* terms) {
+    if constexpr (std::is_same_v<Count, int64_t>) {
+      const int64_t whole = n < kVector ? n : n / kVector * kVector;
+      TermSums<A> sums = keep_vectors<kHasBase, kIsNormal>(x, whole, base, terms);
+      if (whole < n) keep_tail(x + whole, n - whole, base, terms + whole, sums);
+      return sums;
+    } else {
+      return keep_vectors<kHasBase, kIsNormal>(x, n, base, terms);
+    }
+  }
+
+  template <bool kHasBase, bool kIsNormal, class Count>
+  static TermSums<A> keep_vectors(const A* x, Count n, A base, A* terms) {
+    A sum = A(0), ones = A(0);
+#pragma omp simd reduction(+ : sum, ones)
+    for (int64_t i = 0; i < n; i++) {
+      const A difference = x[i] - base;
+      const A e = kIsNormal ? math::exp_normal(difference) : math::exp_nonpositive(difference);
+      terms[i] = e;
+      if (kHasBase) {
+        sum += difference == A(0) ? A(0) : e;
+        ones += difference == A(0) ? A(1) : A(0);
+      } else {
+        sum += e;
+      }
+    }
+    return {sum, ones};
+  }
+
+  // The last few elements of a row: one exp of a whole vector that ends with them is cheaper than
+  // some one by one. What comes before them in the vector may be terms already, and is left alone.
+  static void keep_tail(const A* x, int64_t n, A base, A* terms, TermSums<A>& sums) {
+    alignas(kLine) A tail[kVector];
+    const A* vector = x + n - kVector;
+#pragma omp simd
+    for (int64_t i = 0; i < kVector; i++) tail[i] = math::exp_nonpositive(vector[i] - base);
+    for (int64_t i = 0; i < n; i++) {
+      const bool is_base = x[i] == base;
+      const A e = tail[kVector - n + i];
+      terms[i] = e;
+      sums.ones += is_base ? A(1) : A(0);
+      sums.rest += is_base ? A(0) : e;
+    }
+  }
+
+  void add_gaps(BlockSums<A>& sums, const A* x, A base, int64_t b, int64_t n, const A* q) {
+    with_coefficients(p_, b, n, q, smoothing_, coefficients_, [&](auto coefficient) {
+      for_chunks(n, [&](int64_t first, auto count) {
+        sums.add(
+            gaps_of(x + first, count, base, [&](int64_t i) { return coefficient(first + i); }));
+      });
+    });
+  }
+
+  template <class Count, class Coefficient>
+  static TermSums<double> gaps_of(const A* x, Count n, A base, const Coefficient& coefficient) {
+    double gaps = 0.0, mass = 0.0;
+#pragma omp simd reduction(+ : gaps, mass)
+    for (int64_t i = 0; i < n; i++) {
+      const A a = coefficient(i);
+      gaps += coefficient_gap(a, base - x[i]);
+      mass += a;
+    }
+    return {0.0, 0.0, gaps, mass};
+  }
+
+  // From the blocks of a row to the row.
+  void combine(int64_t r, const BlockSums<A>* blocks) {
+    RowSums<A, double> row = blocks[0];
+    for (int64_t b = 1; b < blocks_of(p_); b++) row.merge(blocks[b], exp_of_double);
+    row.close();
+    batch_.set(r, row);
+  }
+
+  // Writes scale (exp_factor exp(x_c - M) - a_c) block by block; term(b, n) gives the function
+  // i -> exp_factor exp(x_i - M) of the block at b.
+  template <class Term>
+  void write_blocks(int64_t r, int64_t first, int64_t last, const Term& term) {
+    if (!is_counted(r)) return write_zeros(r, first, last);
+    const A scale = static_cast<A>(batch_.scale[r]);
+    for (int64_t b = first; b < last; b += kRowBlock) {
+      const int64_t n = std::min(kRowBlock, last - b);
+      const auto weighted_exp = term(b, n);
+      A* out = terms_in_grad_ ? term_block(r, b) : buffer_;
+      if (!batch_.spreads()) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) out[i] = weighted_exp(i);
+      } else {
+        // The difference comes before the scale, so that equal terms cancel.
+        const A* q = read_probabilities(r, b, n);
+        with_coefficients(p_, b, n, q, smoothing_, coefficients_, [&](auto coefficient) {
+#pragma omp simd
+          for (int64_t i = 0; i < n; i++) out[i] = scale * (weighted_exp(i) - coefficient(i));
+        });
+      }
+      if (!terms_in_grad_)
+        store_span(out, n, p_.grad, at(grad_, p_.grad, r, b), p_.grad.class_stride);
+    }
+    const int64_t target = p_.probabilities ? -1 : batch_.target_class[r];
+    if (target >= first && target < last)
+      store_value(batch_.target_grad[r], p_.grad, at(grad_, p_.grad, r, target));
+  }
+
+  void scale_terms(int64_t r, const BlockSums<A>* blocks, int64_t first, int64_t last) {
+    write_blocks(r, first, last, [&](int64_t b, int64_t) {
+      const double decay = blocks[b / kRowBlock].decay(batch_.max[r], exp_of_double);
+      const A factor = static_cast<A>(batch_.exp_factor[r] * decay);
+      const A* e = term_block(r, b);
+      return [=](int64_t i) { return factor * e[i]; };
+    });
+  }
+
+  void write_zeros(int64_t r, int64_t first, int64_t last) {
+    std::fill(buffer_, buffer_ + std::min(kRowBlock, last - first), A(0));
+    for (int64_t b = first; b < last; b += kRowBlock)
+      store_span(buffer_, std::min(kRowBlock, last - b), p_.grad, at(grad_, p_.grad, r, b),
+                 p_.grad.class_stride);
+  }
+
+  void write_target_gradient(int64_t r, const Run& target_grad) {
+    const A log_total = batch_.log_total(r);
+    const A scale = static_cast<A>(batch_.scale[r]), max = batch_.max[r];
+    const A* weight = static_cast<const A*>(p_.options.weight.data);
+    for (int64_t b = 0; b < p_.classes; b += kRowBlock) {
+      const int64_t n = std::min(kRowBlock, p_.classes - b);
+      const A* x = read_logits(r, b, n, buffer_);
+#pragma omp simd
+      for (int64_t i = 0; i < n; i++)
+        coefficients_[i] = scale * probability_grad(max - x[i], log_total,
+                                                    weight ? weight[b + i] : A(1), smoothing_);
+      store_span(coefficients_, n, p_.target_grad, at(target_grad, p_.target_grad, r, b),
+                 p_.target_grad.class_stride);
+    }
+  }
+
+  const Problem& p_;
+  RowBatch<A> batch_;
+  const Smoothing<A> smoothing_;
+  const bool adjacent_, terms_in_grad_, keeps_terms_;
+  const int64_t group_;
+  const Scratch<A> terms_;
+  std::vector<BlockSums<A>> blocks_;
+  Run input_{}, target_{}, grad_{};
+  alignas(kLine) A buffer_[kRowBlock];
+  alignas(kLine) A coefficients_[kRowBlock];
+};
+
+}  // namespace fused_ce::cpu

@@ -1,0 +1,10 @@
+// See row_kernels.h.
+#include "row_kernels_impl.h"
+
+namespace fused_ce::cpu {
+
+template void backward_tiles<double>(const Problem&, const Tiling&, int64_t, int64_t);
+template void backward_target_tiles<double>(const Problem&, const Tiling&, int64_t, int64_t);
+template void backward_shared<double>(const Problem&, const Tiling&, const Threads&);
+
+}  // namespace fused_ce::cpu

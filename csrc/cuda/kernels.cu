@@ -1,0 +1,130 @@
+// Which kernels serve a call, and the memory they share.
+//
+// A forward call is one launch for unreduced losses. A reduction takes another before it, which
+// finds what the mean divides by and sets the tickets of the first (block_sum.cuh) to zero; for
+// many rows a memset does the latter.
+#include <array>
+
+#include "kernels.h"
+#include "regimes.h"
+
+namespace fused_ce::cuda {
+
+namespace {
+
+struct ForwardRegime {
+  bool (*serves)(const Problem&, const Device&);
+  int64_t (*blocks)(const Problem&, const Device&);
+  void (*forward)(const Problem&, const Result&, const Device&, Stream);
+};
+
+struct BackwardRegime {
+  bool (*serves)(const Problem&, const Device&);
+  void (*backward)(const Problem&, const Device&, When, Stream);
+};
+
+bool serves_anything(const Problem&, const Device&) { return true; }
+
+constexpr std::array kForward = {
+    ForwardRegime{tile_rows_serves, tile_rows_blocks, tile_rows_forward},
+    ForwardRegime{on_chip_serves, on_chip_blocks, on_chip_forward},
+    ForwardRegime{streaming_serves, streaming_blocks, streaming_forward},
+    ForwardRegime{strided_serves, strided_blocks, strided_forward},
+    ForwardRegime{serves_anything, general_blocks, general_forward},
+};
+
+constexpr std::array kBackward = {
+    BackwardRegime{tile_rows_serves, tile_rows_backward},
+    BackwardRegime{elementwise_backward_serves, elementwise_backward},
+    BackwardRegime{strided_serves, strided_backward},
+    BackwardRegime{serves_anything, general_backward},
+};
+
+// The first that serves a problem is the fastest for it.
+template <class Regimes>
+const auto& regime_for(const Regimes& regimes, const Problem& p, const Device& device) {
+  for (const auto& regime : regimes)
+    if (regime.serves(p, device)) return regime;
+  return regimes.back();
+}
+
+// The workspace, or with no memory for it its size.
+struct Workspace {
+  BlockSum losses{}, weights{};
+  Totals* totals = nullptr;
+  int64_t ticket_count = 0;  // of losses and, behind them, weights
+  size_t bytes = 0;
+
+  Workspace(const Problem& p, int64_t blocks, void* memory) : memory_(static_cast<char*>(memory)) {
+    const bool reduces = p.reduces();
+    if (reduces) losses = take_sum(blocks);
+    if (needs_totals(p)) {
+      totals = take<Totals>(1);
+      weights = take_sum(totals_blocks(p));
+    }
+    const int64_t loss_tickets = reduces ? 1 + block_groups(blocks) : 0;
+    ticket_count = loss_tickets + 1 + block_groups(totals_blocks(p));
+    losses.tickets = take<unsigned>(ticket_count);
+    weights.tickets = losses.tickets + loss_tickets;
+  }
+
+ private:
+  BlockSum take_sum(int64_t blocks) {
+    double* parts = take<double>(blocks);
+    return {parts, take<double>(block_groups(blocks)), nullptr};
+  }
+
+  template <class T>
+  T* take(int64_t count) {
+    T* memory = memory_ ? reinterpret_cast<T*>(memory_ + bytes) : nullptr;
+    bytes += static_cast<size_t>(count) * sizeof(T);
+    return memory;
+  }
+
+  char* memory_;
+};
+
+// With what is known on the host about the problem as a whole.
+Problem completed(const Problem& p) {
+  Problem problem = p;
+  problem.known = {static_cast<double>(p.classes), p.divides() ? static_cast<double>(p.rows) : 1.0};
+  if (!needs_totals(p)) problem.totals = nullptr;
+  return problem;
+}
+
+}  // namespace
+
+size_t workspace_bytes(const Problem& p, const Device& device) {
+  return Workspace(p, regime_for(kForward, p, device).blocks(p, device), nullptr).bytes;
+}
+
+void forward(const Problem& p, const Device& device, void* memory, Stream stream) {
+  const ForwardRegime& regime = regime_for(kForward, p, device);
+  const Workspace workspace(p, regime.blocks(p, device), memory);
+  Problem problem = completed(p);
+  Result result{workspace.losses, p.totals};
+  const bool counts = needs_totals(p);
+  if (!(counts && totals_blocks(p) == 1) && p.reduces())
+    cudaMemsetAsync(workspace.losses.tickets, 0, workspace.ticket_count * sizeof(unsigned), stream);
+  if (counts) {
+    problem.totals = workspace.totals;
+    result.totals = nullptr;
+    find_totals(problem,
+                {problem.totals, p.totals, workspace.weights, workspace.losses.tickets,
+                 workspace.ticket_count},
+                stream);
+  }
+  regime.forward(problem, result, device, stream);
+}
+
+void backward(const Problem& p, const Device& device, When when, Stream stream) {
+  if (p.rows == 0) return;
+  regime_for(kBackward, p, device).backward(completed(p), device, when, stream);
+}
+
+void backward_target(const Problem& p, const Device& device, Stream stream) {
+  if (p.rows == 0) return;
+  target_backward(completed(p), device, stream);
+}
+
+}  // namespace fused_ce::cuda

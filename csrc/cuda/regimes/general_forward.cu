@@ -1,0 +1,69 @@
+// The loss of any problem at all: whatever the strides, the types and the kind of target.
+//
+// A warp or a block walks along the row for the sums, taking the maximum as it comes, and a second
+// time for the gradient; by then most of the row is in the cache. The other kernels serve narrower
+// cases faster.
+#include "../regimes.h"
+#include "general.cuh"
+
+namespace fused_ce::cuda {
+
+namespace {
+
+template <class T, bool kProbabilities>
+__global__ void __launch_bounds__(RowThreads::kBlock, 2)
+    general_forward_kernel(const __grid_constant__ Problem p, const __grid_constant__ Result result,
+                           RowThreads::Shape shape) {
+  using A = Accumulation<T>;
+  using Sums = LogitSums<A, kProbabilities>;
+  auto& shared = *static_cast<RowThreads::Shared<Sums>*>(shared_memory());
+  const RowThreads threads(shape);
+  const Constants k(p);
+  double losses = 0;
+  for (int64_t r = threads.first_row(); r < p.rows; r += threads.row_step()) {
+    const RowIndex row(p, r);
+    const RowTarget target(p, row);
+    if (!target.is_counted) {
+      if (p.grad.data) write_zeros<T>(p, row, threads.rank, shape.threads);
+      if (threads.rank == 0) store_row(p, row, A(0), Sums{});
+      continue;
+    }
+    const RowLogits<T> logits(p, row);
+    A target_logit = 0;
+    if (!kProbabilities && threads.rank == 0) {
+      target.check(p);
+      target_logit = logits[target.index];
+    }
+    Sums sums;
+    add_row(logits, Coefficients<kProbabilities, A>(p, row, k.smoothing), threads.rank,
+            shape.threads, p.classes, sums);
+    threads.add(sums, shared);
+    sums.close();
+    if (threads.rank == 0) {
+      const auto loss = row_loss<kProbabilities>(sums, target_logit, target.weight<A>(p), k);
+      store_row(p, row, loss, sums);
+      losses += loss;
+    }
+    if (p.grad.data)
+      write_gradient<T, kProbabilities>(p, row, target, sums.max, sums.rest, sums.mass, k,
+                                        threads.rank, shape.threads);
+  }
+  threads.finish(p, result, losses, shared);
+}
+
+}  // namespace
+
+int64_t general_blocks(const Problem& p, const Device& device) { return row_blocks(p, device); }
+
+void general_forward(const Problem& p, const Result& result, const Device& device, Stream stream) {
+  with_logits_type(p, [&](auto zero) {
+    using T = decltype(zero);
+    using Larger = RowThreads::Shared<LogitSums<Accumulation<T>, true>>;
+    const Grid grid{row_blocks(p, device), RowThreads::kBlock, sizeof(Larger)};
+    const auto kernel =
+        p.probabilities ? general_forward_kernel<T, true> : general_forward_kernel<T, false>;
+    launch_kernel(kernel, grid, stream, p, result, row_shape(p));
+  });
+}
+
+}  // namespace fused_ce::cuda

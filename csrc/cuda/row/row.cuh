@@ -1,0 +1,287 @@
+// One row of a problem: where its elements lie, its target, and the formula applied to its sums.
+#pragma once
+
+#undef NDEBUG  // a target out of range is reported in every build
+#include <cassert>
+
+#include "../../formula.h"
+#include "row_sums.cuh"
+
+namespace fused_ce::cuda {
+
+__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
+  // Far fewer instructions, where it will do.
+  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
+}
+
+// Where a row's elements lie.
+class RowIndex {
+ public:
+  __device__ __forceinline__ RowIndex(const Problem& p, int64_t row) : last_(p.row_dims - 1) {
+    outer_ = last_ == 0 ? 0 : divide(row, p.row_sizes[last_]);
+    inner_ = last_ == 0 ? row : row - outer_ * p.row_sizes[last_];
+  }
+
+  // Of the row's first element in an operand.
+  __device__ __forceinline__ int64_t offset(const Problem& p, const Operand& operand) const {
+    const int64_t offset = inner_ * operand.row_strides[last_];
+    if (last_ > 1) return offset + outer_offset(p, operand);
+    return offset + outer_ * operand.row_strides[0];
+  }
+
+ private:
+  // Rarely needed, and then not worth a copy of its divisions wherever there is an operand.
+  __device__ __noinline__ int64_t outer_offset(const Problem& p, const Operand& operand) const {
+    int64_t offset = 0, rest = outer_;
+    for (int d = last_ - 1; d > 0; d--) {
+      const int64_t next = divide(rest, p.row_sizes[d]);
+      offset += (rest - next * p.row_sizes[d]) * operand.row_strides[d];
+      rest = next;
+    }
+    return offset + rest * operand.row_strides[0];
+  }
+
+  int last_;
+  int64_t inner_, outer_;
+};
+
+// Its logits, read one by one.
+template <class T>
+struct RowLogits {
+  const T* x;
+  int64_t stride;
+
+  __device__ __forceinline__ RowLogits(const Problem& p, const RowIndex& row)
+      : x(static_cast<const T*>(p.input.data) + row.offset(p, p.input)),
+        stride(p.input.class_stride) {}
+
+  __device__ __forceinline__ Accumulation<T> operator[](int64_t c) const {
+    return widen(x[c * stride]);
+  }
+};
+
+// The same for problems with fewer rows than 2^31 in at most two dimensions: without calls, which
+// would cost a kernel that fills its registers dearly.
+class ShortRowIndex {
+ public:
+  __device__ __forceinline__ ShortRowIndex(const Problem& p, int64_t row)
+      : last_(p.row_dims - 1), inner_(static_cast<unsigned>(row)), outer_(0) {
+    if (last_ == 0) return;
+    const unsigned size = static_cast<unsigned>(p.row_sizes[1]);
+    outer_ = inner_ / size;
+    inner_ -= outer_ * size;
+  }
+
+  __device__ __forceinline__ int64_t offset(const Problem&, const Operand& operand) const {
+    return inner_ * operand.row_strides[last_] + outer_ * operand.row_strides[0];
+  }
+
+ private:
+  int last_;
+  unsigned inner_, outer_;
+};
+
+// The row's class; not counted where it is the ignored one.
+struct RowTarget {
+  int64_t index;
+  bool is_counted;
+
+  template <class Index>
+  __device__ __forceinline__ RowTarget(const Problem& p, const Index& row)
+      : index(p.probabilities ? -1 : load_index(p.target, row.offset(p, p.target))),
+        is_counted(p.probabilities || index != p.options.ignore_index) {}
+
+  // Stops the kernel where the index is out of range. One thread of the row's calls this, before
+  // it reads what lies there.
+  __device__ __forceinline__ void check(const Problem& p) const {
+    const int64_t t = index, n_classes = p.classes;
+    assert(t >= 0 && t < n_classes);  // as PyTorch words it
+  }
+
+  __device__ __forceinline__ bool in_range(const Problem& p) const {
+    return static_cast<uint64_t>(index) < static_cast<uint64_t>(p.classes);
+  }
+
+  // For all threads of the row.
+  template <class A>
+  __device__ __forceinline__ A weight(const Problem& p) const {
+    return p.options.weight.data && in_range(p)
+               ? static_cast<const A*>(p.options.weight.data)[index]
+               : A(1);
+  }
+};
+
+// What the losses or the gradients of all rows are divided by.
+__device__ __forceinline__ double denominator(const Problem& p) {
+  if (p.options.denominator.data) return *static_cast<const double*>(p.options.denominator.data);
+  return p.totals ? p.totals->denominator : p.known.denominator;
+}
+
+// What the whole problem shares: the same in all threads.
+struct Constants {
+  Smoothing<double> smoothing;
+  double weight_sum;
+  double inverse_denominator;
+
+  __device__ __forceinline__ explicit Constants(const Problem& p)
+      : smoothing(p.options.label_smoothing, p.classes),
+        weight_sum(p.totals ? p.totals->weight_sum : p.known.weight_sum),
+        inverse_denominator(1.0 / denominator(p)) {}
+
+  // Whether classes other than the target have a coefficient where the target is an index.
+  __device__ __forceinline__ bool spreads() const { return smoothing.smooth != 0.0; }
+};
+
+// The coefficient of every class where the target is an index and no class has a weight.
+__device__ __forceinline__ float unweighted_coefficient(const Problem& p) {
+  return static_cast<float>(Smoothing<double>(p.options.label_smoothing, p.classes).smooth);
+}
+
+template <class A>
+__device__ __forceinline__ A class_weight(const Problem& p, int64_t c) {
+  return p.options.weight.data ? static_cast<const A*>(p.options.weight.data)[c] : A(1);
+}
+
+// The coefficient of a class where the target is an index.
+template <class A>
+__device__ __forceinline__ A class_coefficient(const Problem& p, int64_t c, const Constants& k) {
+  return index_coefficient(class_weight<A>(p, c), Smoothing<A>(k.smoothing));
+}
+
+// A row whose largest logit is infinite has no softmax.
+template <class A>
+__device__ __forceinline__ A defined_rest(A rest, A max) {
+  return max - max == A(0) ? rest : kNan<A>;
+}
+
+__device__ __forceinline__ float log1p_nonnegative(float x) { return log1pf(x); }
+__device__ __forceinline__ double log1p_nonnegative(double x) { return log1p(x); }
+
+// 1 / (1 + rest). What was summed in float is not too large for one, and from a float it takes
+// fewer instructions, with no call among them, than to divide.
+__device__ __forceinline__ double inverse_of_total(float rest) {
+  const double total = 1.0 + static_cast<double>(rest);
+  const double inverse = reciprocal_approximate(static_cast<float>(total));
+  return fma(inverse, fma(-total, inverse, 1.0), inverse);
+}
+__device__ __forceinline__ double inverse_of_total(double rest) { return 1.0 / (1.0 + rest); }
+
+// A row whose target is an index, in the type A; `rest` is a defined one.
+template <class A, class X>
+__device__ __forceinline__ IndexRow<A> index_row(X max, X rest, A inverse_total, X target_logit,
+                                                 X target_weight, const Constants& k) {
+  return {static_cast<A>(rest),
+          inverse_total,
+          static_cast<A>(max - target_logit),
+          static_cast<A>(exp_nonpositive(target_logit - max)),
+          static_cast<A>(target_weight),
+          static_cast<A>(k.weight_sum),
+          Smoothing<A>(k.smoothing)};
+}
+
+// Where the target is probabilities, its logit and weight are not looked at, and the loss may be
+// wider than the logits. No loss depends on inverse_total.
+template <bool kProbabilities = false, class Sums, class A>
+__device__ __forceinline__ auto row_loss(const Sums& sums, A target_logit, A target_weight,
+                                         const Constants& k) {
+  const A rest = defined_rest(sums.rest, sums.max), log_total = log1p_nonnegative(rest);
+  if constexpr (kProbabilities)
+    return Row<double>(rest, sums.mass, 0).loss(log_total, sums.gaps);
+  else
+    return index_row(sums.max, rest, A(0), target_logit, target_weight, k)
+        .loss(log_total, sums.gaps);
+}
+
+// The gradient of a row, from what is the same for all its classes.
+template <class A>
+struct RowGradient {
+  A base;    // what logits are relative to
+  A factor;  // of exp(x_c - base); where classes do not spread, with the scale in it
+  A scale;   // grad_output / denominator
+
+  // For a class other than the target.
+  __device__ __forceinline__ A of(A x) const { return factor * exp_nonpositive(x - base); }
+
+  // The difference comes before the scale, so that equal terms cancel.
+  __device__ __forceinline__ A of(A x, A coefficient) const {
+    return scale * fma(factor, exp_nonpositive(x - base), -coefficient);
+  }
+};
+
+// What goes into every element of a gradient is computed in double and rounded once: the rounding
+// of a float for each step would add up to more than an ulp.
+template <class A>
+__device__ __forceinline__ IndexRow<double> exact_index_row(A max, A rest, A target_logit,
+                                                            A target_weight, const Constants& k) {
+  const A defined = defined_rest(rest, max);
+  return index_row(max, defined, inverse_of_total(defined), target_logit, target_weight, k);
+}
+
+template <class A>
+__device__ __forceinline__ RowGradient<A> index_gradient(A max, A rest, A target_weight,
+                                                         double scale, const Constants& k) {
+  // Which class is the target makes no difference here.
+  const double factor = exact_index_row(max, rest, max, target_weight, k).exp_factor();
+  return {base_of(max), static_cast<A>(k.spreads() ? factor : scale * factor),
+          static_cast<A>(scale)};
+}
+
+// For the target itself.
+template <class A>
+__device__ __forceinline__ A target_gradient(A max, A rest, A target_logit, A target_weight,
+                                             double scale, const Constants& k) {
+  const auto row = exact_index_row(max, rest, target_logit, target_weight, k);
+  return static_cast<A>(scale * row.target_grad());
+}
+
+template <class A>
+__device__ __forceinline__ RowGradient<A> probability_gradient(A max, A rest, double mass,
+                                                               double scale) {
+  const A defined = defined_rest(rest, max);
+  const Row<double> row(defined, mass, inverse_of_total(defined));
+  return {base_of(max), static_cast<A>(row.exp_factor()), static_cast<A>(scale)};
+}
+
+// What the row's gradient is multiplied by.
+template <class Index>
+__device__ __forceinline__ double row_scale(const Problem& p, const Index& row,
+                                            const Constants& k) {
+  if (!p.grad_output.data) return k.inverse_denominator;
+  return load_value<double>(p.grad_output, row.offset(p, p.grad_output)) * k.inverse_denominator;
+}
+
+// By one thread of the row's.
+template <class Index, class Sums>
+__device__ __forceinline__ void store_statistics(const Problem& p, const Index& row,
+                                                 const Sums& sums) {
+  if (!p.row_max.data) return;
+  using A = decltype(sums.max);
+  static_cast<A*>(p.row_max.data)[row.offset(p, p.row_max)] = sums.max;
+  static_cast<A*>(p.row_rest.data)[row.offset(p, p.row_rest)] = sums.rest;
+  if (p.row_mass.data)
+    static_cast<A*>(p.row_mass.data)[row.offset(p, p.row_mass)] = static_cast<A>(sums.mass);
+}
+
+template <class A, class Index>
+__device__ __forceinline__ A load_max(const Problem& p, const Index& row) {
+  return static_cast<const A*>(p.row_max.data)[row.offset(p, p.row_max)];
+}
+
+template <class A, class Index>
+__device__ __forceinline__ A load_rest(const Problem& p, const Index& row) {
+  return static_cast<const A*>(p.row_rest.data)[row.offset(p, p.row_rest)];
+}
+
+// Of a row whose target is probabilities.
+template <class A, class Index>
+__device__ __forceinline__ A load_mass(const Problem& p, const Index& row) {
+  return static_cast<const A*>(p.row_mass.data)[row.offset(p, p.row_mass)];
+}
+
+// Whether a gradient that is there already is the one asked for.
+__device__ __forceinline__ bool grad_output_is_one(const Problem& p) {
+  return load_value<double>(p.grad_output, 0) == 1.0;
+}
+
+}  // namespace fused_ce::cuda

@@ -1,0 +1,188 @@
+"""The ``torch.autograd.Function`` classes, one for each moment the gradient can be computed.
+
+They are written in the ctx style, without ``setup_context``: with it, ``torch.compile`` of
+``torch.func.grad`` gives silent zeros. Transforms never reach them; ``functional`` sends those to
+stock. A backward that must be differentiable itself is stock's formula, differentiated.
+
+A call is ``(input, target, *options)``, as the forward operators take it, with no options at all
+where each is its default.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
+from torch.autograd import Function
+from torch.autograd.graph import increment_version
+
+from . import ops, stock
+from .eligibility import backward_needs_stock
+from .options import NO_GRADIENTS, Options, split
+
+
+def graph_is_kept() -> bool:
+    """Whether this backward runs with ``retain_graph``, so that another may follow."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _save(ctx: Any, options: tuple, *tensors: Tensor) -> None:
+    """Keeps for the backward what its operators take."""
+    option_tensors, ctx.options = split(options)
+    ctx.save_for_backward(*tensors, *option_tensors)
+
+
+def _saved_call(ctx: Any, saved: tuple) -> tuple[tuple, tuple]:
+    """Input, target and what was found of their rows; and the options."""
+    return saved[:4], (*saved[4:], *ctx.options)
+
+
+def _fused_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
+    tensors, options = _saved_call(ctx, saved)
+    needs_input, needs_target, *_ = ctx.needs_input_grad
+    return (
+        ops.backward(*tensors, grad_output, *options) if needs_input else None,
+        ops.backward_target(*tensors, grad_output, *options) if needs_target else None,
+        *NO_GRADIENTS,
+    )
+
+
+def _stock_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
+    (input, target, *_), options = _saved_call(ctx, saved)
+    needs = ctx.needs_input_grad[:2]
+    return *stock.gradients(input, target, Options(*options), grad_output, needs), *NO_GRADIENTS
+
+
+class Recompute(Function):
+    """Keeps a few numbers a row; the gradient is computed from the logits in the backward."""
+
+    @staticmethod
+    def forward(ctx, input, target, *options):
+        loss, *stats = ops.eager.forward_stats(input, target, *options)
+        _save(ctx, options, input, target, *stats)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        saved = ctx.saved_tensors
+        if backward_needs_stock(grad_output):
+            return _stock_gradients(ctx, grad_output, saved)
+        return _fused_gradients(ctx, grad_output, saved)
+
+
+class GradInForward(Function):
+    """Computes the gradient for a ``grad_output`` of 1 along with the loss.
+
+    The backward hands it out as it is if that is what arrives, and else computes it anew into the
+    same memory. It is never scaled: in float16 a small gradient would be lost before a gradient
+    scaler's factor could save it.
+    """
+
+    @staticmethod
+    def forward(ctx, input, target, *options):
+        loss, stats, totals, grad = ops.eager.forward_grad(input, target, *options)
+        _save(ctx, options, grad, input, target, stats, totals)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad, *saved = ctx.saved_tensors
+        if backward_needs_stock(grad_output):
+            return _stock_gradients(ctx, grad_output, saved)
+        if torch.compiler.is_compiling() or graph_is_kept():
+            return _fused_gradients(ctx, grad_output, saved)
+        ops.eager.rescale_(grad, grad_output, *saved, *ctx.options)  # the tensors come first
+        return grad, None, *NO_GRADIENTS
+
+
+class _Overwriting(Function):
+    """What the in-place forms share: the logits are gone, so there is one backward."""
+
+    @staticmethod
+    def begin_backward(ctx, grad_output):
+        if ctx.consumed:
+            raise RuntimeError(
+                "fused_ce: the first backward through cross_entropy(inplace=True) overwrote the "
+                "logits, so there can be no second one; use inplace=False to go back twice."
+            )
+        if backward_needs_stock(grad_output):
+            raise RuntimeError(
+                "fused_ce: cross_entropy(inplace=True) overwrites the logits, so its gradient "
+                "cannot be differentiated or batched; use inplace=False for that."
+            )
+        ctx.consumed = True
+        return ctx.saved_tensors
+
+
+class OverwriteInForward(_Overwriting):
+    """Overwrites the logits with the gradient while it computes the loss."""
+
+    @staticmethod
+    def forward(ctx, input, target, *options):
+        loss = ops.eager.forward_grad_(input, target, None, *options)
+        increment_version(input)
+        ctx.save_for_backward(input)
+        ctx.consumed = False
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (input,) = _Overwriting.begin_backward(ctx, grad_output)
+        if torch.compiler.is_compiling():
+            # A graph holds no operator that returns what it was given. As the operator has it, a
+            # zero stays one even times nan.
+            return torch.where(input == 0, input, input * grad_output), None, *NO_GRADIENTS
+        grad = input.detach()
+        ops.scale_(grad, grad_output)
+        increment_version(input)
+        return grad, None, *NO_GRADIENTS
+
+
+class OverwriteInBackward(_Overwriting):
+    """Overwrites the logits in the backward, with ``grad_output`` folded in before rounding."""
+
+    @staticmethod
+    def forward(ctx, input, target, *options):
+        ops.check_overwritable(input, target, Options(*options).weight)
+        loss, *stats = ops.eager.forward_stats(input, target, *options)
+        _save(ctx, options, input, target, *stats)
+        ctx.storage = input.untyped_storage()._cdata
+        ctx.consumed = False
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        saved = input, *_ = _Overwriting.begin_backward(ctx, grad_output)
+        if torch.compiler.is_compiling() or input.untyped_storage()._cdata != ctx.storage:
+            # A graph holds no operator that returns what it was given. And a hook on saved tensors
+            # may have given a copy back, which others may have been given too.
+            return _fused_gradients(ctx, grad_output, saved)
+        (_, *tensors), options = _saved_call(ctx, saved)
+        target_grad = None
+        if ctx.needs_input_grad[1]:
+            target_grad = ops.backward_target(input, *tensors, grad_output, *options)
+        grad = input.detach()
+        ops.backward_(grad, *tensors, grad_output, *options)
+        increment_version(input)
+        return grad, target_grad, *NO_GRADIENTS
+
+
+def _entrance(function: type[Function]) -> Callable[..., Tensor]:
+    """``function.apply`` for calls outside of any transform.
+
+    That method asks every argument whether a transform is active or has left it behind, which
+    takes longer than all that follows; here the question is put once for each of two tensors.
+    """
+    apply = super(Function, function).apply
+
+    def enter(input, target, *options):
+        return apply(unwrap_if_dead(input), unwrap_if_dead(target), *options)
+
+    return enter
+
+
+recompute = _entrance(Recompute)
+grad_in_forward = _entrance(GradInForward)
+overwrite_in_forward = _entrance(OverwriteInForward)
+overwrite_in_backward = _entrance(OverwriteInBackward)

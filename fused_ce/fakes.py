@@ -1,0 +1,96 @@
+"""The operators' fake kernels: the shapes, dtypes and strides that ``torch.compile`` plans with.
+
+They check nothing: ``eligibility`` has asked what they rely on.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.library import register_fake
+
+from .options import NONE, Options
+
+
+def row_shape(shape: tuple) -> tuple:
+    """The shape of the rows of logits of a shape: without the classes."""
+    return shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
+
+
+def _loss(input: Tensor, *options) -> Tensor:
+    options = Options(*options)
+    shape = row_shape(input.shape) if options.reduction == NONE else ()
+    return input.new_empty(shape, dtype=options.loss_dtype)
+
+
+def _stats(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The statistics of the rows, and the totals."""
+    numbers = 3 if target.is_floating_point() else 2
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    stats = input.new_empty((numbers, math.prod(row_shape(input.shape))), dtype=dtype)
+    return stats, input.new_empty(2, dtype=torch.float64)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    dims = zip(tensor.stride(), tensor.shape, strict=True)
+    for stride, size in sorted(dim for dim in dims if dim[1] != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def empty_gradient(like: Tensor) -> Tensor:
+    """With the strides of what it is a gradient of if those are dense, else contiguous."""
+    if _is_dense(like):
+        return torch.empty_like(like)
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+@register_fake("fused_ce::forward")
+def _(input, target, *options):
+    return _loss(input, *options)
+
+
+@register_fake("fused_ce::forward_grad_")
+def _(input, target, grad_output=None, *options):
+    return _loss(input, *options)
+
+
+@register_fake("fused_ce::forward_stats")
+@register_fake("fused_ce::graph_forward")
+def _(input, target, *options):
+    return _loss(input, *options), *_stats(input, target)
+
+
+@register_fake("fused_ce::forward_grad")
+def _(input, target, *options):
+    return _loss(input, *options), *_stats(input, target), empty_gradient(input)
+
+
+@register_fake("fused_ce::backward")
+@register_fake("fused_ce::graph_backward")
+def _(input, *_):
+    return empty_gradient(input)
+
+
+@register_fake("fused_ce::backward_target")
+@register_fake("fused_ce::graph_backward_target")
+def _(input, target, *_):
+    return empty_gradient(target)
+
+
+@register_fake("fused_ce::backward_")
+@register_fake("fused_ce::rescale_")
+@register_fake("fused_ce::scale_")
+def _(written, *_):
+    return written
+
+
+@register_fake("fused_ce::check_overwritable")
+@register_fake("fused_ce::advise_huge_pages")
+def _(*_):
+    return None

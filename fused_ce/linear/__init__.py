@@ -1,0 +1,361 @@
+"""``linear_cross_entropy``: the loss of a linear layer's output, which never exists as a whole.
+
+Rows are taken in chunks: one GEMM for their logits, the cross entropy that writes its gradient over
+them, and two GEMMs that turn that into the gradients of the layer. The formula that holds all
+logits is left for what differentiates it further, and for what the kernels do not take.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from .. import fallback, functional, stock
+from ..eligibility import (
+    INVALID,
+    OVERRIDDEN,
+    foreign,
+    loss_dtype,
+    overrides,
+    stock_reason_of_logits,
+)
+from ..options import DEFAULTS, NONE, Options
+from ..signatures import bound, takes_arguments_of
+from . import operators
+from .plan import DEVICES, Limits, Sizes, check_limits, limits_of
+
+
+class _Call(NamedTuple):
+    """What a call computes from: the layer as a matrix, the batch in one dimension at most."""
+
+    input: Tensor  # [H] or [N, H]
+    linear_weight: Tensor  # [V, H], V being the classes times all positions
+    target: Tensor
+    linear_bias: Tensor | None  # [V]
+    loss_arguments: dict[str, Any]  # those of cross_entropy
+    options: Options  # the same, for the operators
+    logits_shape: tuple[int, ...]
+    limits: Limits
+    grad_in_forward: bool
+    loss_shape: tuple[int, ...]  # with reduction='none'
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    chunk_size: int | None = None,
+    max_chunk_bytes: int | None = None,
+    grad_in_forward: bool = True,
+) -> Tensor:
+    r"""Computes the cross entropy between ``input @ linear_weight.T + linear_bias`` and target
+    without holding these logits.
+
+    A drop-in for ``torch.nn.functional.linear_cross_entropy`` (torch 2.13 and newer), and for
+    :func:`torch.nn.functional.linear` followed by :func:`torch.nn.functional.cross_entropy`. See
+    :class:`fused_ce.CrossEntropyLoss` for the formula. Sums are taken in float32 at least: that of
+    the losses, and that of the weight's gradient over the chunks.
+
+    Args:
+        input (Tensor): of float32, float64, bfloat16 or float16.
+        linear_weight (Tensor): the layer's weight, of the input's dtype.
+        target (Tensor): class indices (int64, and also int32, int16 or uint8), or class
+            probabilities.
+        linear_bias (Tensor, optional): the layer's bias.
+        weight (Tensor, optional): a weight for each class.
+        reduction (str): ``'none'`` | ``'mean'`` | ``'sum'``. Default: ``'mean'``
+        ignore_index (int, optional): a class index that marks a row to leave out. Default: ``-100``
+            for class indices; with probabilities there can be none.
+        label_smoothing (float): within [0, 1]. Default: ``0.0``
+        options (LinearCrossEntropyOptions, optional): torch's. The chunk size that it names is
+            used; its other fields ask for what is always so here.
+        chunk_size (int, optional): the most rows of input in a chunk. Chunks are made equal.
+        max_chunk_bytes (int, optional): the most memory for a chunk, the gradients (and the float32
+            sum of the weight's) apart. A row is the least. Default: 64 MiB on the CPU and 1 GiB on
+            CUDA, or as much as the fewest rows take that are efficient there, 256 and 2048.
+        grad_in_forward (bool): compute the gradients along with the loss, for a ``grad_output`` of
+            1. They are scaled if something else arrives, and rounded once more unless that is a
+            power of two. ``False`` keeps nothing until the backward, which computes the logits
+            anew. So it always is with ``reduction='none'`` and in float16. Default: ``True``
+
+    Shape:
+        - Input: :math:`(H)`, :math:`(N, H)` or :math:`(B, ..., H)`, all but the last dimension
+          being the batch.
+        - Linear weight: :math:`(C, H)` or :math:`(C, d_1, ..., d_K, H)` for a K-dimensional loss.
+        - Linear bias: the weight's shape without :math:`H`.
+        - Target: the batch dimensions, then :math:`d_1, ..., d_K`; for probabilities with
+          :math:`C` between them.
+        - Output: a scalar, or the shape of the class indices for ``reduction='none'``.
+
+    Raises:
+        Exception: what torch raises for the same call, among it ``IndexError`` for a target that is
+            no class, before anything is computed.
+        ValueError: for a ``chunk_size`` or ``max_chunk_bytes`` that is not positive, or both.
+
+    Example::
+
+        >>> import fused_ce
+        >>> import torch
+        >>> hidden = torch.randn(2, 7, 16, requires_grad=True)
+        >>> head = torch.nn.Linear(16, 1000, bias=False)
+        >>> target = torch.randint(1000, (2, 7))
+        >>> loss = fused_ce.linear_cross_entropy(hidden, head.weight, target)
+        >>> loss.backward()
+        >>> hidden.grad.shape, head.weight.grad.shape
+        (torch.Size([2, 7, 16]), torch.Size([1000, 16]))
+    """
+    tensors = (input, linear_weight, target, linear_bias, weight)
+    keywords = {
+        "linear_bias": linear_bias,
+        "weight": weight,
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "options": options,
+        "chunk_size": chunk_size,
+        "max_chunk_bytes": max_chunk_bytes,
+        "grad_in_forward": grad_in_forward,
+    }
+    overridden = False
+    if has_torch_function_variadic(*tensors):
+        overridden = any(overrides(t) for t in tensors)
+        if not overridden:  # a mode: a device context, say
+            return handle_torch_function(linear_cross_entropy, tensors, *tensors[:3], **keywords)
+    call = _call(input, linear_weight, target, **keywords)
+    # A subclass is given the functions that it knows.
+    reason = OVERRIDDEN if overridden else _stock_reason(call)
+    if reason is None:
+        loss = _fused(call)
+    else:
+        if reason == INVALID:
+            _raise_as_stock(call)
+        loss = _unfused(call)
+        if fallback.is_on:  # afterwards, since stock may have refused the call
+            fallback.warn("linear_cross_entropy", reason)
+    return loss if loss.dim() == 0 else loss.reshape(call.loss_shape)
+
+
+def _refuse_script():
+    raise RuntimeError(
+        "fused_ce.linear_cross_entropy cannot be scripted; torch.jit.script takes "
+        "torch.nn.functional.linear and cross_entropy, and torch.compile takes all of them."
+    )
+
+
+linear_cross_entropy.__prepare_scriptable__ = _refuse_script
+
+
+@takes_arguments_of(linear_cross_entropy)
+def explain_linear(*args: Any, **kwargs: Any) -> str:
+    """Says how :func:`linear_cross_entropy` would take this call, without computing anything.
+
+    Returns ``"fused: "`` with the moment the gradients are computed, the chunks and the instruction
+    set in use (on CUDA the GPU's compute capability), or ``"stock: "`` with the reason why stock
+    PyTorch takes the call, whose formula holds all logits.
+
+    Example::
+
+        >>> import fused_ce
+        >>> import torch
+        >>> hidden, head = torch.randn(1000, 16), torch.randn(50, 16, requires_grad=True)
+        >>> target = torch.randint(50, (1000,))
+        >>> said = fused_ce.explain_linear(hidden, head, target, chunk_size=300)
+        >>> said.rpartition(",")[0]
+        'fused: gradient in forward, 4 chunks of 256 rows, 51200 bytes each'
+        >>> fused_ce.explain_linear(hidden, head, torch.rand(1000, 50, requires_grad=True))
+        'stock: the target requires grad'
+    """
+    arguments = bound(linear_cross_entropy, args, kwargs)
+    if any(overrides(value) for value in arguments.values()):
+        return f"stock: {OVERRIDDEN}"
+    call = _call(**arguments)
+    reason = _stock_reason(call)
+    if reason is not None:
+        return f"stock: {reason}"
+    return f"fused: {_moment(call)}, {_chunks(call)}, {functional.instructions(call.input)}"
+
+
+def _call(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None,
+    options: Any,
+    chunk_size: int | None,
+    max_chunk_bytes: int | None,
+    grad_in_forward: bool,
+    **loss_arguments: Any,
+) -> _Call:
+    check_limits(chunk_size, max_chunk_bytes)
+    _check_shapes(input, linear_weight, linear_bias)
+    batch = input.shape[:-1]
+    classes, *positions = linear_weight.shape[:-1]
+    if loss_arguments["ignore_index"] is None:
+        loss_arguments["ignore_index"] = DEFAULTS.ignore_index
+    elif target.shape == (*batch, classes, *positions):
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    if len(batch) > 1:
+        target = _flat_target(target, batch, classes, positions)
+        input = input.flatten(0, -2)
+    logits_shape = (*input.shape[:-1], classes, *positions)
+    limits = Limits(chunk_size, max_chunk_bytes)
+    if options is not None and limits == Limits(None, None):
+        limits = limits_of(options, logits_shape[0])
+    return _Call(
+        input,
+        linear_weight.flatten(0, -2),
+        target,
+        None if linear_bias is None else linear_bias.flatten(),
+        loss_arguments,
+        functional.options_of(loss_arguments),
+        logits_shape,
+        limits,
+        grad_in_forward,
+        (*batch, *positions),
+    )
+
+
+def _check_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """What torch's function of this name checks, in its words; here for any torch."""
+    if input.dim() < 1:
+        raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
+    if linear_weight.dim() < 2:
+        raise RuntimeError(
+            f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
+        )
+    if input.shape[-1] != linear_weight.shape[-1]:
+        raise RuntimeError(
+            "expected equal input and linear_weight last dimensions (in_features), "
+            f"got {input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(
+            f"expected linear_bias shape {tuple(linear_weight.shape[:-1])}, "
+            f"got {tuple(linear_bias.shape)}"
+        )
+    if linear_weight.dim() > 2 and input.dim() == 1:
+        raise RuntimeError(
+            f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} "
+            f"requires batched input, (N, {input.shape[-1]}), got unbatched input with shape "
+            f"{tuple(input.shape)}"
+        )
+
+
+def _flat_target(target: Tensor, batch: tuple, classes: int, positions: list) -> Tensor:
+    """The target of several batch dimensions, as that of one.
+
+    torch takes no such input. A target that fits only after flattening would be a silent mistake.
+    """
+    rows = math.prod(batch)
+    for inner in (positions, [classes, *positions]):
+        if target.shape == (*batch, *inner):
+            return target.reshape(rows, *inner)
+    raise RuntimeError(
+        f"fused_ce: expected target of shape {(*batch, *positions)}, or "
+        f"{(*batch, classes, *positions)} for probabilities, got {tuple(target.shape)}; its first "
+        "dimensions are those of the input."
+    )
+
+
+def _logits_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer takes the tensor: under autocast, that of autocast."""
+    device = tensor.device.type
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+def _stock_reason(call: _Call) -> str | None:
+    """Why the formula with all logits takes this call; None if the chunks can."""
+    input, target = call.input, call.target
+    layer = [t for t in (input, call.linear_weight, call.linear_bias) if t is not None]
+    for tensor, name in zip(layer, ("input", "linear weight", "linear bias"), strict=False):
+        reason = foreign(tensor, name)
+        if reason is not None:
+            return reason
+    if input.device.type not in DEVICES:
+        return f"there are no kernels for {input.device.type}"
+    dtype = _logits_dtype(input)
+    for tensor in layer:
+        if (tensor.device, _logits_dtype(tensor)) != (input.device, dtype):
+            return "the layer's tensors differ in device or dtype"
+    if 0 in call.logits_shape[2:]:
+        return "the loss has no positions"
+    options = call.options
+    of_stock = options.weight, options.ignore_index, options.label_smoothing
+    reason = stock_reason_of_logits(input, call.logits_shape, dtype, target, *of_stock)
+    if reason is None and target.requires_grad and torch.is_grad_enabled():
+        return "the target requires grad"
+    return reason
+
+
+def _raise_as_stock(call: _Call) -> None:
+    """Has stock raise what it would, before it computes: first for the options, then for the
+    shapes and dtypes. What it finds later still comes from the whole formula."""
+    one = torch.zeros((1, 1)), torch.zeros(1, dtype=torch.long)
+    stock.cross_entropy(*one, call.options._replace(weight=None))
+    if call.target.shape != call.logits_shape:
+        dtype, device = _logits_dtype(call.input), call.input.device
+        logits = torch.empty((), dtype=dtype, device=device).expand(call.logits_shape)
+        stock.nll_loss(logits, call.target, call.options)
+
+
+def _unfused(call: _Call) -> Tensor:
+    """The formula with all logits."""
+    logits = stock.linear(call.input, call.linear_weight, call.linear_bias)
+    logits = logits.reshape(call.logits_shape)
+    return functional.cross_entropy(logits, call.target, **call.loss_arguments)
+
+
+def _needs(call: _Call) -> list[bool]:
+    layer = (call.input, call.linear_weight, call.linear_bias)
+    return [t is not None and t.requires_grad and torch.is_grad_enabled() for t in layer]
+
+
+def _moment(call: _Call) -> str:
+    """When the gradients are computed."""
+    if not any(_needs(call)):
+        return "no gradient"
+    # A gradient rounded to float16 may have lost what a gradient scaler was to save.
+    defers = call.options.reduction == NONE or _logits_dtype(call.input) == torch.float16
+    return "recomputed in backward" if defers or not call.grad_in_forward else "gradient in forward"
+
+
+def _chunks(call: _Call) -> str:
+    columns, features = call.linear_weight.shape
+    count = call.logits_shape[0] if call.input.dim() > 1 else 1
+    device = DEVICES[call.input.device.type]
+    dtype = device.computed_dtype(_logits_dtype(call.input))
+    classes = call.logits_shape[1 if call.input.dim() > 1 else 0]
+    rows = Sizes(count, features, classes, columns).chunk_rows(call.limits, dtype, device)
+    chunks, rows = -(-count // rows), min(rows, count)
+    size = rows * columns * dtype.itemsize
+    if chunks == 1:
+        return f"1 chunk of {rows} row{'s' * (rows != 1)}, {size} bytes"
+    return f"{chunks} chunks of {rows} row{'s' * (rows != 1)}, {size} bytes each"
+
+
+def _fused(call: _Call) -> Tensor:
+    input, target, dtype = call.input, call.target, _logits_dtype(call.input)
+    if input.dim() == 1:
+        input = input.unsqueeze(0)
+        target = target.reshape(1, -1) if target.is_floating_point() else target.reshape(1)
+    options = call.options._replace(
+        label_smoothing=float(call.options.label_smoothing),
+        loss_dtype=loss_dtype(dtype, target, call.options.weight) or dtype,
+    )
+    layer = (input, call.linear_weight, target, call.linear_bias)
+    arguments = (*layer, dtype, *call.limits, *options)
+    if _moment(call) == "gradient in forward":
+        return operators.forward_grad(_needs(call), *arguments)[0]
+    return operators.forward(*arguments)

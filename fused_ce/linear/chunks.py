@@ -1,0 +1,159 @@
+"""One call, cut into chunks of rows: one GEMM for their logits, then the cross entropy over them.
+
+The mean's denominator is computed once from all targets, so that what a chunk leaves is final.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..options import MEAN, NONE, Options
+from .plan import DEVICES, TILE_BYTES, Limits, Sizes
+
+_CLASSES_APART = 2  # of a row's probabilities: those that mixed-up labels have
+
+
+class Problem:
+    """The tensors of a call in the types that are computed with, and the chunks."""
+
+    def __init__(
+        self,
+        input: Tensor,  # [N, H]
+        linear_weight: Tensor,  # [V, H], V being the classes times all positions
+        target: Tensor,  # [N, d1, ..., dK] or [N, C, d1, ..., dK]
+        linear_bias: Tensor | None,  # [V]
+        dtype: torch.dtype,  # of the logits
+        limits: Limits,
+        options: Options,
+    ) -> None:
+        device = DEVICES[input.device.type]
+        self.device = device
+        self.dtype = device.computed_dtype(dtype)
+        self.input, self.target = input, target
+        self.linear_weight = linear_weight.to(self.dtype)
+        self.linear_bias = None if linear_bias is None else linear_bias.to(self.dtype)
+        self.probabilities = target.is_floating_point()
+        self.positions = target.shape[2 if self.probabilities else 1 :]
+        columns = linear_weight.shape[0]
+        self.classes = columns // max(math.prod(self.positions), 1)
+        if not self.probabilities and device.checks_targets:
+            _check_range(target, self.classes, options.ignore_index)
+        self.reduction, self.loss_dtype = options.reduction, options.loss_dtype
+        if options.reduction == MEAN:
+            options = options._replace(denominator=self._denominator(options))
+        self.options = options._replace(loss_dtype=torch.float64)  # of a chunk's own loss
+        sizes = Sizes(*input.shape, self.classes, columns)
+        self.rows = sizes.chunk_rows(limits, self.dtype, device)
+
+    def _denominator(self, options: Options) -> Tensor:
+        """What the mean divides by, [] in float64, and nan for 0; no number visits the host."""
+        target, weight = self.target, options.weight
+        if self.probabilities:
+            count = target.numel() // self.classes
+            total = torch.full((), count, dtype=torch.float64, device=target.device)
+        else:
+            target = target.long()
+            ignored = target == options.ignore_index
+            if weight is None:
+                total = ignored.logical_not().sum(dtype=torch.float64)
+            else:
+                weights = weight[target.masked_fill(ignored, 0)]
+                total = weights.masked_fill(ignored, 0).sum(dtype=torch.float64)
+        return total.masked_fill(total == 0, math.nan)
+
+    @property
+    def has_tiles(self) -> bool:
+        return self.device.sums_by_tiles(self.dtype)
+
+    def tiles(self) -> Iterator[slice]:
+        """Parts of the weight whose gradient in the GEMMs' type is a piece of scratch."""
+        columns, features = self.linear_weight.shape
+        size = max(TILE_BYTES // (max(features, 1) * self.dtype.itemsize), 1)
+        for start in range(0, columns, size):
+            yield slice(start, min(start + size, columns))
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Which rows, these rows of the input, and their logits in memory that all chunks share."""
+        count, columns = self.input.shape[0], self.linear_weight.shape[0]
+        memory = fresh((min(self.rows, count), columns), self.input, self.dtype)
+        for start in range(0, count, self.rows):
+            rows = slice(start, min(start + self.rows, count))
+            input = self.input[rows].to(self.dtype)
+            logits = memory[: input.shape[0]]
+            if self.linear_bias is None:
+                torch.mm(input, self.linear_weight.t(), out=logits)
+            else:
+                torch.addmm(self.linear_bias, input, self.linear_weight.t(), out=logits)
+            yield rows, input, logits
+
+    def losses(self) -> list[Tensor]:
+        """Of each chunk, in float64."""
+        return [
+            ops.forward(self._shaped(logits), self.target[rows], *self.options)
+            for rows, _, logits in self.chunks()
+        ]
+
+    def losses_and_gradients(
+        self, grad_output: Tensor | None, take: Callable[[slice, Tensor, Tensor], Any]
+    ) -> list[Tensor]:
+        """The losses; ``take`` is given each chunk with the gradient in the place of its logits.
+
+        The memory of the logits is free again on return, before what the gradients take to be
+        finished.
+        """
+        losses = []
+        for rows, input, logits in self.chunks():
+            of_rows = grad_output
+            if grad_output is not None and self.reduction == NONE:
+                of_rows = grad_output[rows]
+            target = self.target[rows]
+            losses.append(ops.forward_grad_(self._shaped(logits), target, of_rows, *self.options))
+            take(rows, input, logits)
+        return losses
+
+    def columns_of_targets(self, rows: slice) -> Tensor:
+        """Where in a row of logits those of its targets are, or of the two most probable classes;
+        any place for an ignored one."""
+        target = self.target[rows]
+        if self.probabilities:
+            found = target.topk(min(_CLASSES_APART, self.classes), 1).indices
+        else:
+            ignored = target == self.options.ignore_index
+            found = target.long().masked_fill(ignored, 0).unsqueeze(1)
+        found = found.reshape(*found.shape[:2], -1)
+        count = found.shape[2]
+        return (found * count + torch.arange(count, device=found.device)).flatten(1)
+
+    def _shaped(self, logits: Tensor) -> Tensor:
+        return logits.view(-1, self.classes, *self.positions)
+
+    def total(self, losses: list[Tensor]) -> Tensor:
+        """The loss, from those of the chunks."""
+        if self.reduction == NONE:
+            empty = self.input.new_empty((0, *self.positions), dtype=torch.float64)
+            return torch.cat([empty, *losses]).to(self.loss_dtype)
+        loss = self.input.new_zeros((), dtype=torch.float64)
+        for part in losses:
+            loss += part
+        if self.reduction == MEAN and not losses:
+            loss /= self.options.denominator
+        return loss.to(self.loss_dtype)
+
+
+def fresh(shape: tuple, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory that a GEMM writes whole; on the CPU without most of its page faults."""
+    memory = like.new_empty(shape, dtype=dtype)
+    ops.advise_huge_pages(memory)
+    return memory
+
+
+def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Before the first chunk, since the operators see each no more than their own."""
+    target = target.long()
+    outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if outside.any():
+        raise IndexError(f"Target {target[outside][0].item()} is out of bounds.")

@@ -1,0 +1,63 @@
+// The package's operators on the CPU's tensors, computed by the CUDA kernels on the simulator.
+//
+// In the place of the registration of both backends: what is in front of the kernels, checks and
+// all, is then what a GPU has in front of them, and the whole parity suite can ask.
+#include <cstring>
+#include <vector>
+
+#include "../../../../csrc/cuda/kernels.h"
+#include "../../../../csrc/operators.h"
+#include "../engine.h"
+
+namespace fused_ce::cuda {
+
+namespace {
+
+constexpr Device kDevice{3, true};
+
+class Simulated {
+ public:
+  explicit Simulated(const Tensor&) {
+    static uint64_t seed = 0;
+    simulator::set_seed(seed++);
+  }
+
+  void forward(Problem& p) {
+    struct alignas(16) Piece {
+      unsigned char bytes[16];
+    };
+    const size_t pieces = workspace_bytes(p, kDevice) / sizeof(Piece) + 1;
+    std::vector<Piece> workspace(pieces);
+    std::memset(workspace.data(), 0xcd, pieces * sizeof(Piece));
+    cuda::forward(p, kDevice, workspace.data(), nullptr);
+  }
+
+  void backward(Problem& p) { cuda::backward(p, kDevice, When::kAlways, nullptr); }
+  void rescale(Problem& p) { cuda::backward(p, kDevice, When::kUnlessGradOutputIsOne, nullptr); }
+  void backward_target(Problem& p) { cuda::backward_target(p, kDevice, nullptr); }
+  void scale(const Elements& elements, const Operand& factor) {
+    cuda::scale(elements, factor, kDevice, nullptr);
+  }
+
+  static bool is_known_to_be_one(const Operand&) { return false; }
+
+  // An element that no kernel writes is nan.
+  static void prepare(const Tensor& grad) {
+    if (grad.numel()) std::memset(grad.data_ptr(), 0xff, grad.numel() * grad.element_size());
+  }
+};
+
+std::string instruction_set() { return "simulator"; }
+
+}  // namespace
+
+}  // namespace fused_ce::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) {
+  fused_ce::register_operators<fused_ce::cuda::Simulated>(m);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {
+  m.impl("check_overwritable", TORCH_BOX(&fused_ce::check_overwritable));
+  m.impl("instruction_set", TORCH_BOX(&fused_ce::cuda::instruction_set));
+}
