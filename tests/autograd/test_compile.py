@@ -110,6 +110,7 @@ def with_inductor(function, **options):
 
 @pytest.mark.parametrize("layout", ["transposed", "contiguous", "gap after each row"])
 @pytest.mark.parametrize("factor", [None, torch.randn(5, 5)], ids=["leaf", "product"])
+@pytest.mark.xdist_group("inductor")  # which takes seconds to begin with
 def test_inductor_keeps_the_layout(factor, layout):
     # Nothing but a matrix product around the loss: inductor would generate code for more, and that
     # takes long.
@@ -127,6 +128,7 @@ def test_inductor_keeps_the_layout(factor, layout):
 
 @pytest.mark.slow  # a C++ compiler builds what lies around the loss
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.xdist_group("inductor")  # which takes seconds to begin with
 def test_inductor_gives_the_same_gradient(dynamic):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.GELU(), nn.Conv2d(5, 4, 1))

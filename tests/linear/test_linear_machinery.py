@@ -77,6 +77,7 @@ def test_compiled_loss_and_gradient_agree(case):
 
 
 @pytest.mark.parametrize("shape", ("BTH", "K"))
+@pytest.mark.xdist_group("inductor")  # which takes seconds to begin with
 def test_inductor_gives_the_same_gradient(shape):
     # Matrix products around the loss, no more: inductor would build code for anything else.
     layer, _ = problem()

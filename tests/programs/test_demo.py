@@ -76,7 +76,8 @@ def test_stock_alone_as_a_folder_is_not_compared(tmp_path):
         ("loss * 1.0001", "at step 1"),
         # The right value with a gradient 1 % too long: the first step cannot show it.
         ("loss * 1.01 - loss.detach() * 0.01", "at step"),
-        ("loss * float('nan')", "at step 1"),
+        # What counts as parting is asked of the comparison itself, below.
+        pytest.param("loss * float('nan')", "at step 1", marks=pytest.mark.slow),
     ],
 )
 def test_curves_that_part_fail(tmp_path, expression, step):
