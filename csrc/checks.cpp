@@ -145,7 +145,7 @@ Operand single_operand(const Facts& tensor, const char* name) {
 template <class P>
 auto operands(P& p) {
   return std::array{&p.input,       &p.target,  &p.grad,     &p.target_grad, &p.loss,
-                    &p.grad_output, &p.row_max, &p.row_rest, &p.row_mass};
+                    &p.grad_output, &p.row_max, &p.row_rest, &p.row_mass,    &p.row_mass_low};
 }
 
 }  // namespace
@@ -354,7 +354,9 @@ void ProblemBuilder::set_stats(const Tensor& tensor) {
   const int64_t row_bytes = problem_.rows * stats.item_bytes;
   set_logical(problem_.row_max, data, stats_dtype_);
   set_logical(problem_.row_rest, data + row_bytes, stats_dtype_);
-  if (problem_.probabilities) set_logical(problem_.row_mass, data + 2 * row_bytes, stats_dtype_);
+  if (!problem_.probabilities) return;
+  set_logical(problem_.row_mass, data + 2 * row_bytes, stats_dtype_);
+  set_logical(problem_.row_mass_low, data + 3 * row_bytes, stats_dtype_);
 }
 
 void ProblemBuilder::set_totals(const Tensor& tensor) {

@@ -55,7 +55,7 @@ class ProblemBuilder {
   bool has_probabilities() const { return problem_.probabilities; }
   ScalarType stats_dtype() const { return stats_dtype_; }
   std::array<int64_t, 2> stats_sizes() const {
-    return {problem_.probabilities ? 3 : 2, problem_.rows};
+    return {problem_.probabilities ? 4 : 2, problem_.rows};
   }
 
   // Merges and orders the row dimensions. The builder must outlive the problem.

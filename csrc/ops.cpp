@@ -3,10 +3,10 @@
 // `input` is (C), (N, C) or (N, C, d1, ..., dK); `target` holds class indices over the row
 // dimensions, or probabilities of the input's shape. `stats` is what a row comes down to
 // (formula.h): its maximum, its sum of exp(x - maximum) over all classes but one of the largest,
-// and for probabilities the sum of its coefficients: [2 or 3, rows] in float32, or in float64 for
-// float64 logits. `totals` is what all rows share, [2] in float64: the sum of the class weights,
-// and what the losses are divided by. The options that end every list are those of options.h. A
-// name that ends in an underscore writes the gradient over its (a!) argument.
+// and for probabilities the sum of its coefficients in two parts: [2 or 4, rows] in float32, or in
+// float64 for float64 logits. `totals` is what all rows share, [2] in float64: the sum of the class
+// weights, and what the losses are divided by. The options that end every list are those of
+// options.h. A name that ends in an underscore writes the gradient over its (a!) argument.
 #include <torch/csrc/stable/library.h>
 
 #include "options.h"

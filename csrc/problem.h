@@ -48,7 +48,9 @@ struct Problem {
   Operand grad_output;  // like the loss, strides 0 for a scalar; no data means 1
   Operand row_max;      // [rows] the maximum logit of the row, in the accumulation type
   Operand row_rest;     // [rows] sum of exp(x - row_max) over all classes but one of the largest
-  Operand row_mass;     // [rows] sum of the coefficients, for probability targets
+  // [rows] sum of the coefficients, for probability targets: as it is in the accumulation type, and
+  // what that leaves out. It goes into every element of the gradient.
+  Operand row_mass, row_mass_low;
   // In memory of the input's device: written by forward where there is any, read by backward.
   Totals* totals = nullptr;
 

@@ -25,7 +25,7 @@ def _loss(input: Tensor, *options) -> Tensor:
 
 def _stats(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The statistics of the rows, and the totals."""
-    numbers = 3 if target.is_floating_point() else 2
+    numbers = 4 if target.is_floating_point() else 2
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     stats = input.new_empty((numbers, math.prod(row_shape(input.shape))), dtype=dtype)
     return stats, input.new_empty(2, dtype=torch.float64)

@@ -47,9 +47,10 @@ class Operand(ctypes.Structure):
     ]
 
 
+STATISTICS = "row_max", "row_rest", "row_mass", "row_mass_low"
 OPERANDS = (
     *("input", "target", "grad", "target_grad", "loss", "grad_output"),
-    *("row_max", "row_rest", "row_mass"),
+    *STATISTICS,
 )
 
 
@@ -339,7 +340,7 @@ class Kernels:
 
     def _statistics(self, calls, sizes, stats, written):
         rows, totals = stats
-        for name, row in zip(("row_max", "row_rest", "row_mass"), rows, strict=False):
+        for name, row in zip(STATISTICS, rows, strict=False):
             calls.operand(name, row.view(sizes), written=written)
         calls.call.problem.totals = calls.place(totals, written)
 
@@ -362,7 +363,7 @@ class Kernels:
         stats = None
         if keeps_stats:
             dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-            kinds = 3 if target.is_floating_point() else 2
+            kinds = 4 if target.is_floating_point() else 2
             stats = unwritten([kinds, math.prod(sizes)], dtype), unwritten([2], torch.float64)
             self._statistics(calls, sizes, stats, True)
         if grad_output is not None:

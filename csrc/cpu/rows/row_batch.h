@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 
@@ -92,8 +93,11 @@ class RowBatch {
     load_span(p_.row_max, maxima.first, maxima.stride, size, max);
     load_span(p_.row_rest, rests.first, rests.stride, size, rest);
     if (!p_.probabilities) return;
-    const Run masses = tile.run(p_.row_mass);
+    const Run masses = tile.run(p_.row_mass), lows = tile.run(p_.row_mass_low);
+    double low[kMaxBatch];
     load_span(p_.row_mass, masses.first, masses.stride, size, mass);
+    load_span(p_.row_mass_low, lows.first, lows.stride, size, low);
+    for (int64_t r = 0; r < size; r++) mass[r] += low[r];
   }
 
   // Writes the losses and the statistics, and finds what the gradient needs where there is one;
@@ -111,15 +115,23 @@ class RowBatch {
       const Run maxima = tile.run(p_.row_max), rests = tile.run(p_.row_rest);
       store_span(max, size, p_.row_max, maxima.first, maxima.stride);
       store_span(rest, size, p_.row_rest, rests.first, rests.stride);
-      if (p_.probabilities) {
-        const Run masses = tile.run(p_.row_mass);
-        store_span(mass, size, p_.row_mass, masses.first, masses.stride);
-      }
+      if (p_.probabilities) store_masses(tile);
     }
     double total = 0.0;
 #pragma omp simd reduction(+ : total)
     for (int64_t r = 0; r < size; r++) total += loss_[r];
     return total;
+  }
+
+  void store_masses(const Tile& tile) const {
+    const Run masses = tile.run(p_.row_mass), lows = tile.run(p_.row_mass_low);
+    double low[kMaxBatch];
+    for (int64_t r = 0; r < size; r++) {
+      const double lost = mass[r] - static_cast<A>(mass[r]);
+      low[r] = std::isfinite(lost) ? lost : 0.0;
+    }
+    store_span(mass, size, p_.row_mass, masses.first, masses.stride);
+    store_span(low, size, p_.row_mass_low, lows.first, lows.stride);
   }
 
   // From the statistics to exp_factor and target_grad.

@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
     }
     if (!kProbabilities && threads.rank == 0) target.check(p);
     write_gradient<T, kProbabilities>(p, row, target, load_max<A>(p, row), load_rest<A>(p, row),
-                                      kProbabilities ? load_mass<A>(p, row) : A(0), k, threads.rank,
+                                      kProbabilities ? load_mass<A>(p, row) : 0.0, k, threads.rank,
                                       shape.threads);
   }
 }

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kStridedBlock, 2)
     }
     if (!kProbabilities) target.check(p);
     const RowLogits<T> logits(p, row);
-    const double mass = kProbabilities ? load_mass<A>(p, row) : A(0);
+    const double mass = kProbabilities ? load_mass<A>(p, row) : 0.0;
     const A target_logit = kProbabilities ? A(0) : logits[target.index];
     const ColumnGradient<T, kProbabilities, A> gradient(p, row, target, load_max<A>(p, row),
                                                         load_rest<A>(p, row), mass, target_logit,

@@ -259,8 +259,11 @@ __device__ __forceinline__ void store_statistics(const Problem& p, const Index& 
   using A = decltype(sums.max);
   static_cast<A*>(p.row_max.data)[row.offset(p, p.row_max)] = sums.max;
   static_cast<A*>(p.row_rest.data)[row.offset(p, p.row_rest)] = sums.rest;
-  if (p.row_mass.data)
-    static_cast<A*>(p.row_mass.data)[row.offset(p, p.row_mass)] = static_cast<A>(sums.mass);
+  if (!p.row_mass.data) return;
+  const A mass = static_cast<A>(sums.mass);
+  static_cast<A*>(p.row_mass.data)[row.offset(p, p.row_mass)] = mass;
+  static_cast<A*>(p.row_mass_low.data)[row.offset(p, p.row_mass_low)] =
+      mass - mass == A(0) ? static_cast<A>(sums.mass - mass) : A(0);
 }
 
 template <class A, class Index>
@@ -275,8 +278,9 @@ __device__ __forceinline__ A load_rest(const Problem& p, const Index& row) {
 
 // Of a row whose target is probabilities.
 template <class A, class Index>
-__device__ __forceinline__ A load_mass(const Problem& p, const Index& row) {
-  return static_cast<const A*>(p.row_mass.data)[row.offset(p, p.row_mass)];
+__device__ __forceinline__ double load_mass(const Problem& p, const Index& row) {
+  const double mass = static_cast<const A*>(p.row_mass.data)[row.offset(p, p.row_mass)];
+  return mass + static_cast<const A*>(p.row_mass_low.data)[row.offset(p, p.row_mass_low)];
 }
 
 // Whether a gradient that is there already is the one asked for.

@@ -169,7 +169,7 @@ int main() {
     memory.load(call.buffer_count, call.seed % 2 == 0);
     Problem& p = call.problem;
     for (Operand* operand : {&p.input, &p.target, &p.grad, &p.target_grad, &p.loss, &p.grad_output,
-                             &p.row_max, &p.row_rest, &p.row_mass})
+                             &p.row_max, &p.row_rest, &p.row_mass, &p.row_mass_low})
       memory.place(operand->data);
     memory.place(p.totals);
     for (Values* values : {&p.options.weight, &p.options.denominator}) memory.place(values->data);
