@@ -43,7 +43,7 @@ class Problem:
         if not self.probabilities and device.checks_targets:
             _check_range(target, self.classes, options.ignore_index)
         self.reduction, self.loss_dtype = options.reduction, options.loss_dtype
-        if options.reduction == MEAN:
+        if options.reduction == MEAN and options.denominator is None:
             options = options._replace(denominator=self._denominator(options))
         self.options = options._replace(loss_dtype=torch.float64)  # of a chunk's own loss
         sizes = Sizes(*input.shape, self.classes, columns)
