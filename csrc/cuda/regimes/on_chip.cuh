@@ -154,18 +154,18 @@ __global__ void __launch_bounds__(Layout::kBlock, Layout::kMinBlocks)
       for (int i = 0; i < kPacks; i++) sums.max = larger(sums.max, packs[i].max());
       sums.max = max_lanes<kWarp>(larger(sums.max, -kInfinity<float>));
       const float base = base_of(sums.max);
-      const float coefficient = kSmoothed ? unweighted_coefficient(p) : 0.0f;
       unsigned with_max = 0;  // a bit for each pack: their maxima would each take a register
 #pragma unroll
       for (int i = 0; i < kPacks; i++) with_max |= (packs[i].max() == base ? 1u : 0u) << i;
       sums.add_logit(own, base, Exp{});
-      if (kSmoothed && single >= 0) sums.add_gap(base - own, coefficient);
+      if (kSmoothed && single >= 0) sums.add_gap(base - own, 1.0f);
 #pragma unroll
       for (int i = 0; i < kPacks; i++) {
         // What fills up the last packs adds nothing but to the gaps and the mass.
         if (kSmoothed && begin + i * kThreads >= end) continue;
-        add_pack<kSmoothed>(packs[i], base, with_max >> i & 1, coefficient, sums);
+        add_pack<kSmoothed>(packs[i], base, with_max >> i & 1, sums);
       }
+      spread_out<kSmoothed>(p, sums);
       add_lanes<kWarp, kSmoothed>(sums);
       exchange<kSmoothed, Layout>(shared, sums);
       sums.close();
@@ -177,6 +177,7 @@ __global__ void __launch_bounds__(Layout::kBlock, Layout::kMinBlocks)
       }
       if (p.grad.data) {
         const double scale = row_scale(p, index, k);
+        const float coefficient = static_cast<float>(k.smoothing.smooth);
         const RowGradient<float> gradient = index_gradient(sums.max, sums.rest, weight, scale, k);
         const float target_value =
             target_gradient(sums.max, sums.rest, target_logit, weight, scale, k);

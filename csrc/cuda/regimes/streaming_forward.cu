@@ -24,7 +24,7 @@ struct Shared {
 };
 
 template <class T, bool kSmoothed, int kThreads>
-__device__ __forceinline__ void add_row(const T* x, const VectorRow<T>& row, float coefficient,
+__device__ __forceinline__ void add_row(const T* x, const VectorRow<T>& row,
                                         LogitSums<float>& sums) {
   for (int first = threadIdx.x; first < row.packs; first += kThreads * kPacks) {
     Pack<T> packs[kPacks];
@@ -43,7 +43,7 @@ __device__ __forceinline__ void add_row(const T* x, const VectorRow<T>& row, flo
     for (int i = 0; i < kPacks; i++) {
       // What fills up the last packs adds nothing but to the gaps and the mass.
       if (kSmoothed && first + i * kThreads >= row.packs) continue;
-      add_pack<kSmoothed>(packs[i], base, packs[i].max() == base, coefficient, sums);
+      add_pack<kSmoothed>(packs[i], base, packs[i].max() == base, sums);
     }
   }
 }
@@ -73,12 +73,12 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kThreads>)
     if (thread == 0) target.check(p);
     const float target_logit = target.in_range(p) ? widen(x[target.index]) : 0.0f;
     const float own = single >= 0 ? widen(x[single]) : -kInfinity<float>;
-    const float coefficient = kSmoothed ? unweighted_coefficient(p) : 0.0f;
     LogitSums<float> sums;
     sums.max = larger(own, -kInfinity<float>);
     sums.add_logit(own, base_of(sums.max), Exp{});
-    if (kSmoothed && single >= 0) sums.add_gap(base_of(sums.max) - own, coefficient);
-    add_row<T, kSmoothed, kThreads>(x, row, coefficient, sums);
+    if (kSmoothed && single >= 0) sums.add_gap(base_of(sums.max) - own, 1.0f);
+    add_row<T, kSmoothed, kThreads>(x, row, sums);
+    spread_out<kSmoothed>(p, sums);
     add_lanes<kWarp, kSmoothed>(sums);
     if (thread % kWarp == 0) shared.parts[thread / kWarp] = sums;
     __syncthreads();
@@ -93,6 +93,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kThreads>)
     }
     if constexpr (kGradient) {
       const double scale = row_scale(p, index, k);
+      const float coefficient = static_cast<float>(k.smoothing.smooth);
       const RowGradient<float> gradient = index_gradient(sums.max, sums.rest, weight, scale, k);
       const float target_value =
           target_gradient(sums.max, sums.rest, target_logit, weight, scale, k);

@@ -71,16 +71,17 @@ struct VectorRow {
 };
 
 // Takes in a pack whose logits are no larger than sums.max, whose base is `base`, and where
-// `has_max` says so equal to it. With smoothing every class has the same coefficient.
+// `has_max` says so equal to it. With smoothing every class has the same coefficient, which is
+// taken for 1 until spread_out(): a register to hold it meanwhile would be one too many.
 template <bool kSmoothed, class T>
 __device__ __forceinline__ void add_pack(const Pack<T>& pack, float base, bool has_max,
-                                         float coefficient, LogitSums<float>& sums) {
+                                         LogitSums<float>& sums) {
   constexpr int kPack = Pack<T>::kSize;
   if (has_max) {  // seldom
 #pragma unroll
     for (int j = 0; j < kPack; j++) {
       sums.add_logit(pack[j], base, Exp{});
-      if (kSmoothed) sums.gaps += coefficient_gap(coefficient, base - pack[j]);
+      if (kSmoothed) sums.gaps += base - pack[j];
     }
   } else {
     float even = 0, odd = 0, differences = 0;
@@ -91,9 +92,18 @@ __device__ __forceinline__ void add_pack(const Pack<T>& pack, float base, bool h
       if (kSmoothed) differences += difference;
     }
     sums.rest += even + odd;
-    if (kSmoothed) sums.gaps -= coefficient * differences;
+    if (kSmoothed) sums.gaps -= differences;
   }
-  if (kSmoothed) sums.mass += coefficient * kPack;
+  if (kSmoothed) sums.mass += kPack;
+}
+
+// Gives the classes their coefficient.
+template <bool kSmoothed>
+__device__ __forceinline__ void spread_out(const Problem& p, LogitSums<float>& sums) {
+  if (!kSmoothed) return;
+  const float coefficient = unweighted_coefficient(p);
+  sums.gaps *= coefficient;
+  sums.mass *= coefficient;
 }
 
 // The gradient of the classes of a pack, the target's being `target_value`. `distance` is that of
