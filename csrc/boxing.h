@@ -1,7 +1,7 @@
 // From the dispatcher's stack to a function's arguments, and from its result back to the stack.
 //
-// As TORCH_BOX does, for functions that take the options as one struct: it is read from as many
-// places of the stack as the list in options.h has lines.
+// As torch's TORCH_BOX does, and for functions that take the options as one struct: it is read from
+// as many places of the stack as the list in options.h has lines.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -49,11 +49,14 @@ void put_results(StableIValue* stack, const Result& result) {
 
 template <class Result, class... Parameters>
 void call_boxed(Result (*function)(Parameters...), StableIValue* stack) {
-  StableIValue* next = stack;
+  [[maybe_unused]] StableIValue* next = stack;
   // Braces, so that the arguments are taken from left to right.
   std::tuple<std::decay_t<Parameters>...> arguments{
       Unboxed<std::decay_t<Parameters>>::take(next)...};
-  put_results(stack, std::apply(function, arguments));
+  if constexpr (std::is_void_v<Result>)
+    std::apply(function, arguments);
+  else
+    put_results(stack, std::apply(function, arguments));
 }
 
 // For Library::impl(): `function` as the dispatcher calls it.

@@ -163,21 +163,25 @@ bool is_dense(const Tensor& tensor) {
 
 void check_apart(const Tensor& written, const Tensor& read) {
   FCE_CHECK(!share_memory(Facts(written), Facts(read)),
-            "inplace=True needs logits that share no memory with the target, the weight or the "
-            "incoming gradient, which would be overwritten too; clone() one of them");
+            "inplace=True needs logits that share no memory with the incoming gradient or the "
+            "statistics, which would be overwritten too; clone() one of them");
 }
 
-void check_overwritable(const Tensor& input, const Tensor& target,
-                        const std::optional<Tensor>& weight) {
+void check_overwritable(const Tensor& input, const Tensor& target, const OptionArguments& options) {
   const Facts logits(input);
   if (overlaps_itself(logits))
     throw std::runtime_error(
         "unsupported operation: more than one element of the written-to tensor refers to a single "
         "memory location. Please clone() the tensor before performing the operation.");
-  FCE_CHECK(
-      !share_memory(logits, Facts(target)) && !(weight && share_memory(logits, Facts(*weight))),
-      "inplace=True needs logits that share no memory with the target or the weight, which would "
-      "be overwritten too; clone() one of them");
+  const auto check = [&](const Tensor& read, const char* name) {
+    FCE_CHECK(!share_memory(logits, Facts(read)),
+              "inplace=True needs logits that share no memory with the " + std::string(name) +
+                  ", which would be overwritten too; clone() one of them");
+  };
+  check(target, "target");
+#define FCE_CHECK_APART(name) \
+  if (options.name) check(*options.name, #name);
+  FCE_FOR_OPTIONS(FCE_CHECK_APART, FCE_NOTHING, FCE_NOTHING)
 }
 
 Elements elements_of(const Tensor& tensor) {
@@ -255,8 +259,17 @@ ProblemBuilder::ProblemBuilder(const Tensor& input_tensor, const Tensor& target_
             "reduction must be 0 (none), 1 (mean) or 2 (sum), got " + std::to_string(reduction));
   FCE_CHECK(!(p.options.label_smoothing > 1.0), "label_smoothing must be at most 1");
   if (!p.is_smoothed()) p.options.label_smoothing = 0.0;  // what is negative or nan, too
+  constexpr double kMinCap = 1e-30, kMaxCap = 1e30;       // its square is a float
+  const double cap = p.options.softcap;
+  FCE_CHECK(cap == 0.0 || (cap >= kMinCap && cap <= kMaxCap),
+            "softcap must be from 1e-30 to 1e30, or 0 for none, got " + std::to_string(cap));
   if (given.weight) set_weight(*given.weight);
-  if (given.denominator) set_denominator(*given.denominator);
+  if (given.denominator) {
+    FCE_CHECK(p.divides(), "a denominator goes with the reduction 1 (mean) alone");
+    p.options.denominator = one_value(denominator_ = given.denominator, "denominator");
+  }
+  if (given.logit_scale)
+    p.options.logit_scale = one_value(logit_scale_ = given.logit_scale, "logit_scale");
 }
 
 void ProblemBuilder::set_weight(const Tensor& tensor) {
@@ -268,12 +281,10 @@ void ProblemBuilder::set_weight(const Tensor& tensor) {
   problem_.options.weight = values_of(weight_ = tensor, weight, stats_dtype_, "weight");
 }
 
-void ProblemBuilder::set_denominator(const Tensor& tensor) {
-  const Facts denominator(tensor);
-  FCE_CHECK(denominator.numel == 1, "denominator must hold one value");
-  FCE_CHECK(problem_.divides(), "a denominator goes with the reduction 1 (mean) alone");
-  problem_.options.denominator =
-      values_of(denominator_ = tensor, denominator, ScalarType::Double, "denominator");
+Values ProblemBuilder::one_value(std::optional<Tensor>& tensor, const char* name) const {
+  const Facts value(*tensor);
+  FCE_CHECK(value.numel == 1, std::string(name) + " must hold one value");
+  return values_of(tensor, value, ScalarType::Double, name);
 }
 
 // The tensor's elements, one after another in the type; `tensor` becomes what holds them.

@@ -63,7 +63,7 @@ class ProblemBuilder {
 
  private:
   void set_weight(const Tensor& weight);
-  void set_denominator(const Tensor& denominator);
+  Values one_value(std::optional<Tensor>& tensor, const char* name) const;
   Values values_of(std::optional<Tensor>& tensor, const Facts& facts, ScalarType dtype,
                    const char* name) const;
   void set_class_operand(Operand& operand, const Facts& tensor, const char* name);
@@ -77,7 +77,7 @@ class ProblemBuilder {
   Sizes sizes_;                                 // of the input
   std::array<int64_t, kMaxRowDims> row_sizes_;  // without the class dimension
   int row_dims_ = 0;
-  std::optional<Tensor> weight_, denominator_;  // keep what was converted alive
+  std::optional<Tensor> weight_, denominator_, logit_scale_;  // keep what was converted alive
   ScalarType stats_dtype_;
 };
 
@@ -85,9 +85,8 @@ class ProblemBuilder {
 bool is_dense(const Tensor& tensor);
 
 // Throws unless `input` may be overwritten: no two of its elements share memory, and neither does
-// it with the target or the weight.
-void check_overwritable(const Tensor& input, const Tensor& target,
-                        const std::optional<Tensor>& weight);
+// it with the target or a tensor among the options.
+void check_overwritable(const Tensor& input, const Tensor& target, const OptionArguments& options);
 
 // Throws if the two tensors share memory.
 void check_apart(const Tensor& written, const Tensor& read);

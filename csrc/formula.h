@@ -5,12 +5,14 @@
 // A class index t means a_c = smooth w_c + [c == t] hard w_t; probabilities q mean
 // a_c = w_c (hard q_c + smooth); hard = 1 - label_smoothing, smooth = label_smoothing / classes.
 // The target's own part, hard w_t, is kept apart: what a class has besides is its coefficient here.
-// A backend brings the walk over the logits, exp and log1p.
+// Logits are mapped ones: the options' factor and cap are applied where they are loaded. A backend
+// brings the walk over the logits, exp, log1p and tanh.
 #pragma once
 
 #include <cstdint>
 
 #include "host_device.h"
+#include "problem.h"
 
 namespace fused_ce {
 
@@ -29,6 +31,47 @@ struct Smoothing {
   template <class B>
   FCE_HOST_DEVICE explicit Smoothing(const Smoothing<B>& s)
       : hard(static_cast<A>(s.hard)), smooth(static_cast<A>(s.smooth)) {}
+};
+
+// What is done to a logit before all else: a factor, then a soft cap.
+template <class A>
+struct LogitMap {
+  A factor = 1;
+  A cap = 0;  // where there is one
+
+  FCE_HOST_DEVICE bool is_identity() const { return factor == A(1) && !bends(); }
+  FCE_HOST_DEVICE bool bends() const { return cap > A(0); }
+
+  // The slope is the cap's part of the derivative; the factor is the same for all logits, and
+  // belongs to a gradient's scale.
+  struct Mapped {
+    A logit, slope;
+  };
+
+  template <class Tanh>
+  FCE_HOST_DEVICE Mapped operator()(A x, const Tanh& tanh) const {
+    const A scaled = factor * x;
+    if (!bends()) return {scaled, A(1)};
+    const A t = tanh(scaled / cap);
+    return {cap * t, A(1) - t * t};
+  }
+};
+
+// What all rows have in common.
+template <class A>
+struct Common {
+  Smoothing<A> smoothing;
+  A weight_sum;
+
+  FCE_HOST_DEVICE Common(const Problem& p, double weight_sum)
+      : smoothing(p.options.label_smoothing, p.classes), weight_sum(static_cast<A>(weight_sum)) {}
+
+  template <class B>
+  FCE_HOST_DEVICE explicit Common(const Common<B>& common)
+      : smoothing(common.smoothing), weight_sum(static_cast<A>(common.weight_sum)) {}
+
+  // Whether classes other than the target have a coefficient where the target is an index.
+  FCE_HOST_DEVICE bool spreads() const { return smoothing.smooth != A(0); }
 };
 
 // The coefficient of any class where the target is an index.
@@ -136,17 +179,26 @@ struct RowSums : TermSums<A, Total> {
   }
 };
 
-// A row whose sums are closed; on its own, one whose target is a probability for every class.
+// A row whose sums are closed; on its own, one whose target is a probability for every class. What
+// of it a result does not depend on costs nothing: all is inlined.
 template <class A>
 struct Row {
+  Common<A> common;
+  A max;
   A rest;
-  A mass;           // sum_c of the coefficients
+  A log_total;      // log1p(rest), which is lse - max
   A inverse_total;  // 1 / (1 + rest), which is 1 / sum_c exp(x_c - max)
+  A mass;           // sum_c of the coefficients
 
-  FCE_HOST_DEVICE Row(A rest, A mass, A inverse_total)
-      : rest(rest), mass(mass), inverse_total(inverse_total) {}
+  FCE_HOST_DEVICE Row(const Common<A>& common, A max, A rest, A log_total, A inverse_total, A mass)
+      : common(common),
+        max(max),
+        rest(rest),
+        log_total(log_total),
+        inverse_total(inverse_total),
+        mass(mass) {}
 
-  FCE_HOST_DEVICE A loss(A log_total, A gaps) const { return gaps + mass * log_total; }
+  FCE_HOST_DEVICE A loss(A gaps) const { return gaps + mass * log_total; }
 
   // A / sum_c exp(x_c - max), so that A p_c is this times exp(x_c - max).
   FCE_HOST_DEVICE A exp_factor() const { return mass * inverse_total; }
@@ -156,43 +208,43 @@ struct Row {
 // at.
 template <class A>
 struct IndexRow : Row<A> {
+  using Row<A>::common;
   using Row<A>::inverse_total;
+  using Row<A>::log_total;
   using Row<A>::mass;
   using Row<A>::rest;
 
   A target_gap;  // max - x_t
   A target_exp;  // exp(x_t - max)
   A target_weight;
-  A weight_sum;
-  Smoothing<A> smoothing;
 
-  FCE_HOST_DEVICE IndexRow(A rest, A inverse_total, A target_gap, A target_exp, A target_weight,
-                           A weight_sum, Smoothing<A> smoothing)
-      : Row<A>(rest, smoothing.smooth * weight_sum, inverse_total),
-        target_gap(target_gap),
+  FCE_HOST_DEVICE IndexRow(const Common<A>& common, A max, A rest, A log_total, A inverse_total,
+                           A target_logit, A target_exp, A target_weight)
+      : Row<A>(common, max, rest, log_total, inverse_total,
+               common.smoothing.smooth * common.weight_sum),
+        target_gap(max - target_logit),
         target_exp(target_exp),
-        target_weight(target_weight),
-        weight_sum(weight_sum),
-        smoothing(smoothing) {}
+        target_weight(target_weight) {}
 
   // The sum of exp(x_c - max) over every class but the target.
   FCE_HOST_DEVICE A others() const {
     return target_gap == A(0) ? rest : A(1) + (rest - target_exp);
   }
 
-  FCE_HOST_DEVICE A loss(A log_total, A gaps) const {
-    const A hard = smoothing.hard * target_weight * (target_gap + log_total);
-    return smoothing.smooth == A(0) ? hard : hard + Row<A>::loss(log_total, gaps);
+  FCE_HOST_DEVICE A loss(A gaps) const {
+    const A hard = common.smoothing.hard * target_weight * (target_gap + log_total);
+    return common.spreads() ? hard + Row<A>::loss(gaps) : hard;
   }
 
   FCE_HOST_DEVICE A exp_factor() const {
-    return (smoothing.hard * target_weight + mass) * inverse_total;
+    return (common.smoothing.hard * target_weight + mass) * inverse_total;
   }
 
   // d loss / d x_t; nan for an infinite weight, as A p_t - a_t is.
   FCE_HOST_DEVICE A target_grad() const {
-    const A hard = smoothing.hard * target_weight * (others() * inverse_total);
-    return smoothing.smooth * (weight_sum * (target_exp * inverse_total) - target_weight) - hard;
+    const Smoothing<A>& s = common.smoothing;
+    const A hard = s.hard * target_weight * (others() * inverse_total);
+    return s.smooth * (common.weight_sum * (target_exp * inverse_total) - target_weight) - hard;
   }
 };
 

@@ -131,7 +131,7 @@ class Operators {
 
   static Tensor forward_grad_(const Tensor& input, const Tensor& target,
                               const OptionalTensor& grad_output, const OptionArguments& options) {
-    check_overwritable(input, target, options.weight);
+    check_overwritable(input, target, options);
     Forward call(input, target, options);
     if (grad_output) {
       check_apart(input, *grad_output);
@@ -153,7 +153,7 @@ class Operators {
   static Tensor backward_(const Tensor& input, const Tensor& target, const Tensor& stats,
                           const Tensor& totals, const Tensor& grad_output,
                           const OptionArguments& options) {
-    check_overwritable(input, target, options.weight);
+    check_overwritable(input, target, options);
     for (const Tensor* read : {&grad_output, &stats, &totals}) check_apart(input, *read);
     Backward call(input, target, stats, totals, grad_output, options);
     call.builder.set_grad(input);

@@ -38,7 +38,7 @@ STABLE_TORCH_LIBRARY(fused_ce, m) {
   // grad *= grad_output. Nothing is done when grad_output is 1.
   m.def("scale_(Tensor(a!) grad, Tensor grad_output) -> Tensor(a!)");
   // Raises unless the logits may be overwritten.
-  m.def("check_overwritable(Tensor input, Tensor target, Tensor? weight=None) -> ()");
+  m.def("check_overwritable(Tensor input, " FCE_FORWARD ") -> ()");
   // For memory that nobody has touched yet; of no effect where it is not the CPU's, or small.
   m.def("advise_huge_pages(Tensor memory) -> ()");
   m.def("instruction_set() -> str");

@@ -35,9 +35,11 @@ struct Values {
 #define FCE_FOR_OPTIONS(TENSOR, NUMBER, TYPE)                                           \
   TENSOR(weight)      /* [C], in the accumulation type once checked */                  \
   TENSOR(denominator) /* one value, in float64 once checked, for a mean to divide by */ \
+  TENSOR(logit_scale) /* the same, a factor of all logits */                            \
   NUMBER(Reduction, int, reduction, 1)                                                  \
   NUMBER(int64_t, int, ignore_index, -100)                                              \
   NUMBER(double, float, label_smoothing, 0.0) /* within [0, 1] */                       \
+  NUMBER(double, float, softcap, 0.0)         /* of scaled logits, where positive */    \
   TYPE(loss_dtype)                            /* that of the input where none is given */
 
 // The end of an operator's schema.

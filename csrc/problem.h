@@ -62,6 +62,9 @@ struct Problem {
   FCE_HOST_DEVICE bool is_smoothed() const { return options.label_smoothing > 0.0; }
   FCE_HOST_DEVICE bool reduces() const { return options.reduction != Reduction::kNone; }
   FCE_HOST_DEVICE bool divides() const { return options.reduction == Reduction::kMean; }
+  FCE_HOST_DEVICE bool maps_logits() const {
+    return options.logit_scale.data || options.softcap > 0.0;
+  }
 };
 
 // All elements of one tensor, no matter which dimension they belong to.

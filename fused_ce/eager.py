@@ -144,7 +144,7 @@ class OverwriteInBackward(_Overwriting):
 
     @staticmethod
     def forward(ctx, input, target, *options):
-        ops.check_overwritable(input, target, Options(*options).weight)
+        ops.check_overwritable(input, target, *options)
         loss, *stats = ops.eager.forward_stats(input, target, *options)
         _save(ctx, options, input, target, *stats)
         ctx.storage = input.untyped_storage()._cdata

@@ -9,7 +9,7 @@ import threading
 import warnings
 from types import FrameType
 
-import torch
+from .dynamo import constant_in_graphs
 
 is_on = False
 _lock = threading.Lock()
@@ -58,7 +58,7 @@ def _switch(mode: bool) -> None:
         is_on = bool(mode)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def warn(function: str, reason: str) -> None:
     """For the line that called the package; in a graph, for the line that had it compiled."""
     frame = _callers_frame()

@@ -97,11 +97,16 @@ def cross_entropy(
     reduction = _Reduction.get_enum(reduction)
     reason = stock_reason(input, target, weight, ignore_index, label_smoothing)
     if reason is not None:
-        options = Options(weight, None, reduction, ignore_index, label_smoothing)
+        options = Options(
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
         return _by_stock(input, target, options, reason)
     dtype = loss_dtype(input.dtype, target, weight)
     # In a plain tuple, since making Options takes a while.
-    options = (weight, None, reduction, ignore_index, label_smoothing, dtype)
+    options = (weight, None, None, reduction, ignore_index, label_smoothing, 0.0, dtype)
     if weight is None and options == DEFAULTS:
         options = ()  # an operator takes as long to read them
     mode = _mode(input, target, reduction, grad_in_forward, inplace)

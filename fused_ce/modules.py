@@ -73,9 +73,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     Args:
         weight, size_average, ignore_index, reduce, reduction, label_smoothing: as in
             :class:`torch.nn.CrossEntropyLoss`.
-        grad_in_forward (bool): see :func:`fused_ce.cross_entropy`. Default: ``True``
-        inplace (bool): let the gradient overwrite the logits; see
-            :func:`fused_ce.cross_entropy`. Default: ``False``
+        others: what :func:`fused_ce.cross_entropy` takes by name alone, with its defaults.
 
     Shape:
         - Input: :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_K)`.
@@ -183,9 +181,8 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
             K-dimensional loss. Default: ``()``
         bias (bool): whether the layer has a bias. Default: ``False``
         device, dtype: of the layer.
-        weight (Tensor, optional): a weight for each class.
-        reduction, ignore_index, label_smoothing, options, chunk_size, max_chunk_bytes,
-            grad_in_forward: see :func:`fused_ce.linear_cross_entropy`.
+        others: what :func:`fused_ce.linear_cross_entropy` takes by name alone, with its defaults;
+            the bias is the layer's own.
 
     Shape:
         - Input: :math:`(H)`, :math:`(N, H)` or :math:`(B, ..., H)`.

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import torch
 
+from .dynamo import constant_in_graphs
+
 _LIBRARY = Path(__file__).parent / "_C.so"
 _MIN_TORCH = (2, 10)
 
@@ -71,7 +73,7 @@ has_cuda_kernels = torch.version.hip is None and torch._C._dispatch_has_kernel_f
 _cuda_devices: dict[int, bool] = {}
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def lacking(kind: str, index: int) -> str | None:
     """Why there are no kernels for a device other than the CPU; None if there are."""
     if kind != "cuda":

@@ -19,9 +19,11 @@ class Options(NamedTuple):
 
     weight: Tensor | None = None
     denominator: Tensor | None = None  # one value for a mean to divide by, instead of its own
+    logit_scale: Tensor | None = None  # one value, a factor of the logits
     reduction: int = MEAN
     ignore_index: int = -100
     label_smoothing: float = 0.0
+    softcap: float = 0.0  # where positive, scaled logits become softcap * tanh(logits / softcap)
     loss_dtype: torch.dtype | None = None  # that of the logits where none is given
 
 

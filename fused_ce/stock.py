@@ -109,7 +109,7 @@ def ignored(target: Tensor, options: Options, input: Tensor) -> Tensor:
 
 
 def loss(input: Tensor, target: Tensor, options: Options, loss_dtype: torch.dtype) -> Tensor:
-    """Stock's loss for its derivatives of any order.
+    """The loss for its derivatives of any order: stock's, of mapped logits.
 
     In the loss's dtype, which under autocast is wider than the logits', and in float32 for the
     half types. Ignored logits are replaced: zero times a nan among them would not be zero.
@@ -121,6 +121,10 @@ def loss(input: Tensor, target: Tensor, options: Options, loss_dtype: torch.dtyp
     else:
         input = input.masked_fill(ignored(target, options, input), 0)
         target = target.long()
+    if options.logit_scale is not None:
+        input = input * options.logit_scale.to(dtype)
+    if options.softcap > 0:
+        input = options.softcap * torch.tanh(input / options.softcap)
     if options.weight is not None:
         options = options._replace(weight=options.weight.to(dtype))
     if options.denominator is None:

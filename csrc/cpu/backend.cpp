@@ -54,7 +54,7 @@ std::string instruction_set_cpu() { return instruction_set(); }
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) { fused_ce::register_operators<fused_ce::cpu::Cpu>(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {
-  m.impl("check_overwritable", TORCH_BOX(&fused_ce::check_overwritable));
-  m.impl("advise_huge_pages", TORCH_BOX(&fused_ce::cpu::advise_huge_pages_cpu));
-  m.impl("instruction_set", TORCH_BOX(&fused_ce::cpu::instruction_set_cpu));
+  m.impl("check_overwritable", &fused_ce::boxed<&fused_ce::check_overwritable>);
+  m.impl("advise_huge_pages", &fused_ce::boxed<&fused_ce::cpu::advise_huge_pages_cpu>);
+  m.impl("instruction_set", &fused_ce::boxed<&fused_ce::cpu::instruction_set_cpu>);
 }

@@ -36,27 +36,31 @@ void for_tiles(const Tiling& tiling, const Threads& threads, const Work& work) {
     work(0, tiling.count);
 }
 
-std::vector<TargetScan> scan_targets(const Problem& p, const Threads& threads) {
+std::vector<TargetScan> scan_targets(const Problem& p, const Threads& threads, bool weighs) {
   constexpr int64_t kScanRows = 4096;
   const Tiling tiling = make_tiling(p, kScanRows, 4);
   std::vector<TargetScan> scans(tiling.count);
   for_tiles(tiling, threads, [&](int64_t begin, int64_t end) {
     simd::run([&] {
-      for (int64_t t = begin; t < end; t++) scans[t] = scan_tile(p, Tile(p, tiling, t));
+      for (int64_t t = begin; t < end; t++) scans[t] = scan_tile(p, Tile(p, tiling, t), weighs);
     });
   });
   return scans;
 }
 
-// The weight of the rows that count; raises for a target out of range.
-double counted_weight(const Problem& p, const std::vector<TargetScan>& scans) {
-  if (p.probabilities) return static_cast<double>(p.rows);
-  CompensatedSum weights;
-  for (const TargetScan& scan : scans) {
+// Raises for a target out of range.
+void check_range(const std::vector<TargetScan>& scans) {
+  for (const TargetScan& scan : scans)
     if (scan.has_bad_index)
       throw std::out_of_range("Target " + std::to_string(scan.bad_index) + " is out of bounds.");
-    weights.add(scan.weights);
-  }
+}
+
+// The weight of the rows that count, whose targets must be in range.
+double counted_weight(const Problem& p, const std::vector<TargetScan>& scans) {
+  if (p.probabilities) return static_cast<double>(p.rows);
+  check_range(scans);
+  CompensatedSum weights;
+  for (const TargetScan& scan : scans) weights.add(scan.weights);
   return weights.value();
 }
 
@@ -81,7 +85,7 @@ bool shares_rows(const Problem& p, const Threads& threads) {
 
 // What a backward needs to know before it writes: that the targets are in range.
 void begin_backward(Problem& p, const Threads& threads) {
-  counted_weight(p, p.probabilities ? std::vector<TargetScan>() : scan_targets(p, threads));
+  if (!p.probabilities) check_range(scan_targets(p, threads, false));
   p.known = *p.totals;
 }
 
@@ -95,7 +99,7 @@ void forward(Problem& p, const Threads& threads) {
   const bool scans_first = !p.probabilities && (p.grad.data || shares);
   const bool scans_along = !p.probabilities && !scans_first;
   if (p.is_smoothed() && !p.probabilities) p.known.weight_sum = sum_class_weights(p);
-  if (scans_first) scans = scan_targets(p, threads);
+  if (scans_first) scans = scan_targets(p, threads, p.options.weight.data);
   if (scans_along)
     scans.resize(tiling.count);
   else

@@ -130,5 +130,5 @@ STABLE_TORCH_LIBRARY_IMPL(fused_ce, CUDA, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {
-  m.impl("has_cuda_code", TORCH_BOX(&fused_ce::cuda::has_code_for));
+  m.impl("has_cuda_code", &fused_ce::boxed<&fused_ce::cuda::has_code_for>);
 }

@@ -36,6 +36,7 @@ from torch.library import opcheck
 
 import fused_ce
 from fused_ce import ops
+from fused_ce.options import MEAN, SUM, Options
 
 
 @pytest.fixture(autouse=True)
@@ -533,8 +534,15 @@ def operator_calls(shape, layout, kind, reduction, dtype):
     target = target_of(kind, input.shape, dtype)
     if kind == "probability":
         target = lay_out(target, layout)
-    denominator = torch.tensor(7.0).to(dtype) if reduction == 1 else None
-    options = (torch.rand(5).to(dtype), denominator, reduction, -100, 0.1, dtype)
+    options = Options(
+        weight=torch.rand(5).to(dtype),
+        denominator=torch.tensor(7.0).to(dtype) if reduction == MEAN else None,
+        logit_scale=torch.tensor(1.5).to(dtype),
+        reduction=reduction,
+        label_smoothing=0.1,
+        softcap=4.0,
+        loss_dtype=dtype,
+    )
     problem = (input, target, *options)
     loss, stats, totals, grad = ops.forward_grad(*problem)
     incoming = torch.full_like(loss, 0.5)
@@ -553,7 +561,7 @@ def operator_calls(shape, layout, kind, reduction, dtype):
         yield ops.rescale_, (grad.clone(), incoming, *way_back[:4], *options)
     yield ops.scale_, (grad.clone(), torch.tensor(0.5).to(dtype))
     if layout not in OVERLAPPING:
-        yield ops.check_overwritable, problem[:3]
+        yield ops.check_overwritable, problem
         yield ops.advise_huge_pages, problem[:1]
         yield ops.forward_grad_, (same_layout(input), target, None, *options)
         yield ops.forward_grad_, (same_layout(input), target, incoming, *options)
@@ -605,7 +613,9 @@ def test_fake_kernel_keeps_the_device(reduction):
     with FakeTensorMode():
         input = torch.empty(2, 5, 3, dtype=torch.bfloat16, device="cuda")
         target = torch.empty(2, 3, dtype=torch.int64, device="cuda")
-        results = loss, stats, totals, _ = ops.forward_grad(input, target, None, None, reduction)
+        results = loss, stats, totals, _ = ops.forward_grad(
+            input, target, *Options(reduction=reduction)
+        )
         for tensor in (*results, ops.backward(input, target, stats, totals, loss)):
             assert tensor.is_cuda
         assert loss.shape == ((2, 3) if reduction == 0 else ())
@@ -643,12 +653,12 @@ def test_operator_keeps_its_schema(shape, layout, kind, reduction, dtype):
 def test_operator_keeps_its_schema_for_nothing():
     # An empty batch, of which the mean would be nan, and opcheck takes nan for a difference.
     input, target = torch.randn(0, 5), torch.zeros(0, dtype=torch.int64)
-    options = (None, None, 2, -100, 0.0, torch.float32)
+    options = Options(reduction=SUM, loss_dtype=torch.float32)
     opcheck(ops.forward, (input, target, *options))
     opcheck(ops.forward_grad, (input, target, *options))
     opcheck(ops.forward_grad_, (input, target, None, *options))
     _, *stats = ops.forward_stats(input, target, *options)
-    opcheck(ops.backward, (input, target, *stats, torch.tensor(0.5), None, None, 2))
+    opcheck(ops.backward, (input, target, *stats, torch.tensor(0.5), *Options(reduction=SUM)))
     opcheck(ops.instruction_set, (), test_utils=("test_schema",))
 
 

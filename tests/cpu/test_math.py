@@ -1,4 +1,4 @@
-"""Guards the error bounds of exp and log1p that cpu/math.h states.
+"""Guards the error bounds of exp, log1p and tanh that cpu/math.h states.
 
 No bound on the loss or the gradient can be met with a worse exp, so it is measured on its own, for
 each instruction set, over floats of its whole domain: a sample, and in the slow test every one.
@@ -25,6 +25,8 @@ BOUNDS = {
     "exp_double": 1.1,
     "log1p_double": 2.0,
     "log1p_float": 2.0,
+    "tanh_double": 2.0,
+    "tanh_float": 2.0,
 }
 
 
@@ -50,7 +52,7 @@ def measure(program: Path, capability: str, step: int) -> dict[str, float]:
 
 # A prime step meets every low bit pattern of the mantissa.
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_exp_and_log1p_are_as_accurate_as_stated(program, capability):
+def test_functions_are_as_accurate_as_stated(program, capability):
     errors = measure(program, capability, 1009)
     if capability != "avx512":
         assert "exp_avx512" not in errors
@@ -60,6 +62,6 @@ def test_exp_and_log1p_are_as_accurate_as_stated(program, capability):
 
 
 @pytest.mark.slow
-def test_exp_and_log1p_of_every_float_are_as_accurate_as_stated(program):
+def test_functions_of_every_float_are_as_accurate_as_stated(program):
     for name, error in measure(program, "avx512", 1).items():
         assert error <= BOUNDS[name], name

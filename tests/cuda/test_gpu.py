@@ -22,6 +22,7 @@ from support.reference import check_against_stock, differentiate, ours, stock
 
 import fused_ce
 from fused_ce import ops
+from fused_ce.options import Options
 
 if MISSING:
     pytest.skip(MISSING, allow_module_level=True)
@@ -80,7 +81,7 @@ def test_many_rows_and_positions_agree_with_stock(shape, mode):
 def test_mean_over_a_million_half_rows_is_rounded_once():
     input, target = problem((1 << 20, 10), torch.bfloat16)
     exact = F.cross_entropy(input.double(), target).item()
-    loss = ops.forward(input, target, None, None, 1, -100, 0.0, torch.float32)
+    loss = ops.forward(input, target, *Options(loss_dtype=torch.float32))
     assert loss.item() == pytest.approx(exact, rel=1e-6)
 
 

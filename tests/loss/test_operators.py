@@ -9,6 +9,7 @@ from support.reference import assert_as_accurate, incoming_gradient, one_thread
 
 import fused_ce
 from fused_ce import ops
+from fused_ce.options import MEAN, NONE, SUM, Options
 
 pytestmark = every_device
 
@@ -20,7 +21,6 @@ SHAPES = [
     ((2, 19, 4, 5), torch.float16),  # pixels
     ((4, 130), torch.float64),
 ]
-SUM, MEAN, NONE = 2, 1, 0
 
 
 def problem(shape, dtype, kind):
@@ -50,7 +50,8 @@ def summed(input, target, weight, smoothing, dtype, reduction="sum"):
 def test_a_mean_divides_by_the_denominator(shape, dtype, kind, smoothing, weighted):
     input, target = problem(shape, dtype, kind)
     weight = torch.rand(shape[1], dtype=dtype) + 0.5 if weighted else None
-    options = (weight, torch.tensor([37.5]), MEAN, -100, smoothing, None)
+    denominator = torch.tensor([37.5])
+    options = Options(weight=weight, denominator=denominator, label_smoothing=smoothing)
     incoming = torch.tensor(-3.0, dtype=dtype)
 
     results = {}
@@ -74,7 +75,7 @@ def test_a_mean_divides_by_the_denominator(shape, dtype, kind, smoothing, weight
 @pytest.mark.on_simulator
 def test_the_gradient_in_forward_is_that_for_the_incoming_one(shape, dtype, kind, reduction):
     input, target = problem(shape, dtype, kind)
-    options = (None, None, reduction, -100, 0.1, None)
+    options = Options(reduction=reduction, label_smoothing=0.1)
     loss, *stats = ops.forward_stats(input, target, *options)
     incoming = incoming_gradient(loss, -3.0)
 
@@ -102,7 +103,7 @@ def test_the_gradient_in_forward_is_that_for_the_incoming_one(shape, dtype, kind
 def test_a_denominator_of_no_use_is_refused(denominator, reduction, message):
     input, target = problem((4, 5), torch.float32, "index")
     with pytest.raises(RuntimeError, match=message):
-        ops.forward(input, target, None, denominator, reduction)
+        ops.forward(input, target, *Options(denominator=denominator, reduction=reduction))
 
 
 @pytest.mark.parametrize("what", ["gradient", "statistics", "totals"])

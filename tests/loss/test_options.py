@@ -43,7 +43,7 @@ def test_operator_of_a_head_ends_in_the_list_with_the_same_types(name):
 
 def test_tensors_come_first_and_a_split_list_is_put_together_again():
     tensors, numbers = options.split(tuple(Options._fields))
-    assert tensors == ("weight", "denominator")
+    assert tensors == ("weight", "denominator", "logit_scale")
     assert tensors + numbers == Options._fields
     assert options.split(()) == ((), ())
 
@@ -72,12 +72,12 @@ def test_module_hands_on_an_option_that_it_does_not_name(module, monkeypatch):
     name = "linear_cross_entropy" if linear else "cross_entropy"
     function, seen = getattr(fused_ce, name), []
 
-    def extended(*args, z_loss=0.5, **kwargs):
-        seen.append(z_loss)
+    def extended(*args, margin=0.5, **kwargs):
+        seen.append(margin)
         return function(*args, **kwargs)
 
     signature = inspect.signature(function)
-    more = inspect.Parameter("z_loss", inspect.Parameter.KEYWORD_ONLY, default=0.5)
+    more = inspect.Parameter("margin", inspect.Parameter.KEYWORD_ONLY, default=0.5)
     extended.__signature__ = signature.replace(parameters=[*signature.parameters.values(), more])
     monkeypatch.setattr(modules, name, extended)
     base = module.__mro__[1]
@@ -88,17 +88,17 @@ def test_module_hands_on_an_option_that_it_does_not_name(module, monkeypatch):
 
     call = (torch.randn(2, 3), torch.tensor([0, 1]))
     sizes = (3, 4) if linear else ()
-    loss = Loss(*sizes, z_loss=0.25)
+    loss = Loss(*sizes, margin=0.25)
     loss(*call)
     copy.deepcopy(loss)(*call)
-    loss.z_loss = 0.125
+    loss.margin = 0.125
     loss(*call)
-    del loss.__dict__["z_loss"]  # as in a pickle from before there was the option
+    del loss.__dict__["margin"]  # as in a pickle from before there was the option
     loss(*call)
     assert seen == [0.25, 0.25, 0.125, 0.5]
-    assert inspect.signature(Loss).parameters["z_loss"].default == 0.5
-    with pytest.raises(TypeError, match="unexpected keyword argument 'y_loss'"):
-        Loss(*sizes, y_loss=1)
+    assert inspect.signature(Loss).parameters["margin"].default == 0.5
+    with pytest.raises(TypeError, match="unexpected keyword argument 'marginn'"):
+        Loss(*sizes, marginn=1)
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,12 @@ def test_import_under_an_old_torch_names_the_version_that_is_needed(bare_package
     assert last == "ImportError: fused_ce needs torch 2.10 or newer, found 2.9.0; upgrade torch."
 
 
+def test_import_leaves_dynamo_alone():
+    """It takes as long to import as all of torch."""
+    code = "import sys, fused_ce; print([m for m in sys.modules if m.startswith('torch._dynamo')])"
+    assert run("-c", code, cwd=ROOT).stdout == "[]\n"
+
+
 def test_wheel_serves_every_python_and_carries_type_information(tmp_path):
     """Its tag, its files, and that it works away from the source tree."""
     pip = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")

@@ -309,6 +309,7 @@ def outcomes(patch):
     return dict.fromkeys(CASES[patch], ended) | dict(map(json.loads, done.stdout.splitlines()))
 
 
+@pytest.mark.xdist_group("patched")  # one process for each patch
 @pytest.mark.parametrize("patch, path", [(patch, path) for patch in CASES for path in CASES[patch]])
 def test_answers_are_the_same_where_torchs_loss_is_ours(patch, path):
     assert outcomes(patch)[path] == "done", outcomes(patch)[path]

@@ -64,9 +64,11 @@ class Options(ctypes.Structure):
     _fields_ = [
         ("weight", Values),
         ("denominator", Values),
+        ("logit_scale", Values),
         ("reduction", ctypes.c_int64),
         ("ignore_index", ctypes.c_int64),
         ("label_smoothing", ctypes.c_double),
+        ("softcap", ctypes.c_double),
     ]
 
 

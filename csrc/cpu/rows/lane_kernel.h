@@ -30,11 +30,12 @@ class LaneKernel {
         batch_(p, tiling.tile_rows),
         smoothing_(p.options.label_smoothing, p.classes),
         weight_(static_cast<const A*>(p.options.weight.data)),
-        input_direct_(is_direct<A>(p.input, lane_stride(p.input))),
+        input_direct_(is_direct<A>(p.input, lane_stride(p.input)) && !p.maps_logits()),
         grad_direct_(is_direct<A>(p.grad, lane_stride(p.grad))),
         needs_tile_(!input_direct_ || (p.grad.data && !(grad_direct_ && in_place()))),
         stride_(tiling.tile_rows + kPad),
         tile_(needs_tile_ && p.classes * stride_ <= kMaxTile ? p.classes * stride_ : 0),
+        keeps_terms_(p.grad.data && (grad_direct_ || !tile_.empty()) && !batch_.map.bends()),
         transposes_input_(!input_direct_ && p.input.class_stride == 1 && !tile_.empty()),
         transposes_grad_(!grad_direct_ && p.grad.class_stride == 1 && !tile_.empty()),
         rows_((transposes_input_ || transposes_grad_) && !is_direct<A>(p.input, 1)
@@ -48,7 +49,7 @@ class LaneKernel {
     batch_.read_target_logits(tile, 0, n_);
     sum_terms();
     const double total = batch_.write_losses(tile);
-    if (p_.grad.data) write_gradient(keeps_terms());
+    if (p_.grad.data) write_gradient(keeps_terms_);
     return total;
   }
 
@@ -67,7 +68,7 @@ class LaneKernel {
   static constexpr int64_t kMaxTile = 65536;
   // Lanes between the classes of a tile: at a distance of a power of two their cache lines would
   // compete for the same few places.
-  static constexpr int64_t kPad = 16;
+  static constexpr int64_t kPad = 16, kPadded = kMaxBatch + kPad;
   // Classes that a loop over the lanes takes at a time.
   static constexpr int kGroup = 4;
   // Terms of at most this many classes are summed in the accumulation type, then in double.
@@ -75,15 +76,18 @@ class LaneKernel {
 
   int64_t lane_stride(const Operand& operand) const { return operand.row_strides[p_.row_dims - 1]; }
 
-  bool keeps_terms() const { return p_.grad.data && (grad_direct_ || !tile_.empty()); }
-
   void begin(const Tile& tile) {
     n_ = tile.rows;
     input_ = tile.run(p_.input).first;
     target_ = tile.run(p_.target).first;
     grad_ = tile.run(p_.grad).first;
     loaded_ = false;
-    if (transposes_input_) load_rows();
+    if (transposes_input_) {
+      load_rows();
+      if (p_.maps_logits())
+        for (int64_t c = 0; c < p_.classes; c++) map_lanes(kept_lanes(c));
+      loaded_ = true;
+    }
     batch_.begin(tile);
   }
 
@@ -112,10 +116,26 @@ class LaneKernel {
     if (input_direct_)
       return {static_cast<const A*>(p_.input.data) + offset, p_.input.class_stride};
     A* lanes = tile_.empty() ? buffer_ : tile_.data() + c * stride_;
-    for (int64_t j = 0; j < count && !loaded_; j++)
+    for (int64_t j = 0; j < count && !loaded_; j++) {
       load_span(p_.input, offset + j * p_.input.class_stride, lane_stride(p_.input), n_,
                 lanes + j * stride_);
+      map_lanes(lanes + j * stride_);
+    }
     return {lanes, stride_};
+  }
+
+  void map_lanes(A* lanes) const {
+    if (!batch_.map.is_identity()) map_logits(batch_.map, lanes, n_, lanes);
+  }
+
+  // Of one class, with the slopes that a gradient is multiplied by, where the map bends. They are
+  // read anew, or where the rows were turned over lie in the tile as they were read.
+  const A* logits_and_slopes(int64_t c) {
+    A* lanes = tile_.empty() ? buffer_ : tile_.data() + c * stride_;
+    if (!transposes_input_)
+      load_span(p_.input, input_ + c * p_.input.class_stride, lane_stride(p_.input), n_, lanes);
+    map_logits(batch_.map, lanes, n_, lanes, slopes_);
+    return lanes;
   }
 
   // Rows of adjacent classes are read and written as they lie, and turned over in the cache.
@@ -130,7 +150,6 @@ class LaneKernel {
       });
       transpose(rows_.data(), classes, n_, classes, tile_.data(), stride_);
     }
-    loaded_ = true;
   }
 
   void store_rows() {
@@ -247,7 +266,7 @@ class LaneKernel {
     for_classes([&](int64_t c, auto count) {
       const Classes x = logits(c, count);
       prefetch_next(c, count);
-      A* terms = keeps_terms() ? kept_lanes(c) : terms_;
+      A* terms = keeps_terms_ ? kept_lanes(c) : terms_;
       if (kTellsNormal && is_normal_)
         keep_terms<kTellsNormal>(x, terms, count);
       else
@@ -281,27 +300,26 @@ class LaneKernel {
   template <bool kIsNormal, class Count>
   void keep_terms(Classes x, A* terms, Count) {
     const int64_t n = n_;
-    const int64_t stride = !keeps_terms()  ? kMaxBatch
-                           : tile_.empty() ? p_.grad.class_stride
-                                           : stride_;
+    const int64_t stride = !keeps_terms_ ? kPadded : tile_.empty() ? p_.grad.class_stride : stride_;
     const A* max = batch_.max;
     A* ones = ones_;
     A* sums = sums_;
-    if constexpr (kAvx512)
-      return avx512::keep_lane_terms<Count::value>(x.data, x.stride, n, max, terms, stride, sums,
-                                                   ones);
+    if constexpr (kAvx512) {
+      avx512::keep_lane_terms<Count::value>(x.data, x.stride, n, max, terms, stride, sums, ones);
+    } else {
 #pragma omp simd
-    for (int64_t l = 0; l < n; l++) {
-      A sum = A(0), lane_ones = A(0);
-      for (int j = 0; j < Count::value; j++) {
-        const A difference = x.data[j * x.stride + l] - max[l];
-        const A e = kIsNormal ? math::exp_normal(difference) : math::exp_nonpositive(difference);
-        terms[j * stride + l] = e;
-        sum += difference == A(0) ? A(0) : e;
-        lane_ones += difference == A(0) ? A(1) : A(0);
+      for (int64_t l = 0; l < n; l++) {
+        A sum = A(0), lane_ones = A(0);
+        for (int j = 0; j < Count::value; j++) {
+          const A difference = x.data[j * x.stride + l] - max[l];
+          const A e = kIsNormal ? math::exp_normal(difference) : math::exp_nonpositive(difference);
+          terms[j * stride + l] = e;
+          sum += difference == A(0) ? A(0) : e;
+          lane_ones += difference == A(0) ? A(1) : A(0);
+        }
+        sums[l] += sum;
+        ones[l] += lane_ones;
       }
-      sums[l] += sum;
-      ones[l] += lane_ones;
     }
   }
 
@@ -325,6 +343,7 @@ class LaneKernel {
 
   // Compiled by itself, like sum_gaps: a kernel that is one function takes longer to compile.
   void write_gradient(bool has_terms) {
+    if (batch_.map.bends() && transposes_input_) load_rows();
     simd::run_as<kLevel>([&] {
 #pragma omp simd
       for (int64_t l = 0; l < n_; l++) {
@@ -338,12 +357,13 @@ class LaneKernel {
   }
 
   void write_class_gradients(int64_t c, bool has_terms) {
-    const A* from = has_terms ? kept_lanes(c) : logits(c, 1).data;
     A* out = grad_direct_ ? grad_lanes(c) : transposes_grad_ ? tile_.data() + c * stride_ : buffer_;
     if (has_terms)
-      write_class(c, out, [=](int64_t l) { return from[l]; });
+      write_class(c, out, [terms = kept_lanes(c)](int64_t l) { return terms[l]; });
+    else if (batch_.map.bends())
+      write_bent(c, out);
     else
-      write_exps(c, from, out);
+      write_exps(c, logits(c, 1).data, out);
     if (batch_.has_ignored) {
 #pragma omp simd
       for (int64_t l = 0; l < n_; l++) out[l] = batch_.target_class[l] < 0 ? A(0) : out[l];
@@ -352,13 +372,20 @@ class LaneKernel {
       store_span(out, n_, p_.grad, grad_ + c * p_.grad.class_stride, lane_stride(p_.grad));
   }
 
+  void write_bent(int64_t c, A* out) {
+    write_exps(c, logits_and_slopes(c), out);
+#pragma omp simd
+    for (int64_t l = 0; l < n_; l++) out[l] *= slopes_[l];
+  }
+
   void write_exps(int64_t c, const A* x, A* out) {
     const A* max = batch_.max;
     if constexpr (kAvx512) {
       avx512::exp_differences(x, max, n_, out);
-      return write_class(c, out, [=](int64_t l) { return out[l]; });
+      write_class(c, out, [=](int64_t l) { return out[l]; });
+    } else {
+      write_class(c, out, [=](int64_t l) { return math::exp_nonpositive(x[l] - max[l]); });
     }
-    write_class(c, out, [=](int64_t l) { return math::exp_nonpositive(x[l] - max[l]); });
   }
 
   template <class Term>
@@ -392,17 +419,17 @@ class LaneKernel {
   const bool input_direct_, grad_direct_, needs_tile_;
   const int64_t stride_;  // of a class in the tile
   const Scratch<A> tile_;
-  const bool transposes_input_, transposes_grad_;
+  const bool keeps_terms_, transposes_input_, transposes_grad_;
   const Scratch<A> rows_;
 
   int64_t n_ = 0, input_ = 0, target_ = 0, grad_ = 0;
   bool loaded_ = false;
   bool is_normal_ = false;  // no exp of the tile comes near to being subnormal
 
-  alignas(kLine) A min_[kMaxBatch], sums_[kMaxBatch], ones_[kMaxBatch];
-  alignas(kLine) A factor_[kMaxBatch], scale_[kMaxBatch];
-  alignas(kLine) A probability_buffer_[kMaxBatch];
-  alignas(kLine) A buffer_[kGroup * (kMaxBatch + kPad)], terms_[kGroup * kMaxBatch];
+  alignas(kLine) PerRow<A> min_, sums_, ones_;
+  alignas(kLine) PerRow<A> factor_, scale_, slopes_;
+  alignas(kLine) PerRow<A> probability_buffer_;
+  alignas(kLine) A buffer_[kGroup * kPadded], terms_[kGroup * kPadded];
 };
 
 }  // namespace fused_ce::cpu

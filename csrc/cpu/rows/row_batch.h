@@ -16,6 +16,7 @@
 #include "../vector/scratch.h"
 #include "../vector/simd.h"
 #include "../vector/span.h"
+#include "logits.h"
 #include "targets.h"
 #include "tiles.h"
 
@@ -23,18 +24,26 @@ namespace fused_ce::cpu {
 
 constexpr int64_t kMaxBatch = 512;
 
+// A number for each row. With a power of two of them, arrays would lie where a processor takes a
+// load from one for a load of what was just stored to another, and waits: up to a tenth of the time
+// of short rows, depending on which arrays there are.
+template <class T>
+using PerRow = T[kMaxBatch + 320 / sizeof(T)];
+
 template <class A>
 class RowBatch {
  public:
   // For tiles of at most so many rows.
   RowBatch(const Problem& p, int64_t rows)
-      : p_(p),
-        smoothing_(p.options.label_smoothing, p.classes),
-        spreads_(p.probabilities || smoothing_.smooth != 0.0),
+      : map(logit_map<A>(p)),
+        p_(p),
+        common_(p, p.known.weight_sum),
+        spreads_(p.probabilities || common_.spreads()),
         scales_vary_(std::any_of(p.grad_output.row_strides, p.grad_output.row_strides + p.row_dims,
-                                 [](int64_t stride) { return stride != 0; })) {
+                                 [](int64_t stride) { return stride != 0; })),
+        map_factor_(p.target_grad.data ? 1.0 : static_cast<double>(map.factor)) {
     const double grad_output = p.grad_output.data ? load_value<double>(p.grad_output, 0) : 1.0;
-    std::fill(scale, scale + rows, grad_output / p.known.denominator);
+    std::fill(scale, scale + rows, grad_output / p.known.denominator * map_factor_);
     std::fill(target_weight_, target_weight_ + rows, A(1));
   }
 
@@ -86,6 +95,11 @@ class RowBatch {
                 : static_cast<A>(
                       to_float(logits[r * input.stride + target_class[r] * p_.input.class_stride]));
     });
+    A* logits = target_logit_ + first;
+    if (map.bends())
+      map_logits(map, logits, last - first, logits, target_slope_ + first);
+    else if (!map.is_identity())
+      map_logits(map, logits, last - first, logits);
   }
 
   void read_statistics(const Tile& tile) {
@@ -94,7 +108,7 @@ class RowBatch {
     load_span(p_.row_rest, rests.first, rests.stride, size, rest);
     if (!p_.probabilities) return;
     const Run masses = tile.run(p_.row_mass), lows = tile.run(p_.row_mass_low);
-    double low[kMaxBatch];
+    PerRow<double> low;
     load_span(p_.row_mass, masses.first, masses.stride, size, mass);
     load_span(p_.row_mass_low, lows.first, lows.stride, size, low);
     for (int64_t r = 0; r < size; r++) mass[r] += low[r];
@@ -125,7 +139,7 @@ class RowBatch {
 
   void store_masses(const Tile& tile) const {
     const Run masses = tile.run(p_.row_mass), lows = tile.run(p_.row_mass_low);
-    double low[kMaxBatch];
+    PerRow<double> low;
     for (int64_t r = 0; r < size; r++) {
       const double lost = mass[r] - static_cast<A>(mass[r]);
       low[r] = std::isfinite(lost) ? lost : 0.0;
@@ -143,22 +157,23 @@ class RowBatch {
     return math::log1p_nonnegative(defined, A(1) / (A(1) + defined));
   }
 
+  const LogitMap<A> map;
   int64_t size = 0;
   bool has_ignored = false;
   // Arrays begin on a cache line: of any other the compiler would handle the first few elements one
   // by one.
-  alignas(kLine) int64_t target_class[kMaxBatch];  // -1 where the row is not counted
+  alignas(kLine) PerRow<int64_t> target_class;  // -1 where the row is not counted
 
   // From the kernel, or with read_statistics: the largest logit M, and the sum of exp(x - M) over
   // all classes but one of the largest.
-  alignas(kLine) A max[kMaxBatch];
-  alignas(kLine) double rest[kMaxBatch];
+  alignas(kLine) PerRow<A> max;
+  alignas(kLine) PerRow<double> rest;
   // From the kernel where rows spread: sum_c a_c (M - x_c), and for probabilities sum_c a_c.
-  alignas(kLine) double gaps[kMaxBatch], mass[kMaxBatch];
+  alignas(kLine) PerRow<double> gaps, mass;
 
   // The gradient is scale (exp_factor exp(x_c - M) - a_c) with target_grad at the target class; the
   // scale is already in the factor of rows that do not spread.
-  alignas(kLine) double scale[kMaxBatch], exp_factor[kMaxBatch], target_grad[kMaxBatch];
+  alignas(kLine) PerRow<double> scale, exp_factor, target_grad;
 
  private:
   void read_targets(const Run run) {
@@ -185,7 +200,7 @@ class RowBatch {
     load_span(p_.grad_output, run.first, run.stride, size, scale);
     const double denominator = p_.known.denominator;
 #pragma omp simd
-    for (int64_t r = 0; r < size; r++) scale[r] /= denominator;
+    for (int64_t r = 0; r < size; r++) scale[r] = scale[r] / denominator * map_factor_;
   }
 
   // A row whose largest logit is infinite has no softmax.
@@ -196,29 +211,30 @@ class RowBatch {
   }
 
   template <class R>
-  IndexRow<R> index_row(int64_t r, R weight_sum, Smoothing<R> smoothing) const {
+  IndexRow<R> index_row(int64_t r, const Common<R>& common) const {
     const A difference = target_logit_[r] - max[r];
-    const R gap = static_cast<R>(max[r]) - static_cast<R>(target_logit_[r]);
     const R rest_of_row = defined_rest<R>(r);
-    return {rest_of_row,
+    return {common,
+            static_cast<R>(max[r]),
+            rest_of_row,
+            static_cast<R>(log_total(r)),
             R(1) / (R(1) + rest_of_row),
-            gap,
+            static_cast<R>(target_logit_[r]),
             static_cast<R>(math::exp_nonpositive(difference)),
-            static_cast<R>(target_weight_[r]),
-            weight_sum,
-            smoothing};
+            static_cast<R>(target_weight_[r])};
   }
 
-  template <class R>
-  Row<R> probability_row(int64_t r) const {
-    const R rest_of_row = defined_rest<R>(r);
-    return {rest_of_row, static_cast<R>(mass[r]), R(1) / (R(1) + rest_of_row)};
+  Row<double> probability_row(int64_t r) const {
+    const double rest_of_row = defined_rest<double>(r);
+    return {common_, max[r], rest_of_row, log_total(r), 1.0 / (1.0 + rest_of_row), mass[r]};
   }
 
   // As a function of its own: inlined into a whole kernel the loops are not always vectorised.
   template <bool kLoss, bool kGradient>
   void run() {
     simd::run([this] { solve<kLoss, kGradient>(); });
+    if (kGradient && map.bends())
+      for (int64_t r = 0; r < size; r++) target_grad[r] *= target_slope_[r];
   }
 
   template <bool kLoss, bool kGradient>
@@ -226,18 +242,17 @@ class RowBatch {
     if (p_.probabilities) {
 #pragma omp simd
       for (int64_t r = 0; r < size; r++) {
-        if (kLoss) loss_[r] = probability_row<double>(r).loss(log_total(r), gaps[r]);
-        if (kGradient) exp_factor[r] = probability_row<double>(r).exp_factor();
+        if (kLoss) loss_[r] = probability_row(r).loss(gaps[r]);
+        if (kGradient) exp_factor[r] = probability_row(r).exp_factor();
       }
     } else {
-      const double weight_sum = p_.known.weight_sum;
-      const Smoothing<A> loss_smoothing(smoothing_);
-      const Smoothing<double> smoothing = smoothing_;
+      const Common<A> of_loss(common_);
+      const Common<double> of_gradient = common_;
 #pragma omp simd
       for (int64_t r = 0; r < size; r++) {
-        const A loss = kLoss ? index_loss(r, static_cast<A>(weight_sum), loss_smoothing) : A(0);
-        const double factor = kGradient ? index_factor(r, weight_sum, smoothing) : 0.0;
-        const double grad = kGradient ? scaled_target_grad(r, weight_sum, smoothing) : 0.0;
+        const A loss = kLoss ? index_loss(r, of_loss) : A(0);
+        const double factor = kGradient ? index_factor(r, of_gradient) : 0.0;
+        const double grad = kGradient ? scaled_target_grad(r, of_gradient) : 0.0;
         if (kLoss) loss_[r] = loss;
         if (kGradient) exp_factor[r] = factor;
         if (kGradient) target_grad[r] = grad;
@@ -248,27 +263,27 @@ class RowBatch {
   // One function for each result of a row: the variables of a function that is inlined into a loop
   // stay in registers, those of the loop itself may become arrays, which GCC does not vectorise.
   // What they have in common is computed once.
-  A index_loss(int64_t r, A weight_sum, Smoothing<A> smoothing) const {
-    const IndexRow<A> row = index_row(r, weight_sum, smoothing);
-    const A loss = row.loss(log_total(r), static_cast<A>(gaps[r]));
+  A index_loss(int64_t r, const Common<A>& common) const {
+    const A loss = index_row(r, common).loss(static_cast<A>(gaps[r]));
     return target_class[r] < 0 ? A(0) : loss;
   }
 
-  double index_factor(int64_t r, double weight_sum, Smoothing<double> smoothing) const {
-    const double factor = index_row(r, weight_sum, smoothing).exp_factor();
-    return smoothing.smooth == 0.0 ? scale[r] * factor : factor;
+  double index_factor(int64_t r, const Common<double>& common) const {
+    const double factor = index_row(r, common).exp_factor();
+    return common.spreads() ? factor : scale[r] * factor;
   }
 
-  double scaled_target_grad(int64_t r, double weight_sum, Smoothing<double> smoothing) const {
-    return scale[r] * index_row(r, weight_sum, smoothing).target_grad();
+  double scaled_target_grad(int64_t r, const Common<double>& common) const {
+    return scale[r] * index_row(r, common).target_grad();
   }
 
   const Problem& p_;
-  const Smoothing<double> smoothing_;
+  const Common<double> common_;
   const bool spreads_, scales_vary_;
-  alignas(kLine) A target_logit_[kMaxBatch], target_weight_[kMaxBatch];
+  const double map_factor_;  // of the logits' gradients; a target's has none
+  alignas(kLine) PerRow<A> target_logit_, target_slope_, target_weight_;
   // The loss of probabilities may be wider than the logits.
-  alignas(kLine) double loss_[kMaxBatch];
+  alignas(kLine) PerRow<double> loss_;
 };
 
 }  // namespace fused_ce::cpu

@@ -51,8 +51,9 @@ class RowKernel {
         batch_(p, tiling.tile_rows),
         smoothing_(p.options.label_smoothing, p.classes),
         adjacent_(p.input.class_stride == 1),
-        terms_in_grad_(is_direct<A>(p.grad, p.grad.class_stride)),
-        keeps_terms_(terms_in_grad_ || (p.grad.data && p.classes <= kMaxScratch)),
+        terms_in_grad_(is_direct<A>(p.grad, p.grad.class_stride) && !p.maps_logits()),
+        keeps_terms_(terms_in_grad_ ||
+                     (p.grad.data && p.classes <= kMaxScratch && !batch_.map.bends())),
         group_(std::max<int64_t>(1, kGroupElements / std::max<int64_t>(1, p.classes))),
         terms_(keeps_terms_ && !terms_in_grad_ ? p.classes * tiling.tile_rows : 0),
         blocks_(blocks_of(p) * tiling.tile_rows) {}
@@ -156,7 +157,7 @@ class RowKernel {
   void rewrite_gradient(int64_t r, int64_t first, int64_t last) {
     const A factor = static_cast<A>(batch_.exp_factor[r]), max = batch_.max[r];
     write_blocks(r, first, last, [&](int64_t b, int64_t n) {
-      const A* x = read_logits(r, b, n, buffer_);
+      const A* x = read_logits_and_slopes(r, b, n, buffer_);
       if constexpr (kAvx512) {
         A* e = terms_in_grad_ ? term_block(r, b) : buffer_;
         avx512::exp_differences(x, max, n, e);
@@ -181,6 +182,20 @@ class RowKernel {
   }
 
   const A* read_logits(int64_t r, int64_t b, int64_t n, A* buffer) const {
+    const A* x = read_unmapped(r, b, n, buffer);
+    if (batch_.map.is_identity()) return x;
+    map_logits(batch_.map, x, n, buffer);
+    return buffer;
+  }
+
+  // With the slopes that a gradient is multiplied by, where the map bends.
+  const A* read_logits_and_slopes(int64_t r, int64_t b, int64_t n, A* buffer) {
+    if (!batch_.map.bends()) return read_logits(r, b, n, buffer);
+    map_logits(batch_.map, read_unmapped(r, b, n, buffer), n, buffer, slopes_);
+    return buffer;
+  }
+
+  const A* read_unmapped(int64_t r, int64_t b, int64_t n, A* buffer) const {
     return read_span<A>(p_.input, at(input_, p_.input, r, b), p_.input.class_stride, n, buffer);
   }
 
@@ -371,6 +386,10 @@ class RowKernel {
           for (int64_t i = 0; i < n; i++) out[i] = scale * (weighted_exp(i) - coefficient(i));
         });
       }
+      if (batch_.map.bends()) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) out[i] *= slopes_[i];
+      }
       if (!terms_in_grad_)
         store_span(out, n, p_.grad, at(grad_, p_.grad, r, b), p_.grad.class_stride);
     }
@@ -421,6 +440,7 @@ class RowKernel {
   Run input_{}, target_{}, grad_{};
   alignas(kLine) A buffer_[kRowBlock];
   alignas(kLine) A coefficients_[kRowBlock];
+  alignas(kLine) A slopes_[kRowBlock];
 };
 
 }  // namespace fused_ce::cpu

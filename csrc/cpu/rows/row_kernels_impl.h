@@ -17,7 +17,7 @@ void run_forward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t 
   Kernel kernel(p, tiling);
   for (int64_t t = begin; t < end; t++) {
     const Tile tile(p, tiling, t);
-    if (scans) scans[t] = scan_tile(p, tile);
+    if (scans) scans[t] = scan_tile(p, tile, p.options.weight.data);
     tile_losses[t] = kernel.forward(tile);
   }
 }

@@ -75,13 +75,13 @@ inline double add_weights(const Problem& p, const Index* targets, int64_t stride
   return total.value();
 }
 
-// Of one tile; the weights are in the accumulation type.
-inline TargetScan scan_tile(const Problem& p, const Tile& tile) {
+// Of one tile, where `weighs` says so by the class weights, which are in the accumulation type.
+inline TargetScan scan_tile(const Problem& p, const Tile& tile, bool weighs) {
   const Run run = tile.run(p.target);
   TargetScan scan;
   with_index_pointer(p.target, run.first, [&](const auto* targets) {
     scan = scan_run(p, targets, run.stride, tile.rows);
-    if (!p.options.weight.data || scan.has_bad_index) return;
+    if (!weighs || scan.has_bad_index) return;
     scan.weights = p.accumulates_in_double()
                        ? add_weights<double>(p, targets, run.stride, tile.rows)
                        : add_weights<float>(p, targets, run.stride, tile.rows);

@@ -20,8 +20,6 @@ namespace fused_ce::cpu::avx512 {
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
-inline bool has_exp() { return simd::level() == simd::Level::kAvx512; }
-
 constexpr int64_t kVector = 16;
 
 // The forms without a mask begin from an undefined vector, of which GCC 12 warns wherever they
@@ -161,7 +159,6 @@ FCE_TARGET inline void exp_differences(const float* x, Base base, int64_t n, flo
 
 #else
 
-inline bool has_exp() { return false; }
 template <bool kHasBase>
 inline TermSums<float> keep_terms(const float*, int64_t, float, float*) {
   return {};

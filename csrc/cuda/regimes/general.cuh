@@ -7,10 +7,9 @@
 namespace fused_ce::cuda {
 
 // One thread's part of the sums: the classes first, first + step, ...
-template <bool kProbabilities, class T, class A>
-__device__ __forceinline__ void add_row(const RowLogits<T>& row,
-                                        const Coefficients<kProbabilities, A>& a, int64_t first,
-                                        int64_t step, int64_t classes,
+template <bool kProbabilities, class Logits, class A>
+__device__ __forceinline__ void add_row(const Logits& row, const Coefficients<kProbabilities, A>& a,
+                                        int64_t first, int64_t step, int64_t classes,
                                         LogitSums<A, kProbabilities>& sums) {
   constexpr int kUnroll = 4;  // logits on their way at a time
   for (int64_t c = first; c < classes; c += step * kUnroll) {
@@ -41,25 +40,34 @@ __device__ __forceinline__ void write_zeros(const Problem& p, const RowIndex& ro
 }
 
 // One thread's part of the gradient. It reads no logit but those whose places it writes.
-template <class T, bool kProbabilities, class A>
+template <class T, bool kProbabilities, bool kMaps, class A>
 __device__ __forceinline__ void write_gradient(const Problem& p, const RowIndex& row,
                                                const RowTarget& target, A max, A rest, double mass,
                                                const Constants& k, int64_t first, int64_t step) {
-  const RowLogits<T> logits(p, row);
+  const RowLogits<T, kMaps> logits(p, row);
   const Coefficients<kProbabilities, A> a(p, row, k.smoothing);
-  const double scale = row_scale(p, row, k);
+  const double scale = row_scale(p, row, k) * logits.factor();
   const A weight = target.weight<A>(p);
-  const RowGradient<A> gradient = kProbabilities ? probability_gradient(max, rest, mass, scale)
-                                                 : index_gradient(max, rest, weight, scale, k);
+  const auto gradient = row_gradient<kProbabilities>(max, rest, mass, weight, scale, k);
   T* grad = static_cast<T*>(p.grad.data) + row.offset(p, p.grad);
 #pragma unroll 2
   for (int64_t c = first; c < p.classes; c += step) {
-    const A x = logits[c];
+    const auto [x, slope] = logits.mapped(c);
     A value = a.spreads() ? gradient.of(x, a(c)) : gradient.of(x);
     if (!kProbabilities && c == target.index)
       value = target_gradient(max, rest, x, weight, scale, k);
-    grad[c * p.grad.class_stride] = narrow<T>(value);
+    grad[c * p.grad.class_stride] = narrow<T>(slope * value);
   }
+}
+
+// Calls use with two integral constants: whether the target is probabilities, and whether logits
+// have a map.
+template <class Use>
+void with_row_kind(const Problem& p, const Use& use) {
+  const auto with_target_kind = [&](auto maps) {
+    p.probabilities ? use(std::true_type{}, maps) : use(std::false_type{}, maps);
+  };
+  p.maps_logits() ? with_target_kind(std::true_type{}) : with_target_kind(std::false_type{});
 }
 
 }  // namespace fused_ce::cuda

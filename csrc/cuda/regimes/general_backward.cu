@@ -6,7 +6,7 @@ namespace fused_ce::cuda {
 
 namespace {
 
-template <class T, bool kProbabilities>
+template <class T, bool kProbabilities, bool kMaps>
 __global__ void __launch_bounds__(RowThreads::kBlock, 2)
     general_backward_kernel(const __grid_constant__ Problem p, When when, RowThreads::Shape shape) {
   using A = Accumulation<T>;
@@ -21,13 +21,13 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
       continue;
     }
     if (!kProbabilities && threads.rank == 0) target.check(p);
-    write_gradient<T, kProbabilities>(p, row, target, load_max<A>(p, row), load_rest<A>(p, row),
-                                      kProbabilities ? load_mass<A>(p, row) : 0.0, k, threads.rank,
-                                      shape.threads);
+    write_gradient<T, kProbabilities, kMaps>(
+        p, row, target, load_max<A>(p, row), load_rest<A>(p, row),
+        kProbabilities ? load_mass<A>(p, row) : 0.0, k, threads.rank, shape.threads);
   }
 }
 
-template <class T>
+template <class T, bool kMaps>
 __global__ void __launch_bounds__(RowThreads::kBlock, 2)
     target_backward_kernel(const __grid_constant__ Problem p, RowThreads::Shape shape) {
   using A = Accumulation<T>;
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
   const Constants k(p);
   for (int64_t r = threads.first_row(); r < p.rows; r += threads.row_step()) {
     const RowIndex row(p, r);
-    const RowLogits<T> logits(p, row);
+    const RowLogits<T, kMaps> logits(p, row);
     const A max = load_max<A>(p, row);
     const A log_total = log1p_nonnegative(defined_rest(load_rest<A>(p, row), max));
     const A scale = static_cast<A>(row_scale(p, row, k));
@@ -55,16 +55,20 @@ void general_backward(const Problem& p, const Device& device, When when, Stream 
   with_logits_type(p, [&](auto zero) {
     using T = decltype(zero);
     const Grid grid{row_blocks(p, device), RowThreads::kBlock};
-    const auto kernel =
-        p.probabilities ? general_backward_kernel<T, true> : general_backward_kernel<T, false>;
-    launch_kernel(kernel, grid, stream, p, when, row_shape(p));
+    with_row_kind(p, [&](auto probabilities, auto maps) {
+      const auto kernel = general_backward_kernel<T, probabilities, maps>;
+      launch_kernel(kernel, grid, stream, p, when, row_shape(p));
+    });
   });
 }
 
 void target_backward(const Problem& p, const Device& device, Stream stream) {
   with_logits_type(p, [&](auto zero) {
     const Grid grid{row_blocks(p, device), RowThreads::kBlock};
-    launch_kernel(target_backward_kernel<decltype(zero)>, grid, stream, p, row_shape(p));
+    using T = decltype(zero);
+    const auto kernel =
+        p.maps_logits() ? target_backward_kernel<T, true> : target_backward_kernel<T, false>;
+    launch_kernel(kernel, grid, stream, p, row_shape(p));
   });
 }
 

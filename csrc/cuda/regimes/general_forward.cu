@@ -10,7 +10,7 @@ namespace fused_ce::cuda {
 
 namespace {
 
-template <class T, bool kProbabilities>
+template <class T, bool kProbabilities, bool kMaps>
 __global__ void __launch_bounds__(RowThreads::kBlock, 2)
     general_forward_kernel(const __grid_constant__ Problem p, const __grid_constant__ Result result,
                            RowThreads::Shape shape) {
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
       if (threads.rank == 0) store_row(p, row, A(0), Sums{});
       continue;
     }
-    const RowLogits<T> logits(p, row);
+    const RowLogits<T, kMaps> logits(p, row);
     A target_logit = 0;
     if (!kProbabilities && threads.rank == 0) {
       target.check(p);
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
       losses += loss;
     }
     if (p.grad.data)
-      write_gradient<T, kProbabilities>(p, row, target, sums.max, sums.rest, sums.mass, k,
-                                        threads.rank, shape.threads);
+      write_gradient<T, kProbabilities, kMaps>(p, row, target, sums.max, sums.rest, sums.mass, k,
+                                               threads.rank, shape.threads);
   }
   threads.finish(p, result, losses, shared);
 }
@@ -60,9 +60,10 @@ void general_forward(const Problem& p, const Result& result, const Device& devic
     using T = decltype(zero);
     using Larger = RowThreads::Shared<LogitSums<Accumulation<T>, true>>;
     const Grid grid{row_blocks(p, device), RowThreads::kBlock, sizeof(Larger)};
-    const auto kernel =
-        p.probabilities ? general_forward_kernel<T, true> : general_forward_kernel<T, false>;
-    launch_kernel(kernel, grid, stream, p, result, row_shape(p));
+    with_row_kind(p, [&](auto probabilities, auto maps) {
+      const auto kernel = general_forward_kernel<T, probabilities, maps>;
+      launch_kernel(kernel, grid, stream, p, result, row_shape(p));
+    });
   });
 }
 

@@ -33,8 +33,7 @@ class ColumnGradient {
         stride_(p.grad.class_stride),
         target_(target.index) {
     const A weight = target.weight<A>(p);
-    gradient_ = kProbabilities ? probability_gradient(max, rest, mass, scale)
-                               : index_gradient(max, rest, weight, scale, k);
+    gradient_ = row_gradient<kProbabilities>(max, rest, mass, weight, scale, k);
     if (!kProbabilities) target_value_ = target_gradient(max, rest, target_logit, weight, scale, k);
   }
 

@@ -115,7 +115,9 @@ void launch(const Problem& p, const Result& result, const Device& device, Stream
 
 }  // namespace
 
-bool strided_serves(const Problem& p, const Device&) { return has_strided_classes(p); }
+bool strided_serves(const Problem& p, const Device&) {
+  return has_strided_classes(p) && !p.maps_logits();
+}
 
 int64_t strided_blocks(const Problem& p, const Device&) {
   return ceil_divide(p.rows, kStridedBlock);

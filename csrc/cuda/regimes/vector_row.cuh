@@ -30,8 +30,8 @@ inline bool has_aligned_gradient(const Problem& p) {
 // What all kernels of such rows ask for.
 inline bool has_vector_operands(const Problem& p) {
   return p.rows > 0 && p.rows < kMaxVectorRows && p.row_dims <= 2 && !p.probabilities &&
-         has_vector_rows(p.input) && has_vector_rows(p.grad) && has_aligned_gradient(p) &&
-         p.classes <= kMaxVectorClasses;
+         !p.maps_logits() && has_vector_rows(p.input) && has_vector_rows(p.grad) &&
+         has_aligned_gradient(p) && p.classes <= kMaxVectorClasses;
 }
 
 // Of those that take a row alone: weights of all classes would be as much to read as the logits.

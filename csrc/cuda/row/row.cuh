@@ -46,19 +46,36 @@ class RowIndex {
   int64_t inner_, outer_;
 };
 
-// Its logits, read one by one.
-template <class T>
-struct RowLogits {
-  const T* x;
-  int64_t stride;
+// Its logits, read one by one, and mapped where `kMaps` says that there is a map.
+template <class T, bool kMaps = false>
+class RowLogits {
+ public:
+  using A = Accumulation<T>;
 
   __device__ __forceinline__ RowLogits(const Problem& p, const RowIndex& row)
-      : x(static_cast<const T*>(p.input.data) + row.offset(p, p.input)),
-        stride(p.input.class_stride) {}
-
-  __device__ __forceinline__ Accumulation<T> operator[](int64_t c) const {
-    return widen(x[c * stride]);
+      : x_(static_cast<const T*>(p.input.data) + row.offset(p, p.input)),
+        stride_(p.input.class_stride) {
+    if constexpr (!kMaps) return;
+    const auto* scale = static_cast<const double*>(p.options.logit_scale.data);
+    if (scale) map_.factor = static_cast<A>(*scale);
+    map_.cap = static_cast<A>(p.options.softcap);
   }
+
+  __device__ __forceinline__ A operator[](int64_t c) const { return mapped(c).logit; }
+
+  __device__ __forceinline__ typename LogitMap<A>::Mapped mapped(int64_t c) const {
+    const A x = widen(x_[c * stride_]);
+    if constexpr (!kMaps) return {x, A(1)};
+    return map_(x, Tanh{});
+  }
+
+  // What all gradients are multiplied by, besides a logit's own slope.
+  __device__ __forceinline__ double factor() const { return kMaps ? map_.factor : 1.0; }
+
+ private:
+  const T* x_;
+  int64_t stride_;
+  LogitMap<A> map_;
 };
 
 // The same for problems with fewer rows than 2^31 in at most two dimensions: without calls, which
@@ -119,18 +136,12 @@ __device__ __forceinline__ double denominator(const Problem& p) {
 }
 
 // What the whole problem shares: the same in all threads.
-struct Constants {
-  Smoothing<double> smoothing;
-  double weight_sum;
+struct Constants : Common<double> {
   double inverse_denominator;
 
   __device__ __forceinline__ explicit Constants(const Problem& p)
-      : smoothing(p.options.label_smoothing, p.classes),
-        weight_sum(p.totals ? p.totals->weight_sum : p.known.weight_sum),
+      : Common<double>(p, p.totals ? p.totals->weight_sum : p.known.weight_sum),
         inverse_denominator(1.0 / denominator(p)) {}
-
-  // Whether classes other than the target have a coefficient where the target is an index.
-  __device__ __forceinline__ bool spreads() const { return smoothing.smooth != 0.0; }
 };
 
 // The coefficient of every class where the target is an index and no class has a weight.
@@ -171,13 +182,20 @@ __device__ __forceinline__ double inverse_of_total(double rest) { return 1.0 / (
 template <class A, class X>
 __device__ __forceinline__ IndexRow<A> index_row(X max, X rest, A inverse_total, X target_logit,
                                                  X target_weight, const Constants& k) {
-  return {static_cast<A>(rest),
+  return {Common<A>(k),
+          static_cast<A>(max),
+          static_cast<A>(rest),
+          static_cast<A>(log1p_nonnegative(rest)),
           inverse_total,
-          static_cast<A>(max - target_logit),
+          static_cast<A>(target_logit),
           static_cast<A>(exp_nonpositive(target_logit - max)),
-          static_cast<A>(target_weight),
-          static_cast<A>(k.weight_sum),
-          Smoothing<A>(k.smoothing)};
+          static_cast<A>(target_weight)};
+}
+
+template <class X>
+__device__ __forceinline__ Row<double> probability_row(X max, X rest, double mass,
+                                                       const Constants& k) {
+  return {k, max, rest, log1p_nonnegative(rest), inverse_of_total(rest), mass};
 }
 
 // Where the target is probabilities, its logit and weight are not looked at, and the loss may be
@@ -185,12 +203,11 @@ __device__ __forceinline__ IndexRow<A> index_row(X max, X rest, A inverse_total,
 template <bool kProbabilities = false, class Sums, class A>
 __device__ __forceinline__ auto row_loss(const Sums& sums, A target_logit, A target_weight,
                                          const Constants& k) {
-  const A rest = defined_rest(sums.rest, sums.max), log_total = log1p_nonnegative(rest);
+  const A rest = defined_rest(sums.rest, sums.max);
   if constexpr (kProbabilities)
-    return Row<double>(rest, sums.mass, 0).loss(log_total, sums.gaps);
+    return probability_row(sums.max, rest, sums.mass, k).loss(sums.gaps);
   else
-    return index_row(sums.max, rest, A(0), target_logit, target_weight, k)
-        .loss(log_total, sums.gaps);
+    return index_row(sums.max, rest, A(0), target_logit, target_weight, k).loss(sums.gaps);
 }
 
 // The gradient of a row, from what is the same for all its classes.
@@ -237,10 +254,16 @@ __device__ __forceinline__ A target_gradient(A max, A rest, A target_logit, A ta
 
 template <class A>
 __device__ __forceinline__ RowGradient<A> probability_gradient(A max, A rest, double mass,
-                                                               double scale) {
-  const A defined = defined_rest(rest, max);
-  const Row<double> row(defined, mass, inverse_of_total(defined));
+                                                               double scale, const Constants& k) {
+  const auto row = probability_row(max, defined_rest(rest, max), mass, k);
   return {base_of(max), static_cast<A>(row.exp_factor()), static_cast<A>(scale)};
+}
+
+template <bool kProbabilities, class A>
+__device__ __forceinline__ RowGradient<A> row_gradient(A max, A rest, double mass, A target_weight,
+                                                       double scale, const Constants& k) {
+  if constexpr (kProbabilities) return probability_gradient(max, rest, mass, scale, k);
+  return index_gradient(max, rest, target_weight, scale, k);
 }
 
 // What the row's gradient is multiplied by.

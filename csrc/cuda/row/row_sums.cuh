@@ -29,6 +29,11 @@ struct Exp {
   }
 };
 
+struct Tanh {
+  __device__ __forceinline__ float operator()(float x) const { return tanhf(x); }
+  __device__ __forceinline__ double operator()(double x) const { return tanh(x); }
+};
+
 // The mass of probabilities goes into every element of the gradient, and their gaps are the loss.
 template <class A, bool kProbabilities = false>
 using LogitSums = RowSums<A, A, std::conditional_t<kProbabilities, double, A>>;

@@ -1,6 +1,6 @@
 // Prints the largest error, in ulp, of the functions of cpu/math.h against the C library's in long
-// double, over every STEP-th float of their domain (for log1p: over double arguments spread the
-// same way), as the instruction set that ATEN_CPU_CAPABILITY names computes them.
+// double, over every STEP-th float of their domain (in double over arguments spread the same
+// way), as the instruction set that ATEN_CPU_CAPABILITY names computes them.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -71,6 +71,7 @@ int main(int, char** argv) {
   const uint64_t step = std::strtoull(argv[1], nullptr, 10);
   const auto exp = [](long double x) { return std::exp(x); };
   const auto log1p = [](long double y) { return std::log1p(y); };
+  const auto tanh = [](long double x) { return std::tanh(x); };
 
   // From -0 to where exp rounds to zero.
   uint64_t bits = 0x80000000u;
@@ -92,7 +93,7 @@ int main(int, char** argv) {
                       }));
 
   bits = 0x80000000u;
-  if (fused_ce::cpu::avx512::has_exp())
+  if (fused_ce::cpu::simd::level() == fused_ce::cpu::simd::Level::kAvx512)
     report("exp_avx512", sweep_spans<float>(
                              [](const float* x, int64_t n, float* y) {
                                fused_ce::cpu::avx512::exp_differences(x, 0.0f, n, y);
@@ -133,4 +134,22 @@ int main(int, char** argv) {
                bits += step;
                return y < 1e38f;
              }));
+
+  // Of either sign, from 0 to infinity.
+  const auto any_float = [&](auto& x) {
+    x = bits_as<float>(static_cast<uint32_t>(bits));
+    bits += step;
+    if ((bits & 0x7fffffffu) > 0x7f800000u) bits = (bits | 0x7fffffffu) + 1;
+    return bits <= uint64_t{1} << 32;
+  };
+  bits = 0;
+  report("tanh_float",
+         sweep<float>([](float x) { return fused_ce::cpu::math::tanh(x); }, tanh, any_float));
+  bits = 0;
+  report("tanh_double", sweep<double>([](double x) { return fused_ce::cpu::math::tanh(x); }, tanh,
+                                      [&](double& x) {
+                                        const bool more = any_float(x);
+                                        x *= 1.0000001;
+                                        return more;
+                                      }));
 }

@@ -58,6 +58,6 @@ STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {
-  m.impl("check_overwritable", TORCH_BOX(&fused_ce::check_overwritable));
-  m.impl("instruction_set", TORCH_BOX(&fused_ce::cuda::instruction_set));
+  m.impl("check_overwritable", &fused_ce::boxed<&fused_ce::check_overwritable>);
+  m.impl("instruction_set", &fused_ce::boxed<&fused_ce::cuda::instruction_set>);
 }
