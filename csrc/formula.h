@@ -60,15 +60,15 @@ struct LogitMap {
 // What all rows have in common.
 template <class A>
 struct Common {
-  Smoothing<A> smoothing;
   A weight_sum;
+  Smoothing<A> smoothing;
 
   FCE_HOST_DEVICE Common(const Problem& p, double weight_sum)
-      : smoothing(p.options.label_smoothing, p.classes), weight_sum(static_cast<A>(weight_sum)) {}
+      : weight_sum(static_cast<A>(weight_sum)), smoothing(p.options.label_smoothing, p.classes) {}
 
   template <class B>
   FCE_HOST_DEVICE explicit Common(const Common<B>& common)
-      : smoothing(common.smoothing), weight_sum(static_cast<A>(common.weight_sum)) {}
+      : weight_sum(static_cast<A>(common.weight_sum)), smoothing(common.smoothing) {}
 
   // Whether classes other than the target have a coefficient where the target is an index.
   FCE_HOST_DEVICE bool spreads() const { return smoothing.smooth != A(0); }
@@ -183,20 +183,20 @@ struct RowSums : TermSums<A, Total> {
 // of it a result does not depend on costs nothing: all is inlined.
 template <class A>
 struct Row {
-  Common<A> common;
   A max;
   A rest;
   A log_total;      // log1p(rest), which is lse - max
   A inverse_total;  // 1 / (1 + rest), which is 1 / sum_c exp(x_c - max)
   A mass;           // sum_c of the coefficients
+  Common<A> common;
 
-  FCE_HOST_DEVICE Row(const Common<A>& common, A max, A rest, A log_total, A inverse_total, A mass)
-      : common(common),
-        max(max),
+  FCE_HOST_DEVICE Row(A max, A rest, A log_total, A inverse_total, A mass, const Common<A>& common)
+      : max(max),
         rest(rest),
         log_total(log_total),
         inverse_total(inverse_total),
-        mass(mass) {}
+        mass(mass),
+        common(common) {}
 
   FCE_HOST_DEVICE A loss(A gaps) const { return gaps + mass * log_total; }
 
@@ -218,11 +218,11 @@ struct IndexRow : Row<A> {
   A target_exp;  // exp(x_t - max)
   A target_weight;
 
-  FCE_HOST_DEVICE IndexRow(const Common<A>& common, A max, A rest, A log_total, A inverse_total,
-                           A target_logit, A target_exp, A target_weight)
-      : Row<A>(common, max, rest, log_total, inverse_total,
-               common.smoothing.smooth * common.weight_sum),
-        target_gap(max - target_logit),
+  FCE_HOST_DEVICE IndexRow(A max, A rest, A log_total, A inverse_total, A target_gap, A target_exp,
+                           A target_weight, const Common<A>& common)
+      : Row<A>(max, rest, log_total, inverse_total, common.smoothing.smooth * common.weight_sum,
+               common),
+        target_gap(target_gap),
         target_exp(target_exp),
         target_weight(target_weight) {}
 

@@ -214,19 +214,19 @@ class RowBatch {
   IndexRow<R> index_row(int64_t r, const Common<R>& common) const {
     const A difference = target_logit_[r] - max[r];
     const R rest_of_row = defined_rest<R>(r);
-    return {common,
-            static_cast<R>(max[r]),
+    return {static_cast<R>(max[r]),
             rest_of_row,
             static_cast<R>(log_total(r)),
             R(1) / (R(1) + rest_of_row),
-            static_cast<R>(target_logit_[r]),
+            static_cast<R>(max[r]) - static_cast<R>(target_logit_[r]),
             static_cast<R>(math::exp_nonpositive(difference)),
-            static_cast<R>(target_weight_[r])};
+            static_cast<R>(target_weight_[r]),
+            common};
   }
 
   Row<double> probability_row(int64_t r) const {
     const double rest_of_row = defined_rest<double>(r);
-    return {common_, max[r], rest_of_row, log_total(r), 1.0 / (1.0 + rest_of_row), mass[r]};
+    return {max[r], rest_of_row, log_total(r), 1.0 / (1.0 + rest_of_row), mass[r], common_};
   }
 
   // As a function of its own: inlined into a whole kernel the loops are not always vectorised.

@@ -139,9 +139,11 @@ __device__ __forceinline__ double denominator(const Problem& p) {
 struct Constants : Common<double> {
   double inverse_denominator;
 
-  __device__ __forceinline__ explicit Constants(const Problem& p)
-      : Common<double>(p, p.totals ? p.totals->weight_sum : p.known.weight_sum),
-        inverse_denominator(1.0 / denominator(p)) {}
+  __device__ __forceinline__ explicit Constants(const Problem& p) : Common<double>(p, 0.0) {
+    // Loaded only now: sooner, and kernels spill on compute capability 10.0.
+    weight_sum = p.totals ? p.totals->weight_sum : p.known.weight_sum;
+    inverse_denominator = 1.0 / denominator(p);
+  }
 };
 
 // The coefficient of every class where the target is an index and no class has a weight.
@@ -182,20 +184,20 @@ __device__ __forceinline__ double inverse_of_total(double rest) { return 1.0 / (
 template <class A, class X>
 __device__ __forceinline__ IndexRow<A> index_row(X max, X rest, A inverse_total, X target_logit,
                                                  X target_weight, const Constants& k) {
-  return {Common<A>(k),
-          static_cast<A>(max),
+  return {static_cast<A>(max),
           static_cast<A>(rest),
           static_cast<A>(log1p_nonnegative(rest)),
           inverse_total,
-          static_cast<A>(target_logit),
+          static_cast<A>(max - target_logit),
           static_cast<A>(exp_nonpositive(target_logit - max)),
-          static_cast<A>(target_weight)};
+          static_cast<A>(target_weight),
+          Common<A>(k)};
 }
 
 template <class X>
 __device__ __forceinline__ Row<double> probability_row(X max, X rest, double mass,
                                                        const Constants& k) {
-  return {k, max, rest, log1p_nonnegative(rest), inverse_of_total(rest), mass};
+  return {max, rest, log1p_nonnegative(rest), inverse_of_total(rest), mass, k};
 }
 
 // Where the target is probabilities, its logit and weight are not looked at, and the loss may be
