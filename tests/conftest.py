@@ -1,8 +1,5 @@
 """Every test starts from the same random state and leaves the number of threads as it was."""
 
-import fcntl
-import os
-
 import pytest
 import torch
 from support import simulated
@@ -33,28 +30,7 @@ def device(request):
 
 
 @pytest.fixture(scope="session")
-def once_a_run(tmp_path_factory):
-    """Makes a folder's contents in one of the processes of a run, for all of them."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-
-    def once(name, make):
-        made = shared / name
-        with (shared / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not made.exists():
-                unfinished = shared / f"{name}.unfinished"
-                unfinished.mkdir(exist_ok=True)
-                make(unfinished)
-                unfinished.rename(made)
-        return made
-
-    return once
-
-
-@pytest.fixture(scope="session")
-def kernels(once_a_run):
+def kernels():
     """The CUDA kernels on the simulator."""
-    with simulated.Kernels(once_a_run("simulator", simulated.build)) as kernels:
+    with simulated.Kernels(simulated.built("simulator")) as kernels:
         yield kernels

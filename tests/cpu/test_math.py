@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.products import COMPILER, KERNELS, kept
 
 NATIVE = Path(__file__).parent / "native"
 FLAGS = (
@@ -31,14 +32,13 @@ BOUNDS = {
 
 
 @pytest.fixture(scope="session")
-def program(once_a_run) -> Path:
-    compiler = os.environ.get("CXX", "c++")
+def program() -> Path:
     source = NATIVE / "math_accuracy.cpp"
 
     def build(place):
-        subprocess.run([compiler, *FLAGS, source, "-o", place / "math_accuracy"], check=True)
+        subprocess.run([COMPILER, *FLAGS, source, "-o", place / "math_accuracy"], check=True)
 
-    return once_a_run("native", build) / "math_accuracy"
+    return kept("math_accuracy", build, KERNELS, source, of=FLAGS) / "math_accuracy"
 
 
 def measure(program: Path, capability: str, step: int) -> dict[str, float]:

@@ -4,16 +4,20 @@ A spilled register is memory traffic that the byte counts of the kernels leave o
 kernel's own: what `__launch_bounds__` says of its blocks, so many of which must fit.
 """
 
+import json
 import re
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from support import products
+from support.products import CUDA_SOURCES, kept
 
-KERNELS = Path(__file__).parents[2] / "csrc" / "cuda"
+KERNELS = products.KERNELS / "cuda"
 SOURCES = sorted(KERNELS.rglob("*.cu"))
 REGISTERS = 65536  # of a multiprocessor, on every architecture since compute capability 3.7
 OFTEN = 90  # the architecture that has clusters and is there
@@ -56,21 +60,32 @@ def bounds(ptx):
     return found
 
 
-def compile_for(source, architecture, directory):
-    command = ["nvcc", "-std=c++20", "-O3", "-Xptxas", "-v", "--keep", "--keep-dir", directory]
+def compile_for(source, architecture):
+    """What a source's kernels use, and what they may."""
     target = f"arch=compute_{architecture},code=sm_{architecture}"
     # Often only the device's half of what has kernels; the simulator's g++ reads the other.
     what = "-cubin" if architecture == OFTEN and defines_kernels(source) else "-c"
-    done = subprocess.run(
-        [*command, "-gencode", target, what, source, "-o", directory / "kernels.o"],
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr, done.stderr
-    (assembly,) = directory.glob("*.ptx")
-    return usages(done.stderr), bounds(assembly.read_text())
+    command = ["nvcc", "-std=c++20", "-O3", "-Xptxas", "-v", "-gencode", target, what, source]
+
+    def compile(place):
+        with tempfile.TemporaryDirectory() as scratch:
+            output = Path(scratch) / "kernels.o"
+            done = subprocess.run(
+                [*command, "--keep", "--keep-dir", scratch, "-o", output],
+                capture_output=True,
+                text=True,
+                timeout=900,
+            )
+            assert done.returncode == 0, done.stderr
+            (place / "report").write_text(done.stderr)
+            (assembly,) = Path(scratch).glob("*.ptx")
+            (place / "bounds.json").write_text(json.dumps(bounds(assembly.read_text())))
+
+    name = f"nvcc_{source.stem}_{architecture}"
+    place = kept(name, compile, *CUDA_SOURCES, of=command, by="nvcc")
+    report = (place / "report").read_text()
+    assert "warning" not in report, report
+    return usages(report), json.loads((place / "bounds.json").read_text())
 
 
 def defines_kernels(source):
@@ -80,7 +95,7 @@ def defines_kernels(source):
 
 
 @pytest.fixture(scope="module")
-def compiled(request, tmp_path_factory):
+def compiled(request):
     """What nvcc made of the sources that the selected tests ask for, two at a time."""
     selected = [getattr(item, "callspec", None) for item in request.session.items]
     wanted = dict.fromkeys(
@@ -89,9 +104,7 @@ def compiled(request, tmp_path_factory):
         if spec and "architecture" in spec.params
     )
     with ThreadPoolExecutor(2) as pool:
-        yield {
-            key: pool.submit(compile_for, *key, tmp_path_factory.mktemp("nvcc")) for key in wanted
-        }
+        yield {key: pool.submit(compile_for, *key) for key in wanted}
         pool.shutdown(cancel_futures=True)
 
 
@@ -119,12 +132,16 @@ def test_kernels_keep_to_their_registers(source, architecture, compiled):
         assert registers <= allowed[kernel], f"{kernel} has {registers} registers"
 
 
-def test_code_without_clusters_ends_rather_than_take_part_of_a_row(tmp_path):
+def test_code_without_clusters_ends_rather_than_take_part_of_a_row():
     """Such code is what PTX for an older architecture becomes on a device that has clusters."""
     source = KERNELS / "regimes" / "on_chip_float16.cu"
-    assembly = tmp_path / "kernels.ptx"
-    command = ["nvcc", "-std=c++20", "-arch=compute_80", "-ptx", source, "-o", assembly]
-    subprocess.run(command, check=True, timeout=900)
+    command = ["nvcc", "-std=c++20", "-arch=compute_80", "-ptx", source]
+
+    def compile(place):
+        subprocess.run([*command, "-o", place / "kernels.ptx"], check=True, timeout=900)
+
+    place = kept("nvcc_without_clusters", compile, *CUDA_SOURCES, of=command, by="nvcc")
+    assembly = place / "kernels.ptx"
     kernels = re.findall(r"\.entry (\w+)\((.*?)\n\}\n", assembly.read_text(), re.DOTALL)
     loading = {name for name, body in kernels if "ld.global" in body}
     ending = {name for name, body in kernels if "trap;" in body}

@@ -19,11 +19,9 @@ from typing import NamedTuple
 import torch
 
 from support.layouts import class_axis, row_axes
+from support.products import COMPILER, CUDA_SOURCES, KERNELS, ROOT, kept
 
-ROOT = Path(__file__).parents[2]
-KERNELS = ROOT / "csrc"
 SIMULATOR = ROOT / "tests" / "cuda" / "simulator"
-COMPILER = os.environ.get("CXX", "g++")
 PROGRAM = "run_cases"
 PLAIN = ("-O1", "-fPIC")  # objects that a library can be made of as well
 FLAGS = ("-std=c++20", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
@@ -203,6 +201,12 @@ def build(directory, *flags, sources=KERNELS, base=None, only=None):
     # Of the functions in headers every unit has a copy; the linker keeps the first one it meets.
     units.sort(key=lambda unit: unit not in wanted)
     subprocess.run([COMPILER, *flags, *map(target, units), "-o", directory / PROGRAM], check=True)
+
+
+def built(name, *flags):
+    """The folder of the unchanged kernels, compiled with these flags."""
+    made_from = (FLAGS, flags)
+    return kept(name, lambda place: build(place, *flags), *CUDA_SOURCES, SIMULATOR, of=made_from)
 
 
 class _Calls:

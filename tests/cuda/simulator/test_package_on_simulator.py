@@ -15,6 +15,7 @@ import pytest
 import torch
 from support import simulated
 from support.processes import ROOT, TESTS
+from support.products import kept
 from torch.utils.cpp_extension import include_paths
 
 SOURCES = (
@@ -25,10 +26,11 @@ SOURCES = (
 
 
 @pytest.fixture(scope="session")
-def package(once_a_run):
+def package():
     """The folder of a fused_ce that computes on the simulator."""
-    kernels = once_a_run("simulator", simulated.build)
-    return once_a_run("package", lambda place: build_package(place, kernels))
+    kernels = simulated.built("simulator")
+    sources = simulated.KERNELS, simulated.SIMULATOR, ROOT / "fused_ce"
+    return kept("package", lambda place: build_package(place, kernels), *sources)
 
 
 def build_package(place, kernels):

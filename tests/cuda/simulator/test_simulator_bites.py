@@ -5,6 +5,7 @@ problems run on the unchanged kernels, in other tests and here under the sanitiz
 finds accesses that nothing orders, which the simulator's own order of threads may hide.
 """
 
+import re
 import shutil
 import subprocess
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import pytest
 import torch
 from support import simulated
 from support.kernel_cases import Case, check_backward, check_forward, forward, grad_like, make
+from support.products import CUDA_SOURCES, kept
 from support.simulated import Kernels, SimulatorError
 from test_kernel_edges import REGIMES
 
@@ -164,21 +166,26 @@ def run(kernels, fault_or_case, backward):
         check_forward(kernels, fault_or_case, "gradient")
 
 
-def with_fault(kernels, fault, directory, *flags):
+def with_fault(kernels, fault, name, *flags):
     """The same kernels, but for the fault."""
-    shutil.copytree(simulated.KERNELS, directory / "csrc")
-    (source,) = (directory / "csrc" / "cuda").rglob(fault.file)
-    text = source.read_text()
-    assert text.count(fault.old) >= 1, "the fault's place is gone: find it another"
-    source.write_text(text.replace(fault.old, fault.new))
-    simulated.build(
-        directory,
-        *flags,
-        sources=directory / "csrc",
-        base=kernels.directory,
-        only=[fault.unit],
-    )
-    return Kernels(directory)
+
+    def build(place):
+        shutil.copytree(simulated.KERNELS, place / "csrc")
+        (source,) = (place / "csrc" / "cuda").rglob(fault.file)
+        text = source.read_text()
+        assert text.count(fault.old) >= 1, "the fault's place is gone: find it another"
+        source.write_text(text.replace(fault.old, fault.new))
+        simulated.build(
+            place,
+            *flags,
+            sources=place / "csrc",
+            base=kernels.directory,
+            only=[fault.unit],
+        )
+
+    name = re.sub(r"\W+", "_", name)
+    made_from = (fault.file, fault.old, fault.new, fault.unit, flags)
+    return Kernels(kept(name, build, *CUDA_SOURCES, simulated.SIMULATOR, of=made_from))
 
 
 # Often, one fault of each kind: in the order of threads, at the end of memory, in what waits for
@@ -209,17 +216,17 @@ def each(faults):
 
 
 @each(FAULTS)
-def test_planted_fault_is_caught(kernels, fault, tmp_path):
+def test_planted_fault_is_caught(kernels, fault, request):
     run(kernels, fault.case, fault.backward)  # without it
-    with with_fault(kernels, fault, tmp_path, "-O0") as faulty:
+    with with_fault(kernels, fault, request.node.callspec.id, "-O0") as faulty:
         with pytest.raises((AssertionError, SimulatorError), match=fault.noticed):
             run(faulty, fault.case, fault.backward)
 
 
 @pytest.fixture(scope="session")
-def sanitized(once_a_run):
+def sanitized():
     flags = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    with Kernels(once_a_run("sanitized", lambda place: simulated.build(place, *flags))) as kernels:
+    with Kernels(simulated.built("sanitized", *flags)) as kernels:
         yield kernels
 
 
@@ -265,9 +272,8 @@ WATCHED = ("-O0", "-fsanitize=thread")
 
 
 @pytest.fixture(scope="session")
-def watched(once_a_run):
-    place = once_a_run("watched", lambda place: simulated.build(place, *WATCHED))
-    with Kernels(place) as kernels:
+def watched():
+    with Kernels(simulated.built("watched", *WATCHED)) as kernels:
         try:
             overwrite(kernels, TILE)
         except SimulatorError as error:
@@ -340,8 +346,8 @@ UNORDERED = {
 
 
 @each(UNORDERED)
-def test_missing_order_is_noticed(watched, fault, tmp_path):
-    with with_fault(watched, fault, tmp_path, *WATCHED) as faulty:
+def test_missing_order_is_noticed(watched, fault, request):
+    with with_fault(watched, fault, request.node.callspec.id, *WATCHED) as faulty:
         with pytest.raises(SimulatorError, match="ThreadSanitizer: data race"):
             overwrite(faulty, fault.case)
 
@@ -400,8 +406,9 @@ def build_small_kernels(place):
 
 
 @pytest.fixture(scope="session")
-def run_small_kernel(once_a_run):
-    program = once_a_run("small_kernels", build_small_kernels) / "kernels"
+def run_small_kernel():
+    sources = *CUDA_SOURCES, simulated.SIMULATOR  # this file among them
+    program = kept("small_kernels", build_small_kernels, *sources) / "kernels"
     return lambda name: subprocess.run([program, name], capture_output=True, text=True)
 
 
