@@ -142,8 +142,8 @@ FAULTS = {
     ),
     "gradient written beyond its row": Fault(
         "general.cuh",
-        "grad[c * p.grad.class_stride] = narrow<T>(value);",
-        "grad[(c + 1) * p.grad.class_stride] = narrow<T>(value);",
+        "grad[c * p.grad.class_stride] = narrow<T>(slope * value);",
+        "grad[(c + 1) * p.grad.class_stride] = narrow<T>(slope * value);",
         "general_forward",
         REGIMES["two reads"],
     ),
