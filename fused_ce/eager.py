@@ -27,10 +27,28 @@ def graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _save(ctx: Any, options: tuple, *tensors: Tensor) -> None:
+def hooks_are_active() -> bool:
+    """Whether what is saved for a backward goes through a hook, as a checkpoint's does."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _save(ctx: Any, options: tuple, *tensors: Tensor, logits: Tensor) -> None:
     """Keeps for the backward what its operators take."""
     option_tensors, ctx.options = split(options)
     ctx.save_for_backward(*tensors, *option_tensors)
+    # Autograd compares versions only of what no hook has had.
+    ctx.version = (logits.data_ptr(), logits._version) if hooks_are_active() else None
+
+
+def _check_version(ctx: Any, logits: Tensor) -> None:
+    if ctx.version is None or logits.data_ptr() != ctx.version[0]:
+        return
+    if logits._version != ctx.version[1]:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: the logits of fused_ce.cross_entropy are at version {logits._version}; "
+            f"expected version {ctx.version[1]} instead."
+        )
 
 
 def _saved_call(ctx: Any, saved: tuple) -> tuple[tuple, tuple]:
@@ -40,6 +58,7 @@ def _saved_call(ctx: Any, saved: tuple) -> tuple[tuple, tuple]:
 
 def _fused_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
     tensors, options = _saved_call(ctx, saved)
+    _check_version(ctx, tensors[0])
     needs_input, needs_target, *_ = ctx.needs_input_grad
     return (
         ops.backward(*tensors, grad_output, *options) if needs_input else None,
@@ -50,6 +69,7 @@ def _fused_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
 
 def _stock_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
     (input, target, *_), options = _saved_call(ctx, saved)
+    _check_version(ctx, input)
     needs = ctx.needs_input_grad[:2]
     return *stock.gradients(input, target, Options(*options), grad_output, needs), *NO_GRADIENTS
 
@@ -60,7 +80,7 @@ class Recompute(Function):
     @staticmethod
     def forward(ctx, input, target, *options):
         loss, *stats = ops.eager.forward_stats(input, target, *options)
-        _save(ctx, options, input, target, *stats)
+        _save(ctx, options, input, target, *stats, logits=input)
         return loss
 
     @staticmethod
@@ -82,7 +102,7 @@ class GradInForward(Function):
     @staticmethod
     def forward(ctx, input, target, *options):
         loss, stats, totals, grad = ops.eager.forward_grad(input, target, *options)
-        _save(ctx, options, grad, input, target, stats, totals)
+        _save(ctx, options, grad, input, target, stats, totals, logits=input)
         return loss
 
     @staticmethod
@@ -90,8 +110,11 @@ class GradInForward(Function):
         grad, *saved = ctx.saved_tensors
         if backward_needs_stock(grad_output):
             return _stock_gradients(ctx, grad_output, saved)
-        if torch.compiler.is_compiling() or graph_is_kept():
+        if torch.compiler.is_compiling():
             return _fused_gradients(ctx, grad_output, saved)
+        _check_version(ctx, saved[0])
+        if graph_is_kept():
+            grad = grad.clone()
         ops.eager.rescale_(grad, grad_output, *saved, *ctx.options)  # the tensors come first
         return grad, None, *NO_GRADIENTS
 
@@ -146,7 +169,7 @@ class OverwriteInBackward(_Overwriting):
     def forward(ctx, input, target, *options):
         ops.check_overwritable(input, target, *options)
         loss, *stats = ops.eager.forward_stats(input, target, *options)
-        _save(ctx, options, input, target, *stats)
+        _save(ctx, options, input, target, *stats, logits=input)
         ctx.storage = input.untyped_storage()._cdata
         ctx.consumed = False
         return loss
@@ -159,6 +182,7 @@ class OverwriteInBackward(_Overwriting):
             # may have given a copy back, which others may have been given too.
             return _fused_gradients(ctx, grad_output, saved)
         (_, *tensors), options = _saved_call(ctx, saved)
+        _check_version(ctx, input)
         target_grad = None
         if ctx.needs_input_grad[1]:
             target_grad = ops.backward_target(input, *tensors, grad_output, *options)

@@ -131,7 +131,7 @@ def _is_invalid(device_of, shape, dtype, target, weight, ignore_index, label_smo
         return True
     if type(ignore_index) is not int or not _INT64_MIN <= ignore_index <= _INT64_MAX:
         return True
-    if type(label_smoothing) not in (float, int) or label_smoothing > 1.0:
+    if type(label_smoothing) is not float or label_smoothing > 1.0:
         return True
     if _is_elsewhere(target, device_of):
         return True

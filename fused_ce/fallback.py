@@ -61,17 +61,22 @@ def _switch(mode: bool) -> None:
 @constant_in_graphs
 def warn(function: str, reason: str) -> None:
     """For the line that called the package; in a graph, for the line that had it compiled."""
-    frame = _callers_frame()
+    frame = callers_frame()
     place = frame.f_code.co_filename, frame.f_lineno
     with _lock:
         if (*place, reason) in _given:
             return
         _given.add((*place, reason))
-    text = f"stock PyTorch takes this call of fused_ce.{function}: {reason}"
+    warn_at(frame, f"stock PyTorch takes this call of fused_ce.{function}: {reason}")
+
+
+def warn_at(frame: FrameType, text: str) -> None:
+    place = frame.f_code.co_filename, frame.f_lineno
     warnings.warn_explicit(text, UserWarning, *place, module=frame.f_globals.get("__name__"))
 
 
-def _callers_frame() -> FrameType:
+def callers_frame() -> FrameType:
+    """The innermost frame that is neither ours nor torch's."""
     frame = sys._getframe(1)
     while frame.f_back is not None and _is_between(frame):
         frame = frame.f_back

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import eager, fallback, graph, ops, stock
 from .eligibility import INVALID, OVERRIDDEN, loss_dtype, overrides, stock_reason
-from .options import DEFAULTS, NONE, Options
+from .options import DEFAULTS, NONE, Options, integer, real
 from .signatures import bound, takes_arguments_of
 
 
@@ -95,6 +96,10 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     reduction = _Reduction.get_enum(reduction)
+    if type(ignore_index) is not int:
+        ignore_index = integer(ignore_index)
+    if type(label_smoothing) is not float:
+        label_smoothing = real(label_smoothing)
     reason = stock_reason(input, target, weight, ignore_index, label_smoothing)
     if reason is not None:
         options = Options(
@@ -165,6 +170,10 @@ def options_of(arguments: Mapping[str, Any]) -> Options:
     """The options among the arguments of a function, as the operators have them."""
     given = {name: value for name, value in arguments.items() if name in Options._fields}
     given["reduction"] = _Reduction.get_enum(given["reduction"])
+    convert = {int: integer, float: real}
+    for name, kind in Options.__annotations__.items():
+        if name in given and kind in convert:
+            given[name] = convert[kind](given[name])
     return Options(**given)
 
 
@@ -200,13 +209,15 @@ def _mode(input, target, reduction: int, grad_in_forward: bool, inplace: bool) -
         return "no gradient in the graph" if torch.compiler.is_compiling() else "no gradient"
     if torch.compiler.is_compiling():
         return "recomputed in the graph's backward"
-    if not input.requires_grad:
+    # AOTAutograd makes a graph of the backward too, without operators that write to an argument.
+    if not input.requires_grad or type(input) is FunctionalTensor:
         return "recomputed in backward"
     defers = reduction == NONE or target.requires_grad
     # For an operator that writes to a negative view torch materialises the view, and expects to
     # find it as the first result, where forward_grad_ has the loss.
     if inplace and not input.is_neg():
-        if defers or input.dtype == torch.float16:
+        # What runs a function again for its saved tensors must find the logits in their place.
+        if defers or input.dtype == torch.float16 or eager.hooks_are_active():
             return "in place in backward"
         return "in place in forward"
     return "recomputed in backward" if defers or not grad_in_forward else "gradient in forward"

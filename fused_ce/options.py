@@ -5,7 +5,8 @@ mathematics, which ``formula.h`` has for the kernels and ``stock.py`` for all de
 else hands options on takes them as a whole.
 """
 
-from typing import NamedTuple
+import numbers
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,19 @@ SCHEMA = ", ".join(
     for name, kind in Options.__annotations__.items()
 )
 _TENSORS = sum(kind == Tensor | None for kind in Options.__annotations__.values())
+
+
+def integer(number: Any) -> Any:
+    """A whole number, NumPy's too, as Python's; what torch refuses for one as it is."""
+    is_whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)
+    return int(number) if is_whole else number
+
+
+def real(number: Any) -> Any:
+    """The same for any number; torch takes a bool and no fraction."""
+    is_fraction = isinstance(number, numbers.Rational) and not isinstance(number, numbers.Integral)
+    is_real = isinstance(number, numbers.Real) and not is_fraction
+    return float(number) if is_real else number
 
 
 def split(options: tuple) -> tuple[tuple, tuple]:

@@ -337,7 +337,8 @@ def _chunks(call: _Call) -> str:
     device = DEVICES[call.input.device.type]
     dtype = device.computed_dtype(_logits_dtype(call.input))
     classes = call.logits_shape[1 if call.input.dim() > 1 else 0]
-    rows = Sizes(count, features, classes, columns).chunk_rows(call.limits, dtype, device)
+    sizes = Sizes(count, features, classes, columns, call.input.dtype != dtype)
+    rows = sizes.chunk_rows(call.limits, dtype, device)
     chunks, rows = -(-count // rows), min(rows, count)
     size = rows * columns * dtype.itemsize
     if chunks == 1:
@@ -351,7 +352,6 @@ def _fused(call: _Call) -> Tensor:
         input = input.unsqueeze(0)
         target = target.reshape(1, -1) if target.is_floating_point() else target.reshape(1)
     options = call.options._replace(
-        label_smoothing=float(call.options.label_smoothing),
         loss_dtype=loss_dtype(dtype, target, call.options.weight) or dtype,
     )
     layer = (input, call.linear_weight, target, call.linear_bias)

@@ -46,7 +46,7 @@ class Problem:
         if options.reduction == MEAN and options.denominator is None:
             options = options._replace(denominator=self._denominator(options))
         self.options = options._replace(loss_dtype=torch.float64)  # of a chunk's own loss
-        sizes = Sizes(*input.shape, self.classes, columns)
+        sizes = Sizes(*input.shape, self.classes, columns, input.dtype != self.dtype)
         self.rows = sizes.chunk_rows(limits, self.dtype, device)
 
     def _denominator(self, options: Options) -> Tensor:

@@ -1,10 +1,11 @@
 """How many rows of a linear layer's output are computed at a time, and what suits each device."""
 
 import functools
-import warnings
 from typing import Any, NamedTuple
 
 import torch
+
+from ..fallback import callers_frame, warn_at
 
 _ROW_MULTIPLE = 128  # what GEMMs like their rows to be a multiple of
 TILE_BYTES = 1 << 20
@@ -67,6 +68,7 @@ class Sizes(NamedTuple):
     features: int
     classes: int
     columns: int  # the classes times all positions
+    converts: bool  # the GEMMs' type is not the input's
 
     def chunk_rows(self, limits: Limits, dtype: torch.dtype, device: Device) -> int:
         """The rows of a chunk, of which the last may have fewer."""
@@ -74,9 +76,12 @@ class Sizes(NamedTuple):
         if method is not None:
             chunk_size = self._rows_by_aspect_ratio(method, chunk_size)
         if chunk_size is None:
-            scratch = TILE_BYTES if device.sums_by_tiles(dtype) else 0
+            weight_bytes = self.columns * self.features * dtype.itemsize
+            scratch = min(TILE_BYTES, weight_bytes) if device.sums_by_tiles(dtype) else 0
             budget = (max_chunk_bytes or device.chunk_bytes) - scratch
-            chunk_size = max(budget // max(self.columns * dtype.itemsize, 1), 1)
+            # Besides the logits, the input and its gradient where they are converted.
+            columns = self.columns + 2 * self.features * self.converts
+            chunk_size = max(budget // max(columns * dtype.itemsize, 1), 1)
             least = device.least_rows
             if max_chunk_bytes is None:
                 chunk_size = max(chunk_size, least)
@@ -103,7 +108,7 @@ class Sizes(NamedTuple):
 
 @functools.cache
 def _warn_once(text: str) -> None:
-    warnings.warn(text, stacklevel=2)
+    warn_at(callers_frame(), text)
 
 
 def _warn_of_small_chunks(max_chunk_bytes: int, rows: int, least: int) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
+from functorch.compile import aot_function
 from support.grids import (
     MODES,
     REDUCTIONS,
@@ -523,6 +524,33 @@ def test_symbolic_trace_takes_the_module():
     model, (x, y) = Model(), (torch.randn(4, 6), torch.randint(0, 5, (4,)))
     graph = torch.fx.symbolic_trace(model)
     torch.testing.assert_close(graph(x, y), F.cross_entropy(model.layer(x), y, label_smoothing=0.1))
+
+
+@every_differentiating_mode
+@every_reduction
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_aotautograd_alone_captures_the_loss(dynamic, reduction, mode):
+    # It makes graphs without Dynamo, and of the backward too, in which nothing may be written.
+    graphs = []
+
+    def captured(graph, _):
+        graphs.append(graph)
+        return graph
+
+    def loss(function, extra, input, target):
+        return function(input * 2, target, reduction=reduction, **extra).sum()
+
+    step = aot_function(
+        functools.partial(loss, fused_ce.cross_entropy, MODES[mode]), captured, dynamic=dynamic
+    )
+    for rows in (6, 6, 9) if dynamic else (6, 6):
+        input, target = torch.randn(rows, 5, requires_grad=True), torch.arange(rows) % 5
+        results = []
+        for value in (step(input, target), loss(F.cross_entropy, {}, input, target)):
+            results.append((value, *torch.autograd.grad(value, input)))
+        torch.testing.assert_close(*results)
+    called = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert any(name.startswith("fused_ce.") for name in called)
 
 
 # Fake kernels

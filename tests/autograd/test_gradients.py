@@ -426,6 +426,25 @@ def test_saved_tensors_may_come_back_with_other_strides(hooks, layout, reduction
         torch.testing.assert_close(*grads)
 
 
+def pass_through():
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+
+
+@pytest.mark.parametrize("hooks", [pass_through, torch.autograd.graph.save_on_cpu])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@every_options_of(DIFFERENTIATING)
+@on_cpu  # where save_on_cpu hands back the tensor itself
+def test_logits_edited_under_saved_tensor_hooks_are_noticed(hooks, scale, options):
+    # Autograd compares no versions of what a hook has had.
+    leaf = torch.randn(4, 5, requires_grad=True)
+    logits = leaf * 1
+    with hooks():
+        loss = fused_ce.cross_entropy(logits, torch.tensor([0, 4, 2, 1]), **options)
+    logits.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward(torch.tensor(scale))
+
+
 @pytest.mark.parametrize("hooks", [contiguous_copies, torch.autograd.graph.save_on_cpu])
 @every_reduction
 def test_in_place_under_saved_tensor_hooks_is_right_or_refused(hooks, reduction):

@@ -577,3 +577,12 @@ def test_module_is_the_same_where_torch_has_none(monkeypatch):
                 module.LinearCrossEntropyLoss(4, 6, **wrong)
             texts.append(str(error.value))
         assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("grad_in_forward", [True, False])
+def test_warning_of_small_chunks_names_the_line_that_called(grad_in_forward):
+    layer = torch.randn(300, 4), torch.randn(30, 4, requires_grad=True)
+    options = {"max_chunk_bytes": 1000, "grad_in_forward": grad_in_forward}
+    with pytest.warns(UserWarning, match="max_chunk_bytes=1000 leaves 8 rows") as caught:
+        lce(*layer, torch.randint(30, (300,)), **options).backward()
+    assert [warning.filename for warning in caught] == [__file__]

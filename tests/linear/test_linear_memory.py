@@ -13,8 +13,9 @@ from support.memory import MEGABYTE, SLACK, Measurements, reset_peak, serve, sta
 
 import fused_ce
 
-# 200 MB of float32 logits, and gradients that are small beside a chunk.
-ROWS, FEATURES, CLASSES = 1600, 32, 32768
+# Rows, features and classes: 200 MB of float32 logits, and gradients that are small beside a chunk;
+# and rows of input that are much wider than their logits.
+SIZES, WIDE = (1600, 32, 32768), (4096, 4096, 64)
 BUDGET = 16 * MEGABYTE
 DEFAULT = 64 * MEGABYTE
 
@@ -36,6 +37,7 @@ CALLS = {
         False,
     ),
     "budget, float16": ("ours", {"max_chunk_bytes": BUDGET}, "float16", False),
+    "budget, float16, wide": ("ours", {"max_chunk_bytes": BUDGET}, "float16", False),
     "budget, none": ("ours", {"max_chunk_bytes": BUDGET, "reduction": "none"}, "float32", False),
     "budget, recompute": (
         "ours",
@@ -69,7 +71,7 @@ def extra_memory():
 
 
 # By default, the calls that take the most besides their logits.
-OFTEN = ("budget, all options", "budget, bfloat16")
+OFTEN = ("budget, all options", "budget, bfloat16", "budget, float16, wide")
 
 
 @pytest.mark.parametrize(
@@ -100,11 +102,11 @@ def test_stock_takes_more_than_ours(extra_memory):
     assert extra_memory("stock")[1] > 5 * DEFAULT
 
 
-def scratch_of_gemm(rows, dtype):
+def scratch_of_gemm(rows, features, classes, dtype):
     """What the library takes for itself while it computes a chunk's logits: on some processors a
     float32 copy of a bfloat16 result."""
-    input, weight = torch.randn(rows, FEATURES).to(dtype), torch.randn(CLASSES, FEATURES).to(dtype)
-    logits = torch.zeros(rows, CLASSES, dtype=dtype)
+    input, weight = torch.randn(rows, features).to(dtype), torch.randn(classes, features).to(dtype)
+    logits = torch.zeros(rows, classes, dtype=dtype)
     torch.mm(input, weight.t(), out=logits)
     before = reset_peak()
     torch.mm(input, weight.t(), out=logits)
@@ -116,15 +118,16 @@ def measure(name):
     function = stock_loss if which == "stock" else fused_ce.linear_cross_entropy
     options, dtype = dict(options), getattr(torch, dtype)
     no_grad = options.pop("no_grad", False)
+    all_rows, features, classes = WIDE if name.endswith("wide") else SIZES
     for option in ("weight", "linear_bias"):
         if option in options:
-            options[option] = torch.rand(CLASSES, dtype=dtype)
+            options[option] = torch.rand(classes, dtype=dtype)
 
     def problem(rows):
-        layer = torch.randn(rows, FEATURES).to(dtype), torch.randn(CLASSES, FEATURES).to(dtype)
-        target = torch.randint(CLASSES, (rows,))
+        layer = torch.randn(rows, features).to(dtype), torch.randn(classes, features).to(dtype)
+        target = torch.randint(classes, (rows,))
         if probabilities:
-            target = torch.rand(rows, CLASSES, dtype=dtype)
+            target = torch.rand(rows, classes, dtype=dtype)
         return *(t.requires_grad_(not no_grad) for t in layer), target
 
     def call(input, linear_weight, target):
@@ -136,9 +139,9 @@ def measure(name):
 
     keep_nothing_freed()
     with gemms() as shapes:
-        call(*problem(ROWS))  # leaves nothing behind but what the library of the GEMMs keeps
-    chunk_rows = max((rows for rows, columns in shapes if columns == CLASSES), default=0)
-    input, linear_weight, target = problem(ROWS)
+        call(*problem(all_rows))  # leaves nothing behind but what the library of the GEMMs keeps
+    chunk_rows = max((rows for rows, columns in shapes if columns == classes), default=0)
+    input, linear_weight, target = problem(all_rows)
     before = reset_peak()
     call(input, linear_weight, target)
     extra = status("VmHWM") - before
@@ -146,9 +149,8 @@ def measure(name):
     if dtype != torch.float32:
         apart += 4 * linear_weight.numel() * (dtype == torch.float16)  # the weight as float32
         apart += 4 * linear_weight.numel()  # the sum
-    return extra, apart + scratch_of_gemm(
-        chunk_rows, torch.float32 if dtype == torch.float16 else dtype
-    )
+    computed = torch.float32 if dtype == torch.float16 else dtype
+    return extra, apart + scratch_of_gemm(chunk_rows, features, classes, computed)
 
 
 if __name__ == "__main__":

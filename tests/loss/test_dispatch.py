@@ -4,6 +4,9 @@ Device contexts keep it on; subclasses that override torch's functions are hande
 autocast gives stock's dtypes; options that only stock serves go there, with stock's answer.
 """
 
+import fractions
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,6 +44,47 @@ def test_ordinary_call_is_fused(shape, kind, mode):
     target = target_of(kind, input.shape, torch.float32)
     for options in ({}, {"reduction": "none"}, {"label_smoothing": 0.1}, ALL_OPTIONS):
         assert is_fused(input, target, **options, **MODES[mode])
+
+
+NUMBERS = {
+    "ignore_index": (np.int64(3), np.int16(3), np.uint8(3)),
+    "label_smoothing": (np.float64(0.1), np.float32(0.1), np.float16(0.1), 0, np.int64(1), True),
+}
+
+
+@pytest.mark.parametrize(
+    "option, value", [(option, value) for option, values in NUMBERS.items() for value in values]
+)
+def test_numbers_that_stock_takes_keep_fusion(option, value):
+    input, target = problem()
+    options = {option: value}
+    assert is_fused(input, target, **options)
+    expected = F.cross_entropy(input, target, **options)
+    torch.testing.assert_close(fused_ce.cross_entropy(input, target, **options), expected)
+    head = torch.randn(5, 5)
+    assert fused_ce.explain_linear(input, head, target, **options).startswith("fused: ")
+    loss = fused_ce.linear_cross_entropy(input, head, target, **options)
+    torch.testing.assert_close(loss, F.cross_entropy(input @ head.T, target, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ignore_index": True},
+        {"ignore_index": 3.0},
+        {"ignore_index": 2**70},
+        {"label_smoothing": fractions.Fraction(1, 10)},
+        {"label_smoothing": -(10**400)},
+    ],
+    ids=str,
+)
+def test_numbers_that_stock_refuses_are_refused(options):
+    input, target = problem()
+    with pytest.raises(Exception) as expected:  # noqa: PT011
+        F.cross_entropy(input, target, **options)
+    with pytest.raises(type(expected.value)) as raised:
+        fused_ce.cross_entropy(input, target, **options)
+    assert str(raised.value).splitlines()[0] == str(expected.value).splitlines()[0]
 
 
 def test_stock_has_a_reason():

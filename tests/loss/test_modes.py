@@ -6,6 +6,7 @@ forward and backward give stock's gradient or autograd's error, never a wrong gr
 """
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -21,6 +22,11 @@ from support.grids import (
 )
 from support.layouts import GEOMETRIES, OVERLAPPING, lay_out, target_of
 from support.reference import assert_as_accurate, float64, ours, same_layout, stock
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import fused_ce
 
@@ -240,6 +246,63 @@ def test_tensor_changed_before_backward_gives_no_wrong_gradient(
         assert "modified by an inplace operation" in str(error)
     else:
         torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@every_reduction
+def test_in_place_in_a_checkpoint_finds_the_logits_in_their_place(reduction, scale):
+    # The function runs a second time in the backward, with logits that it has not made itself.
+    leaf, target = torch.randn(6, 5), torch.randint(0, 5, (6,))
+    gradients = []
+    for function, extra in ((fused_ce.cross_entropy, {"inplace": True}), (F.cross_entropy, {})):
+        input = leaf.clone().requires_grad_()
+        logits = input * 2
+
+        def run(logits=logits, function=function, extra=extra):
+            return function(logits, target, reduction=reduction, **extra)
+
+        loss = checkpoint(run, use_reentrant=False)
+        loss.backward(torch.full_like(loss, scale))
+        gradients.append(input.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_selective_checkpoint_that_keeps_our_operators_is_right(inplace):
+    leaf, target = torch.randn(6, 5), torch.randint(0, 5, (6,))
+
+    def keeps_ours(context, operator, *args, **kwargs):
+        ours = operator.namespace == "fused_ce"
+        return CheckpointPolicy.MUST_SAVE if ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, keeps_ours)
+    gradients = []
+    for function, extra in ((fused_ce.cross_entropy, {"inplace": inplace}), (F.cross_entropy, {})):
+        input = leaf.clone().requires_grad_()
+
+        def run(input, function=function, extra=extra):
+            return function(input * 2, target, **extra)
+
+        try:
+            checkpoint(run, input, use_reentrant=False, context_fn=contexts).backward()
+        except RuntimeError:
+            assert inplace  # refused, and nothing wrong
+            return
+        gradients.append(input.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.on_simulator
+def test_every_backward_of_a_kept_graph_has_the_same_bits(dtype, scale):
+    input, target = torch.randn(50, 300, dtype=dtype, requires_grad=True), torch.arange(50)
+    loss = fused_ce.cross_entropy(input, target)
+    first, second = (
+        torch.autograd.grad(loss, input, torch.tensor(scale, dtype=dtype), retain_graph=retain)
+        for retain in (True, False)
+    )
+    assert torch.equal(*first, *second)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
