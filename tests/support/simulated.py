@@ -22,6 +22,7 @@ from support.layouts import class_axis, row_axes
 from support.products import COMPILER, CUDA_SOURCES, KERNELS, ROOT, kept
 
 SIMULATOR = ROOT / "tests" / "cuda" / "simulator"
+SIMULATOR_SOURCES = sorted(path for path in SIMULATOR.rglob("*") if path.suffix in (".cpp", ".h"))
 PROGRAM = "run_cases"
 PLAIN = ("-O1", "-fPIC")  # objects that a library can be made of as well
 FLAGS = ("-std=c++20", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
@@ -206,7 +207,8 @@ def build(directory, *flags, sources=KERNELS, base=None, only=None):
 def built(name, *flags):
     """The folder of the unchanged kernels, compiled with these flags."""
     made_from = (FLAGS, flags)
-    return kept(name, lambda place: build(place, *flags), *CUDA_SOURCES, SIMULATOR, of=made_from)
+    sources = *CUDA_SOURCES, *SIMULATOR_SOURCES
+    return kept(name, lambda place: build(place, *flags), *sources, of=made_from)
 
 
 class _Calls:

@@ -29,7 +29,7 @@ SOURCES = (
 def package():
     """The folder of a fused_ce that computes on the simulator."""
     kernels = simulated.built("simulator")
-    sources = simulated.KERNELS, simulated.SIMULATOR, ROOT / "fused_ce"
+    sources = simulated.KERNELS, *simulated.SIMULATOR_SOURCES, ROOT / "fused_ce"
     return kept("package", lambda place: build_package(place, kernels), *sources)
 
 

@@ -8,6 +8,7 @@ finds accesses that nothing orders, which the simulator's own order of threads m
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -185,7 +186,8 @@ def with_fault(kernels, fault, name, *flags):
 
     name = re.sub(r"\W+", "_", name)
     made_from = (fault.file, fault.old, fault.new, fault.unit, flags)
-    return Kernels(kept(name, build, *CUDA_SOURCES, simulated.SIMULATOR, of=made_from))
+    sources = *CUDA_SOURCES, *simulated.SIMULATOR_SOURCES
+    return Kernels(kept(name, build, *sources, of=made_from))
 
 
 # Often, one fault of each kind: in the order of threads, at the end of memory, in what waits for
@@ -407,7 +409,7 @@ def build_small_kernels(place):
 
 @pytest.fixture(scope="session")
 def run_small_kernel():
-    sources = *CUDA_SOURCES, simulated.SIMULATOR  # this file among them
+    sources = *CUDA_SOURCES, *simulated.SIMULATOR_SOURCES, Path(__file__)
     program = kept("small_kernels", build_small_kernels, *sources) / "kernels"
     return lambda name: subprocess.run([program, name], capture_output=True, text=True)
 
