@@ -259,7 +259,7 @@ ProblemBuilder::ProblemBuilder(const Tensor& input_tensor, const Tensor& target_
             "reduction must be 0 (none), 1 (mean) or 2 (sum), got " + std::to_string(reduction));
   FCE_CHECK(!(p.options.label_smoothing > 1.0), "label_smoothing must be at most 1");
   if (!p.is_smoothed()) p.options.label_smoothing = 0.0;  // what is negative or nan, too
-  constexpr double kMinCap = 1e-30, kMaxCap = 1e30;       // its square is a float
+  constexpr double kMinCap = 1e-30, kMaxCap = 1e30;       // a normal float
   const double cap = p.options.softcap;
   FCE_CHECK(cap == 0.0 || (cap >= kMinCap && cap <= kMaxCap),
             "softcap must be from 1e-30 to 1e30, or 0 for none, got " + std::to_string(cap));

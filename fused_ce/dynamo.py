@@ -1,6 +1,6 @@
 """A word to Dynamo, ``torch.compile``'s tracer, without its import.
 
-``torch.compiler``'s decorators import Dynamo, which takes as long as all of torch.
+``torch.compiler``'s decorators import Dynamo, which takes nearly as long as all of torch.
 """
 
 from collections.abc import Callable

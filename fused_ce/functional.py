@@ -16,6 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from . import eager, fallback, graph, ops, stock
 from .eligibility import INVALID, OVERRIDDEN, loss_dtype, overrides, stock_reason
 from .options import DEFAULTS, NONE, Options, integer, real
+from .scripting import refusal
 from .signatures import bound, takes_arguments_of
 
 
@@ -118,14 +119,9 @@ def cross_entropy(
     return _RUN[mode](input, target, *options)
 
 
-def _refuse_script():
-    raise RuntimeError(
-        "fused_ce.cross_entropy cannot be scripted; torch.jit.script takes "
-        "torch.nn.functional.cross_entropy, and torch.compile takes both."
-    )
-
-
-cross_entropy.__prepare_scriptable__ = _refuse_script
+cross_entropy.__prepare_scriptable__ = refusal(
+    "cross_entropy", "torch.nn.functional.cross_entropy", "both"
+)
 
 
 @takes_arguments_of(cross_entropy)

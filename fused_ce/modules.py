@@ -17,6 +17,7 @@ from torch.nn.modules.loss import _WeightedLoss
 
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
+from .scripting import refusal
 from .signatures import keyword_options
 
 M = TypeVar("M", bound=type[nn.Module])
@@ -93,11 +94,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         torch.Size([3, 5])
     """
 
-    def __prepare_scriptable__(self):
-        raise RuntimeError(
-            "fused_ce.CrossEntropyLoss cannot be scripted; torch.jit.script takes "
-            "torch.nn.CrossEntropyLoss, and torch.compile takes both."
-        )
+    __prepare_scriptable__ = refusal("CrossEntropyLoss", "torch.nn.CrossEntropyLoss", "both")
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Returns the loss of ``input`` against ``target``."""
@@ -202,11 +199,9 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         torch.Size([1000, 16])
     """
 
-    def __prepare_scriptable__(self):
-        raise RuntimeError(
-            "fused_ce.LinearCrossEntropyLoss cannot be scripted; torch.jit.script takes "
-            "torch.nn.Linear and torch.nn.CrossEntropyLoss, and torch.compile takes all of them."
-        )
+    __prepare_scriptable__ = refusal(
+        "LinearCrossEntropyLoss", "torch.nn.Linear and torch.nn.CrossEntropyLoss", "all of them"
+    )
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Returns the loss of ``input``, through the layer, against ``target``."""

@@ -43,6 +43,15 @@ void with_vector_type(const Problem& p, const Use& use) {
 
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // of a launch
 
+// The blocks of a backward launch. Where they may find that there is nothing to do they are no more
+// than the device holds, so that they find it quickly.
+constexpr int kResidentBlocks = 4;  // of a multiprocessor
+inline int64_t backward_blocks(int64_t wanted, const Device& device, When when) {
+  const int64_t resident = int64_t{device.multiprocessors} * kResidentBlocks;
+  const int64_t most = when == When::kAlways ? kMaxBlocks : resident;
+  return wanted < most ? wanted : most;
+}
+
 // The blocks of a forward launch, each of which leaves one number in Result::losses.
 int64_t general_blocks(const Problem& p, const Device& device);
 void general_forward(const Problem& p, const Result& result, const Device& device, Stream stream);

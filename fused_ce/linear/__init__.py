@@ -22,6 +22,7 @@ from ..eligibility import (
     stock_reason_of_logits,
 )
 from ..options import DEFAULTS, NONE, Options
+from ..scripting import refusal
 from ..signatures import bound, takes_arguments_of
 from . import operators
 from .plan import DEVICES, Limits, Sizes, check_limits, limits_of
@@ -144,14 +145,9 @@ def linear_cross_entropy(
     return loss if loss.dim() == 0 else loss.reshape(call.loss_shape)
 
 
-def _refuse_script():
-    raise RuntimeError(
-        "fused_ce.linear_cross_entropy cannot be scripted; torch.jit.script takes "
-        "torch.nn.functional.linear and cross_entropy, and torch.compile takes all of them."
-    )
-
-
-linear_cross_entropy.__prepare_scriptable__ = _refuse_script
+linear_cross_entropy.__prepare_scriptable__ = refusal(
+    "linear_cross_entropy", "torch.nn.functional.linear and cross_entropy", "all of them"
+)
 
 
 @takes_arguments_of(linear_cross_entropy)

@@ -30,7 +30,7 @@ LUCK = 2.0
 # A factor alone, a cap alone that most logits feel, and both: the factor of 16 reaches where tanh
 # rounds to 1, the negative one turns the largest logit into the smallest.
 MAPS = [(0.37, 0.0), (-2.0, 0.0), (None, 5.0), (16.0, 30.0), (-0.5, 2.0)]
-# On the simulator, where a call takes a tenth of a second, one of them for every kind of rows.
+# On the simulator, which is slow, one of them for every kind of rows.
 MAPS_OFTEN = [
     pytest.param(*each, marks=pytest.mark.on_simulator if each == (16.0, 30.0) else ())
     for each in MAPS

@@ -85,7 +85,7 @@ class LaneKernel {
     if (transposes_input_) {
       load_rows();
       if (p_.maps_logits())
-        for (int64_t c = 0; c < p_.classes; c++) map_lanes(kept_lanes(c));
+        for (int64_t c = 0; c < p_.classes; c++) map_lanes(loaded_lanes(c));
       loaded_ = true;
     }
     batch_.begin(tile);
@@ -104,6 +104,9 @@ class LaneKernel {
     return grad_direct_ ? grad_lanes(c) : nullptr;
   }
 
+  // Where logits of class c are loaded to.
+  A* loaded_lanes(int64_t c) { return tile_.empty() ? buffer_ : tile_.data() + c * stride_; }
+
   // The logits of some classes: those of class c + j begin at data + j * stride.
   struct Classes {
     const A* data;
@@ -115,7 +118,7 @@ class LaneKernel {
     const int64_t offset = input_ + c * p_.input.class_stride;
     if (input_direct_)
       return {static_cast<const A*>(p_.input.data) + offset, p_.input.class_stride};
-    A* lanes = tile_.empty() ? buffer_ : tile_.data() + c * stride_;
+    A* lanes = loaded_lanes(c);
     for (int64_t j = 0; j < count && !loaded_; j++) {
       load_span(p_.input, offset + j * p_.input.class_stride, lane_stride(p_.input), n_,
                 lanes + j * stride_);
@@ -131,7 +134,7 @@ class LaneKernel {
   // Of one class, with the slopes that a gradient is multiplied by, where the map bends. They are
   // read anew, or where the rows were turned over lie in the tile as they were read.
   const A* logits_and_slopes(int64_t c) {
-    A* lanes = tile_.empty() ? buffer_ : tile_.data() + c * stride_;
+    A* lanes = loaded_lanes(c);
     if (!transposes_input_)
       load_span(p_.input, input_ + c * p_.input.class_stride, lane_stride(p_.input), n_, lanes);
     map_logits(batch_.map, lanes, n_, lanes, slopes_);

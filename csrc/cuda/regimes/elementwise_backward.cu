@@ -1,8 +1,7 @@
 // The gradient with respect to logits of adjacent classes, element by element, from the statistics
 // of their rows: the one read and one write that it takes.
 //
-// A warp or a block has a stretch of a row at a time. The blocks are no more than the device holds
-// where they may find that there is nothing to do, so that they find it quickly.
+// A warp or a block has a stretch of a row at a time.
 #include "../kernel_launch.h"
 #include "../regimes.h"
 #include "vector_row.cuh"
@@ -13,7 +12,6 @@ namespace {
 
 constexpr int kBlock = 256;
 constexpr int kPacks = 4;
-constexpr int kBlocksPerMultiprocessor = 4;
 
 // A stretch of a row: as many packs as its threads take at a time, and with the first of them the
 // single elements at the row's ends.
@@ -37,7 +35,7 @@ __device__ __forceinline__ float element(const Pack<T> (&packs)[kPacks], int dis
 }
 
 template <class T, bool kSmoothed>
-__global__ void __launch_bounds__(kBlock, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kBlock, kResidentBlocks)
     elementwise_backward_kernel(const __grid_constant__ Problem p, When when, Stretches stretches,
                                 const Unpacking unpacking) {
   if (when == When::kUnlessGradOutputIsOne && grad_output_is_one(p)) return;
@@ -120,9 +118,7 @@ bool elementwise_backward_serves(const Problem& p, const Device&) {
 void elementwise_backward(const Problem& p, const Device& device, When when, Stream stream) {
   const Stretches stretches = stretches_of(p);
   const int64_t wanted = ceil_divide(stretches.count * stretches.threads, kBlock);
-  const int64_t resident = int64_t{device.multiprocessors} * kBlocksPerMultiprocessor;
-  const int64_t most = when == When::kAlways ? kMaxBlocks : resident;
-  const Grid grid{wanted < most ? wanted : most, kBlock};
+  const Grid grid{backward_blocks(wanted, device, when), kBlock};
   with_vector_type(p, [&](auto zero) {
     using T = decltype(zero);
     const auto kernel = p.is_smoothed() ? elementwise_backward_kernel<T, true>

@@ -36,11 +36,7 @@ __global__ void __launch_bounds__(kStridedBlock, 2)
 }  // namespace
 
 void strided_backward(const Problem& p, const Device& device, When when, Stream stream) {
-  constexpr int kBlocksPerMultiprocessor = 4;
-  const int64_t wanted = strided_blocks(p, device);
-  const int64_t resident = int64_t{device.multiprocessors} * kBlocksPerMultiprocessor;
-  const int64_t most = when == When::kAlways ? kMaxBlocks : resident;
-  const Grid grid{wanted < most ? wanted : most, kStridedBlock};
+  const Grid grid{backward_blocks(strided_blocks(p, device), device, when), kStridedBlock};
   with_logits_type(p, [&](auto zero) {
     using T = decltype(zero);
     const auto kernel =

@@ -32,15 +32,13 @@ __global__ void __launch_bounds__(256, 4)
 }  // namespace
 
 void tile_rows_backward(const Problem& p, const Device& device, When when, Stream stream) {
-  constexpr int kBlocksPerMultiprocessor = 4;
   const int64_t tiles = tile_rows_blocks(p, device);
-  const int64_t resident = int64_t{device.multiprocessors} * kBlocksPerMultiprocessor;
-  const int64_t most = when == When::kAlways ? kMaxBlocks : resident;
+  const int64_t blocks = backward_blocks(tiles, device, when);
   with_vector_type(p, [&](auto zero) {
     with_tile_shape(p, [&](auto lanes, auto terms) {
       using T = decltype(zero);
       using Tile = RowTile<T, lanes, terms>;
-      const Grid grid{tiles < most ? tiles : most, Tile::kBlock, sizeof(typename Tile::Shared)};
+      const Grid grid{blocks, Tile::kBlock, sizeof(typename Tile::Shared)};
       launch_kernel(tile_rows_backward_kernel<T, lanes, terms>, grid, stream, p, when, tiles);
     });
   });
