@@ -11,15 +11,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.processes import ROOT, Done, finish
 
-ROOT = Path(__file__).parents[2]
+
+def run(*command: str, cwd: Path, **more: str) -> Done:
+    return finish(*command, cwd=cwd, env={**os.environ, **more})
 
 
-def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+def run_anew(*command: str, cwd: Path, **more: str) -> subprocess.CompletedProcess:
+    """With nothing loaded before."""
     return subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**os.environ, **more},
         capture_output=True,
         text=True,
         timeout=300,
@@ -130,7 +134,7 @@ def test_build_against_an_old_torch_names_the_version_that_is_needed(tmp_path):
     (tmp_path / "torch" / "__init__.py").write_text('__version__ = "2.9.1+cpu"\n')
     (package / "__init__.py").write_text("")
     (package / "cpp_extension.py").write_text("")
-    result = run("setup.py", "--version", cwd=ROOT, PYTHONPATH=str(tmp_path))
+    result = run_anew("setup.py", "--version", cwd=ROOT, PYTHONPATH=str(tmp_path))
     assert result.returncode != 0
     assert "torch 2.10 or newer is needed, found 2.9.1+cpu; upgrade torch" in result.stderr
     assert "Traceback" not in result.stderr
@@ -167,13 +171,13 @@ def test_import_under_an_old_torch_names_the_version_that_is_needed(bare_package
 def test_import_leaves_dynamo_alone():
     """It takes nearly as long to import as all of torch."""
     code = "import sys, fused_ce; print([m for m in sys.modules if m.startswith('torch._dynamo')])"
-    assert run("-c", code, cwd=ROOT).stdout == "[]\n"
+    assert run_anew("-c", code, cwd=ROOT).stdout == "[]\n"
 
 
 def test_wheel_serves_every_python_and_carries_type_information(tmp_path):
     """Its tag, its files, and that it works away from the source tree."""
     pip = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
-    built = run(*pip, "-w", str(tmp_path), str(ROOT), cwd=tmp_path)
+    built = run_anew(*pip, "-w", str(tmp_path), str(ROOT), cwd=tmp_path)
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert "-py3-none-" in wheel.name

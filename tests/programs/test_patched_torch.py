@@ -11,18 +11,17 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import traceback
-from pathlib import Path
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.processes import ROOT, TESTS, finish
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-TESTS = Path(__file__).parents[1]
 SECONDS, BYTES = 60, 8 << 30  # for one path; address space, of which torch alone takes some
 stock = F.cross_entropy
 
@@ -280,6 +279,7 @@ CASES = {patch.__name__: paths for patch, paths in PATCHES.items()}
 
 def main(patch):
     """Prints what became of each path, in lines of JSON."""
+    warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     globals()[patch]()
 
@@ -300,11 +300,7 @@ def main(patch):
 
 @functools.cache
 def outcomes(patch):
-    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent)}
-    command = [sys.executable, "-W", "ignore", __file__, patch]
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=len(PATHS) * SECONDS
-    )
+    done = finish(__file__, patch, env={**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}"})
     ended = f"the process ended with {done.returncode}: {done.stderr[-500:]}"
     return dict.fromkeys(CASES[patch], ended) | dict(map(json.loads, done.stdout.splitlines()))
 
@@ -344,17 +340,10 @@ def test_all_tests_pass_where_torchs_loss_is_ours(file):
 
 
 def run(file, chosen):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "support.patched_torch", "--tb=short"]
-    command += ["-p", "no:cacheprovider", "-m", "not cuda", "-k", chosen]
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
-    done = subprocess.run(
-        [*command, TESTS / file],
-        cwd=TESTS.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
+    options = ("-q", "-p", "support.patched_torch", "-p", "no:cacheprovider", "--tb=short")
+    chosen = ("-m", "not cuda", "-k", chosen)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{TESTS}"}
+    done = finish("-m", "pytest", *options, *chosen, str(TESTS / file), env=environment)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 

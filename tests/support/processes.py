@@ -1,39 +1,114 @@
 """Runs programs as their user does: a process, what it prints and how it ends.
 
-A test file that measures a process runs itself as a program; `environment` gives it the package
-that is being tested, wherever that was imported from, and this folder's `support`.
+To import torch takes seconds, so `run` has a process that did so and is forked for each program:
+this file, run as a program. Where the start itself matters (instruction sets, memory, an old torch)
+a test starts Python; `environment` gives it the package that is being tested, wherever that was
+imported from, and this folder's `support`.
 """
 
+import atexit
+import functools
+import importlib
+import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-
-import fused_ce
+from typing import NamedTuple
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
-PACKAGE = Path(fused_ce.__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # `bench` is not installed
 
+SECONDS = 300  # after which a program is killed
+
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (PACKAGE, TESTS, ROOT))), **more}
+    import fused_ce
+
+    package = Path(fused_ce.__file__).resolve().parents[1]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (package, TESTS, ROOT))), **more}
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def finish(*command: str, cwd: Path = ROOT, env: dict[str, str] | None = None) -> Done:
+    """What became of `python COMMAND`: `-m MODULE`, `-c CODE` or a path, and arguments."""
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        variables = dict(os.environ if env is None else env)
+        server = _server()
+        request = (list(map(str, command)), str(cwd), variables, out.name, err.name)
+        print(json.dumps(request), file=server.stdin, flush=True)
+        return Done(int(server.stdout.readline()), out.read(), err.read())
 
 
 def run(*command: str, ends_with: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == ends_with, done.stdout
-    return done.stdout
+    """What the program prints."""
+    done = finish(*command)
+    assert done.returncode == ends_with, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def is_png(path: Path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@functools.cache
+def _server() -> subprocess.Popen:
+    pipe = subprocess.PIPE
+    server = subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, text=True)
+    atexit.register(server.communicate)
+    return server
+
+
+def _serve() -> list | None:
+    """The request of a process that was forked for it; nothing where there are no more."""
+    for request in sys.stdin:
+        child = os.fork()
+        if not child:
+            return json.loads(request)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _become(command: list[str], cwd: str, variables: dict[str, str], out: str, err: str) -> None:
+    for stream, place, mode in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, out, os.O_WRONLY),
+        (2, err, os.O_WRONLY),
+    ):
+        os.dup2(os.open(place, mode), stream)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(variables)
+    signal.alarm(SECONDS)
+    installed = [place for place in sys.path if place.startswith((sys.prefix, sys.base_prefix))]
+    asked = list(filter(None, variables.get("PYTHONPATH", "").split(os.pathsep)))
+    kind, *arguments = command
+    if kind == "-m":
+        sys.path[:] = [cwd, *asked, *installed]
+        sys.argv = arguments
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        sys.path[:] = ["", *asked, *installed]
+        sys.argv = ["-c", *arguments[1:]]
+        exec(arguments[0], {"__name__": "__main__"})
+    else:
+        sys.path[:] = [str(Path(cwd, kind).parent), *asked, *installed]
+        sys.argv = command
+        runpy.run_path(kind, run_name="__main__")
+
+
+if __name__ == "__main__":
+    importlib.import_module("torch._dynamo")  # which the optimizers import
+
+    request = _serve()
+    if request:
+        _become(*request)
