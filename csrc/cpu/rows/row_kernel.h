@@ -40,6 +40,13 @@ struct Extent {
 template <class A>
 struct BlockSums : RowSums<A, double> {
   Extent<A> extents[kRowBlock / kChunk];
+
+  // Member by member: GCC 12 puts a whole value together in memory that it then reads at once,
+  // which waits until all stores before it are through, those of converted logits too.
+  void begin(A largest) {
+    this->rest = this->ones = this->gaps = this->mass = 0.0;
+    this->max = largest;
+  }
 };
 
 // Compiled for one of the levels of simd.h.
@@ -236,13 +243,14 @@ class RowKernel {
   // Returns where the logits of the block are to be had as A, and finds its maximum.
   const A* measure_block(int64_t r, int64_t b, int64_t n, BlockSums<A>& sums) {
     const A* x = read_logits(r, b, n, term_block(r, b));
-    sums = {};
+    A max = -kInfinity<A>;
     for_chunks(n, [&](int64_t i, auto count) {
       const Extent<A> extent =
           kTellsNormal ? extent_of(x + i, count) : Extent<A>{A(0), max_of(x + i, count)};
       sums.extents[i / kChunk] = extent;
-      sums.max = std::max(sums.max, extent.max);
+      max = std::max(max, extent.max);
     });
+    sums.begin(max);
     return x;
   }
 
