@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import ops
 from .stock import INDEX_DTYPES
 
-INVALID = "the arguments are not valid, and stock says why"
+INVALID = "the kernels do not know these arguments, which stock takes or refuses"
 OVERRIDDEN = "an argument overrides __torch_function__"
 _STRIDED = torch.strided
 _HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})

@@ -57,7 +57,8 @@ def cross_entropy(
             **whoever reads the logits after the loss reads gradients**, and a leaf's ``.grad``
             shares their memory. There is one backward, not differentiable. Without grad mode the
             logits are left alone. Under ``torch.compile``, which plans memory itself, the option
-            has no effect. Default: ``False``
+            has no effect. In bfloat16 a ``grad_output`` that is no power of two rounds the gradient
+            once more, but not with ``grad_in_forward=False``. Default: ``False``
 
     Shape:
         - Input: :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_K)`.
@@ -130,7 +131,8 @@ def explain(*args: Any, **kwargs: Any) -> str:
 
     Returns ``"fused: "`` with the moment the gradient is computed and the instruction set in use
     (on CUDA the GPU's compute capability), or ``"stock: "`` with the reason why stock PyTorch's
-    function takes the call.
+    function takes the call, or ``"refused: "`` with the error of logits that cannot be overwritten.
+    Whether the targets are classes would have to be read, and is not asked.
 
     Example::
 
@@ -159,6 +161,11 @@ def explain(*args: Any, **kwargs: Any) -> str:
     if reason is not None:
         return f"stock: {reason}"
     mode = _mode(input, target, options.reduction, call["grad_in_forward"], call["inplace"])
+    if mode.startswith("in place"):
+        try:
+            ops.check_overwritable(input, target, *options)
+        except RuntimeError as error:
+            return f"refused: {str(error).splitlines()[0]}"
     return f"fused: {mode}, {instructions(input)}"
 
 
@@ -213,7 +220,8 @@ def _mode(input, target, reduction: int, grad_in_forward: bool, inplace: bool) -
     # find it as the first result, where forward_grad_ has the loss.
     if inplace and not input.is_neg():
         # What runs a function again for its saved tensors must find the logits in their place.
-        if defers or input.dtype == torch.float16 or eager.hooks_are_active():
+        defers = defers or not grad_in_forward or input.dtype == torch.float16
+        if defers or eager.hooks_are_active():
             return "in place in backward"
         return "in place in forward"
     return "recomputed in backward" if defers or not grad_in_forward else "gradient in forward"

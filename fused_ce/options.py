@@ -6,6 +6,7 @@ else hands options on takes them as a whole.
 """
 
 import numbers
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -46,16 +47,30 @@ _TENSORS = sum(kind == Tensor | None for kind in Options.__annotations__.values(
 
 
 def integer(number: Any) -> Any:
-    """A whole number, NumPy's too, as Python's; what torch refuses for one as it is."""
-    is_whole = isinstance(number, numbers.Integral) and not isinstance(number, bool)
-    return int(number) if is_whole else number
+    """A whole number as Python's, where it is NumPy's or a tensor; what torch refuses as it is."""
+    if isinstance(number, bool) or _is_traced(number):
+        return number
+    if isinstance(number, Tensor) and number.dtype == torch.bool:
+        return number
+    try:
+        return operator.index(number)
+    except (TypeError, RuntimeError):
+        return number
 
 
 def real(number: Any) -> Any:
     """The same for any number; torch takes a bool and no fraction."""
+    if isinstance(number, Tensor):
+        is_real = number.dim() == 0 and not (number.requires_grad or number.is_complex())
+        return float(number) if is_real and not _is_traced(number) else number
     is_fraction = isinstance(number, numbers.Rational) and not isinstance(number, numbers.Integral)
     is_real = isinstance(number, numbers.Real) and not is_fraction
     return float(number) if is_real else number
+
+
+def _is_traced(number: Any) -> bool:
+    """A graph has no number of a tensor."""
+    return isinstance(number, Tensor) and torch.compiler.is_compiling()
 
 
 def split(options: tuple) -> tuple[tuple, tuple]:

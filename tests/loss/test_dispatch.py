@@ -47,8 +47,14 @@ def test_ordinary_call_is_fused(shape, kind, mode):
 
 
 NUMBERS = {
-    "ignore_index": (np.int64(3), np.int16(3), np.uint8(3)),
-    "label_smoothing": (np.float64(0.1), np.float32(0.1), np.float16(0.1), 0, np.int64(1), True),
+    "ignore_index": (
+        *(np.int64(3), np.int16(3), np.uint8(3), np.array(3)),
+        *(torch.tensor(3), torch.tensor([3], dtype=torch.uint8)),
+    ),
+    "label_smoothing": (
+        *(np.float64(0.1), np.float32(0.1), np.float16(0.1), 0, np.int64(1), True),
+        *(torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64), torch.tensor(1)),
+    ),
 }
 
 
@@ -73,6 +79,12 @@ def test_numbers_that_stock_takes_keep_fusion(option, value):
         {"ignore_index": True},
         {"ignore_index": 3.0},
         {"ignore_index": 2**70},
+        {"ignore_index": torch.tensor(3.0)},
+        {"ignore_index": torch.tensor(True)},
+        {"ignore_index": torch.tensor([1, 2])},
+        {"label_smoothing": torch.tensor([0.1])},
+        {"label_smoothing": torch.tensor(0.1, requires_grad=True)},
+        {"label_smoothing": torch.tensor(0.1j)},
         {"label_smoothing": fractions.Fraction(1, 10)},
         {"label_smoothing": -(10**400)},
     ],

@@ -92,6 +92,31 @@ def test_in_place_gradient_is_where_the_logits_were(reduction, dtype, is_leaf):
         assert leaf.grad.data_ptr() == leaf.data_ptr()
 
 
+@pytest.mark.on_simulator
+def test_in_place_in_backward_is_rounded_once():
+    # 0.3 is no power of two, so that scaling a gradient already in bfloat16 would round it again.
+    input, target = problem(torch.bfloat16)
+
+    def gradient(**mode):
+        leaf = input.clone().requires_grad_()
+        loss = fused_ce.cross_entropy(leaf, target, grad_in_forward=False, **mode)
+        (loss * 0.3).backward()
+        return leaf.grad
+
+    assert torch.equal(gradient(inplace=True), gradient())
+
+
+def test_explain_says_that_logits_cannot_be_overwritten():
+    logits = torch.randn(1, 5, requires_grad=True).expand(4, 5)
+    target = torch.arange(4)
+    with pytest.raises(RuntimeError) as raised:
+        fused_ce.cross_entropy(logits, target, inplace=True)
+    said = fused_ce.explain(logits, target, inplace=True)
+    assert said == f"refused: {str(raised.value).splitlines()[0]}"
+    with torch.no_grad():
+        assert fused_ce.explain(logits, target, inplace=True).startswith("fused: no gradient")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.on_simulator
 def test_in_place_waits_for_a_target_gradient(dtype):

@@ -63,6 +63,10 @@ class RowKernel {
                      (p.grad.data && p.classes <= kMaxScratch && !batch_.map.bends())),
         group_(std::max<int64_t>(1, kGroupElements / std::max<int64_t>(1, p.classes))),
         terms_(keeps_terms_ && !terms_in_grad_ ? p.classes * tiling.tile_rows : 0),
+        buffers_((batch_.map.bends() ? 3 : 2) * kBuffer),
+        buffer_(buffers_.data()),
+        coefficients_(buffer_ + kBuffer),
+        slopes_(coefficients_ + kBuffer),
         blocks_(blocks_of(p) * tiling.tile_rows) {}
 
   // Returns the sum of the tile's losses; writes the statistics and the gradient where there is
@@ -177,6 +181,8 @@ class RowKernel {
 
   // Elements of the widest vector, in float.
   static constexpr int64_t kVector = 16;
+  // A block's, no power of two apart, where buffers compete for the same lines of the cache.
+  static constexpr int64_t kBuffer = kRowBlock + 3 * kVector;
   // Of short rows, as many are in work at a time as have this many elements together.
   static constexpr int64_t kGroupElements = 1024;
 
@@ -443,12 +449,10 @@ class RowKernel {
   const Smoothing<A> smoothing_;
   const bool adjacent_, terms_in_grad_, keeps_terms_;
   const int64_t group_;
-  const Scratch<A> terms_;
+  const Scratch<A> terms_, buffers_;
+  A *const buffer_, *const coefficients_, *const slopes_;
   std::vector<BlockSums<A>> blocks_;
   Run input_{}, target_{}, grad_{};
-  alignas(kLine) A buffer_[kRowBlock];
-  alignas(kLine) A coefficients_[kRowBlock];
-  alignas(kLine) A slopes_[kRowBlock];
 };
 
 }  // namespace fused_ce::cpu
