@@ -74,14 +74,18 @@ class Gradients:
         """Adds what was taken out: all that belongs to a row of the weight before it is rounded."""
         total, input = self.linear_weight, self.problem.input
         columns, values = map(torch.cat, zip(*self.targets, strict=True))  # [N, positions]
-        found, places = columns.flatten().unique(return_inverse=True)
+        found, places = columns.unique(return_inverse=True)
         wide = torch.promote_types(total.dtype, torch.float32)
         values = values.to(wide).unsqueeze(2)
-        size = max(TILE_BYTES // (len(places) * wide.itemsize), 1)
-        for start in range(0, input.shape[1], size):
-            some = slice(start, start + size)
-            terms = values * input[:, some].to(self.problem.dtype).unsqueeze(1)
-            sums = total[found, some].to(wide).index_add_(0, places, terms.flatten(0, 1))
+        # A piece of scratch for the sums of some features, and one for their terms of some rows.
+        width = max(TILE_BYTES // (max(len(found), 1) * wide.itemsize), 1)
+        for start in range(0, input.shape[1], width):
+            some = slice(start, start + width)
+            sums = total[found, some].to(wide)
+            height = max(TILE_BYTES // (sums.shape[1] * places.shape[1] * wide.itemsize), 1)
+            for rows in (slice(first, first + height) for first in range(0, len(input), height)):
+                terms = values[rows] * input[rows, some].to(self.problem.dtype).unsqueeze(1)
+                sums.index_add_(0, places[rows].flatten(), terms.flatten(0, 1))
             total[found, some] = sums.to(total.dtype)
 
     def _add_bias(self, logits_grad: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_ce
 from fused_ce import linear_cross_entropy as lce
+from fused_ce.linear import gradients
 
 FEATURES, CLASSES, ROWS = 4, 6, 7
 
@@ -71,6 +72,20 @@ def test_second_backward_equals_the_first(kind, reduction, way):
     with in_chunks():
         layer = outcomes(body, kind, way, reduction=reduction)
     torch.testing.assert_close(*layer)
+
+
+@pytest.mark.parametrize("kind", ["index", "probability", "positions"])
+def test_scratch_of_any_size_gives_the_same_gradient(kind, monkeypatch):
+    # 24 bytes hold some classes' sums of one feature, and the terms of a few rows.
+    def body(loss, leaves):
+        return torch.autograd.grad(loss(*leaves), leaves)
+
+    torch.manual_seed(0)
+    expected, _ = outcomes(body, kind, dtype=torch.bfloat16)
+    monkeypatch.setattr(gradients, "TILE_BYTES", 24)
+    torch.manual_seed(0)
+    found, _ = outcomes(body, kind, dtype=torch.bfloat16)
+    assert all(map(torch.equal, found, expected))
 
 
 @every_reduction
