@@ -8,6 +8,8 @@
 #   make test-torch TORCH=torch==2.10.0
 #                    the tests with the wheel, built with the pinned torch, under another torch in an
 #                    environment of its own (gigabytes where torch comes with CUDA)
+#   make fuzz SECONDS=600 SEED=1
+#                    random calls, and calls that nobody should make, for as long as that
 #   make lint        formatting and static checks
 #   make format      rewrite the sources the way lint wants them
 #   make wheel       build a wheel into dist/
@@ -22,6 +24,8 @@ VENV ?= .venv
 TORCH ?=
 ARGS ?=
 WORKERS ?= 2
+SECONDS ?= 60
+SEED ?= 0
 # A test that waits for ever fails, with the stack of every thread, and so does the run: a worker put
 # in the place of one that died never gets work (pytest-xdist 3.8, its issues 1323 and 1378).
 PYTEST := pytest -q -n $(WORKERS) --dist loadgroup --max-worker-restart 0 \
@@ -41,7 +45,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test test-slow test-all test-torch: export OMP_WAIT_POLICY ?= PASSIVE
 test test-slow test-all test-torch: export OMP_NUM_THREADS ?= 1
 
-.PHONY: build test test-slow test-all test-torch demo bench lint format wheel clean
+.PHONY: build test test-slow test-all test-torch demo bench fuzz lint format wheel clean
 
 build: $(LIBRARY)
 
@@ -83,6 +87,9 @@ demo: build
 
 bench: build
 	$(BIN)/python -m bench $(ARGS)
+
+fuzz: build
+	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(SECONDS) --seed $(SEED) $(ARGS)
 
 lint: build
 	$(BIN)/ruff check .

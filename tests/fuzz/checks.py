@@ -1,0 +1,95 @@
+"""What must hold of a case: ours is right where stock is, and what is refused writes nothing.
+
+The rule is looser than the tests': among hundreds of thousands of cases some have a stock result
+that is nearer to the exact one than its arithmetic deserves. What a fuzzer looks for is wrong by
+more than a few of the last digits.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from support import reference
+from support.reference import Outcome, ulp
+
+import fused_ce
+
+LUCK = 4  # times stock's error, and as many ulp
+
+
+def check_loss(input, target, options, mode, scale):
+    ours = reference.ours(input, target, mode=mode, scale=scale, **options)
+    stock = reference.stock(input, target, scale=scale, **options)
+    exact = reference.float64(input, target, scale=scale, **options)
+    for what, *three in zip(Outcome._fields, ours, stock, exact, strict=True):
+        if three[0] is not None:
+            _check_near(what, *three)
+
+
+def check_head(input, linear_weight, linear_bias, target, options, chunks):
+    tensors = input, linear_weight, linear_bias
+
+    def run(loss, dtype=None, **more):
+        layer = [None if t is None else t.to(dtype or t.dtype).clone() for t in tensors]
+        leaves = [t.requires_grad_() for t in layer if t is not None]
+        weight = options.get("weight")
+        own = options if weight is None else options | {"weight": weight.to(dtype or weight.dtype)}
+        same = target.to(dtype) if dtype and target.is_floating_point() else target
+        value = loss(layer[0], layer[1], same, linear_bias=layer[2], **own, **more)
+        return value.detach(), *torch.autograd.grad(value.sum(), leaves)
+
+    def stock(input, linear_weight, target, linear_bias, **options):
+        bias = None if linear_bias is None else linear_bias.flatten()
+        logits = F.linear(input, linear_weight.flatten(0, -2), bias)
+        shape = (len(input), *linear_weight.shape[:-1])
+        target = target if target.is_floating_point() else target.long()
+        return F.cross_entropy(logits.reshape(shape), target, **options)
+
+    ours = run(fused_ce.linear_cross_entropy, **chunks)
+    for what, *three in zip(
+        ("loss", "input's gradient", "weight's gradient", "bias's gradient"),
+        *(ours, run(stock), run(stock, torch.float64)),
+        strict=False,
+    ):
+        _check_near(what, *three)
+
+
+def check_operator(operator, arguments):
+    tensors = {k: v for k, v in arguments.items() if torch.is_tensor(v) and _has_memory(v)}
+    before = {name: _bytes(tensor) for name, tensor in tensors.items()}
+    try:
+        operator(**arguments)
+    except Exception:
+        for name, tensor in tensors.items():
+            assert torch.equal(before[name], _bytes(tensor)), f"{name} was written before the error"
+
+
+def _has_memory(tensor):
+    return tensor.layout is torch.strided and tensor.device.type == "cpu"
+
+
+def _bytes(tensor):
+    whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    return whole.clone()
+
+
+def _check_near(what, ours, stock, exact):
+    assert ours.dtype == stock.dtype and ours.shape == stock.shape, what
+    expected = exact.to(ours.dtype)
+    finite = expected.isfinite()
+    torch.testing.assert_close(ours[~finite], expected[~finite], equal_nan=True, msg=what)
+    if not finite.any():
+        return
+    ours, stock, exact = (t[finite].double() for t in (ours, stock, exact))
+    spacing = ulp(exact, expected.dtype)
+    error, limit = ((t - exact).abs().max().item() for t in (ours, stock))
+    limit = limit if math.isfinite(limit) else 0.0
+    if expected.dtype == torch.float64:
+        # Stock is itself the reference, of differences of numbers near 1 and of other products.
+        limit = 1e-13 * max(1.0, exact.abs().max().item())
+    assert error <= LUCK * (limit + spacing), (
+        f"the {what} is {error:.3e} off, stock's {limit:.3e}; an ulp is {spacing:.3e}"
+    )
+
+
+CHECKS = {"loss": check_loss, "head": check_head, "operator": check_operator}
