@@ -6,6 +6,7 @@ What fails is printed as a program; the exit code is 1.
 """
 
 import argparse
+import inspect
 import os
 import signal
 import sys
@@ -20,9 +21,11 @@ from .checks import CHECKS
 
 BATCH = 25  # cases, after which the time is looked at and another kind has its turn
 OURS = {
-    "loss": "print(fused_ce.cross_entropy(input, target, **options), mode, scale)",
-    "head": "print(fused_ce.linear_cross_entropy(input, linear_weight, target, "
-    "linear_bias=linear_bias, **options, **chunks))",
+    "loss": "print(loss := fused_ce.cross_entropy(input.requires_grad_(), target, **options), "
+    "torch.autograd.grad(loss, input, torch.full_like(loss, scale)), mode)",
+    "head": "print(loss := fused_ce.linear_cross_entropy(input.requires_grad_(), "
+    "linear_weight.requires_grad_(), target, linear_bias=linear_bias, **options, **chunks), "
+    "torch.autograd.grad(loss.sum(), (input, linear_weight)))",
     "operator": "print(operator(**arguments))",
 }
 
@@ -89,7 +92,7 @@ def failing(kind: str, turn: int, note, counts: dict) -> tuple[str, Exception | 
         note.flush()
         made = {}
         exec(source, made)
-        names = CHECKS[kind].__code__.co_varnames[: CHECKS[kind].__code__.co_argcount]
+        names = inspect.signature(CHECKS[kind]).parameters
         CHECKS[kind](**{name: made[name] for name in names})
         counts[kind] += 1
 

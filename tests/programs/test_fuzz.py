@@ -11,9 +11,7 @@ from support.processes import environment, finish
 # Something goes wrong in the package, then the real program runs.
 FAULTY = """
 import os, sys
-import torch
 import fused_ce
-from fused_ce import ops
 {fault}
 from fuzz.__main__ import main
 sys.exit(main())
