@@ -29,7 +29,7 @@ struct Unboxed<OptionArguments> {
   using Schema_float = double;
 
   static OptionArguments take(StableIValue*& next) {
-    return {FCE_FOR_OPTIONS(FCE_TAKE_TENSOR, FCE_TAKE_NUMBER, FCE_TAKE_TYPE)};
+    return {FCE_FOR_OPTIONS(FCE_TAKE_TENSOR, FCE_TAKE_TENSOR, FCE_TAKE_NUMBER, FCE_TAKE_TYPE)};
   }
 };
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <utility>
 #include <vector>
@@ -144,8 +145,17 @@ Operand single_operand(const Facts& tensor, const char* name) {
 // Every operand with rows, whether in use or not.
 template <class P>
 auto operands(P& p) {
-  return std::array{&p.input,       &p.target,  &p.grad,     &p.target_grad, &p.loss,
-                    &p.grad_output, &p.row_max, &p.row_rest, &p.row_mass,    &p.row_mass_low};
+  return std::array{&p.input,
+                    &p.target,
+                    &p.grad,
+                    &p.target_grad,
+                    &p.loss,
+                    &p.grad_output,
+                    &p.row_max,
+                    &p.row_rest,
+                    &p.row_mass,
+                    &p.row_mass_low,
+                    &p.options.sample_weight};
 }
 
 }  // namespace
@@ -181,7 +191,7 @@ void check_overwritable(const Tensor& input, const Tensor& target, const OptionA
   check(target, "target");
 #define FCE_CHECK_APART(name) \
   if (options.name) check(*options.name, #name);
-  FCE_FOR_OPTIONS(FCE_CHECK_APART, FCE_NOTHING, FCE_NOTHING)
+  FCE_FOR_OPTIONS(FCE_CHECK_APART, FCE_CHECK_APART, FCE_NOTHING, FCE_NOTHING)
 }
 
 Elements elements_of(const Tensor& tensor) {
@@ -253,23 +263,40 @@ ProblemBuilder::ProblemBuilder(const Tensor& input_tensor, const Tensor& target_
   }
 
 #define FCE_COPY_NUMBER(type, schema_type, name, value) p.options.name = given.name;
-  FCE_FOR_OPTIONS(FCE_NOTHING, FCE_COPY_NUMBER, FCE_NOTHING)
-  const auto reduction = static_cast<int64_t>(p.options.reduction);
-  FCE_CHECK(reduction >= 0 && reduction <= 2,
-            "reduction must be 0 (none), 1 (mean) or 2 (sum), got " + std::to_string(reduction));
-  FCE_CHECK(!(p.options.label_smoothing > 1.0), "label_smoothing must be at most 1");
+  FCE_FOR_OPTIONS(FCE_NOTHING, FCE_NOTHING, FCE_COPY_NUMBER, FCE_NOTHING)
   if (!p.is_smoothed()) p.options.label_smoothing = 0.0;  // what is negative or nan, too
-  constexpr double kMinCap = 1e-30, kMaxCap = 1e30;       // a normal float
-  const double cap = p.options.softcap;
-  FCE_CHECK(cap == 0.0 || (cap >= kMinCap && cap <= kMaxCap),
-            "softcap must be from 1e-30 to 1e30, or 0 for none, got " + std::to_string(cap));
+  check_numbers();
   if (given.weight) set_weight(*given.weight);
+  if (given.sample_weight) set_sample_weight(*given.sample_weight);
   if (given.denominator) {
     FCE_CHECK(p.divides(), "a denominator goes with the reduction 1 (mean) alone");
-    p.options.denominator = one_value(denominator_ = given.denominator, "denominator");
+    p.options.denominator = values_of(denominator_ = given.denominator, 2, "denominator");
   }
   if (given.logit_scale)
-    p.options.logit_scale = one_value(logit_scale_ = given.logit_scale, "logit_scale");
+    p.options.logit_scale = values_of(logit_scale_ = given.logit_scale, 1, "logit_scale");
+}
+
+void ProblemBuilder::check_numbers() const {
+  const Options& o = problem_.options;
+  const auto check_choice = [](auto option, int64_t most, const char* what) {
+    const auto value = static_cast<int64_t>(option);
+    FCE_CHECK(value >= 0 && value <= most, std::string(what) + ", got " + std::to_string(value));
+  };
+  check_choice(o.reduction, 2, "reduction must be 0 (none), 1 (mean) or 2 (sum)");
+  check_choice(o.on_all_ignored, 1, "on_all_ignored must be 0 (nan) or 1 (zero)");
+  check_choice(o.on_out_of_range, 1, "on_out_of_range must be 0 (an error) or 1 (nan)");
+  FCE_CHECK(!(o.label_smoothing > 1.0), "label_smoothing must be at most 1");
+  constexpr double kMinCap = 1e-30, kMaxCap = 1e30;  // a normal float
+  FCE_CHECK(o.softcap == 0.0 || (o.softcap >= kMinCap && o.softcap <= kMaxCap),
+            "softcap must be from 1e-30 to 1e30, or 0 for none, got " + std::to_string(o.softcap));
+  const auto check_factor = [](double value, const char* name) {
+    FCE_CHECK(value >= 0.0 && std::isfinite(value),
+              std::string(name) + " must be finite and not negative, got " + std::to_string(value));
+  };
+  check_factor(o.z_loss, "z_loss");
+  check_factor(o.focal_gamma, "focal_gamma");
+  FCE_CHECK(!problem_.is_focal() || !(problem_.probabilities || problem_.is_smoothed()),
+            "focal_gamma goes with class indices and no label_smoothing");
 }
 
 void ProblemBuilder::set_weight(const Tensor& tensor) {
@@ -281,10 +308,20 @@ void ProblemBuilder::set_weight(const Tensor& tensor) {
   problem_.options.weight = values_of(weight_ = tensor, weight, stats_dtype_, "weight");
 }
 
-Values ProblemBuilder::one_value(std::optional<Tensor>& tensor, const char* name) const {
-  const Facts value(*tensor);
-  FCE_CHECK(value.numel == 1, std::string(name) + " must hold one value");
-  return values_of(tensor, value, ScalarType::Double, name);
+void ProblemBuilder::set_sample_weight(const Tensor& tensor) {
+  const Facts weight(tensor);
+  check_device(weight, "sample_weight");
+  checked_dtype(weight, true, "sample_weight");
+  set_row_operand(problem_.options.sample_weight, weight, "sample_weight");
+}
+
+// At least one value, in double.
+Values ProblemBuilder::values_of(std::optional<Tensor>& tensor, int64_t most,
+                                 const char* name) const {
+  const Facts facts(*tensor);
+  FCE_CHECK(facts.numel >= 1 && facts.numel <= most,
+            std::string(name) + " must hold one value" + (most > 1 ? " or two" : ""));
+  return values_of(tensor, facts, ScalarType::Double, name);
 }
 
 // The tensor's elements, one after another in the type; `tensor` becomes what holds them.
@@ -295,7 +332,7 @@ Values ProblemBuilder::values_of(std::optional<Tensor>& tensor, const Facts& fac
   checked_data(facts, name);
   if (facts.type != dtype) tensor = torch::stable::to(*tensor, dtype);
   if (!tensor->is_contiguous()) tensor = torch::stable::contiguous(*tensor);
-  return {checked_data(Facts(*tensor), name), *dtype_of(dtype)};
+  return {checked_data(Facts(*tensor), name), *dtype_of(dtype), facts.numel};
 }
 
 void ProblemBuilder::check_device(const Facts& tensor, const char* name) const {
@@ -344,6 +381,14 @@ void ProblemBuilder::set_grad(const Tensor& tensor) {
 
 void ProblemBuilder::set_target_grad(const Tensor& target_grad) {
   set_class_operand(problem_.target_grad, Facts(target_grad), "target_grad");
+}
+
+void ProblemBuilder::set_scale_grad(const Tensor& tensor) {
+  const Facts scale_grad(tensor);
+  check_device(scale_grad, "scale_grad");
+  FCE_CHECK(scale_grad.type == ScalarType::Double && scale_grad.numel == 1,
+            "scale_grad must hold one value in float64");
+  problem_.scale_grad = single_operand(scale_grad, "scale_grad");
 }
 
 void ProblemBuilder::set_loss(const Tensor& tensor) {

@@ -31,7 +31,7 @@ using torch::stable::Tensor;
 
 // The options, as the dispatcher hands them over.
 struct OptionArguments {
-  FCE_FOR_OPTIONS(FCE_OPTIONAL_TENSOR, FCE_NUMBER_MEMBER, FCE_OPTIONAL_TYPE)
+  FCE_FOR_OPTIONS(FCE_OPTIONAL_TENSOR, FCE_OPTIONAL_TENSOR, FCE_NUMBER_MEMBER, FCE_OPTIONAL_TYPE)
 };
 
 struct Facts;
@@ -45,9 +45,10 @@ class ProblemBuilder {
 
   void set_grad(const Tensor& grad);                // [N, C, ...]
   void set_target_grad(const Tensor& target_grad);  // [N, C, ...]
+  void set_scale_grad(const Tensor& scale_grad);    // []
   void set_loss(const Tensor& loss);                // [N, ...] or []
   void set_stats(const Tensor& stats);              // stats_sizes()
-  void set_totals(const Tensor& totals);            // [2]
+  void set_totals(const Tensor& totals);            // [3]
   void set_grad_output(const Tensor& grad_output);  // [N, ...] or []
 
   // Sizes of the row dimensions, in the input's order.
@@ -63,7 +64,9 @@ class ProblemBuilder {
 
  private:
   void set_weight(const Tensor& weight);
-  Values one_value(std::optional<Tensor>& tensor, const char* name) const;
+  void set_sample_weight(const Tensor& weight);
+  void check_numbers() const;
+  Values values_of(std::optional<Tensor>& tensor, int64_t most, const char* name) const;
   Values values_of(std::optional<Tensor>& tensor, const Facts& facts, ScalarType dtype,
                    const char* name) const;
   void set_class_operand(Operand& operand, const Facts& tensor, const char* name);

@@ -5,8 +5,9 @@
 // A class index t means a_c = smooth w_c + [c == t] hard w_t; probabilities q mean
 // a_c = w_c (hard q_c + smooth); hard = 1 - label_smoothing, smooth = label_smoothing / classes.
 // The target's own part, hard w_t, is kept apart: what a class has besides is its coefficient here.
-// Logits are mapped ones: the options' factor and cap are applied where they are loaded. A backend
-// brings the walk over the logits, exp, log1p and tanh.
+// A z-loss adds z lse^2 to the loss and 2 z lse p_c to the gradient. A focal loss multiplies the
+// target's part by (1 - p_t)^gamma. Logits are mapped ones: the options' factor and cap are applied
+// where they are loaded. A backend brings the walk over the logits, exp, log1p, tanh and pow.
 #pragma once
 
 #include <cstdint>
@@ -60,15 +61,33 @@ struct LogitMap {
 // What all rows have in common.
 template <class A>
 struct Common {
-  A weight_sum;
+  A weight_sum = 0;
+  A z_loss = 0;  // to be divided by what the other losses are divided by
+  A focal_gamma;
   Smoothing<A> smoothing;
 
-  FCE_HOST_DEVICE Common(const Problem& p, double weight_sum)
-      : weight_sum(static_cast<A>(weight_sum)), smoothing(p.options.label_smoothing, p.classes) {}
+  FCE_HOST_DEVICE explicit Common(const Problem& p)
+      : focal_gamma(static_cast<A>(p.options.focal_gamma)),
+        smoothing(p.options.label_smoothing, p.classes) {}
+
+  FCE_HOST_DEVICE Common(const Problem& p, const Totals& totals) : Common(p) {
+    set_totals(p, totals);
+  }
 
   template <class B>
   FCE_HOST_DEVICE explicit Common(const Common<B>& common)
-      : weight_sum(static_cast<A>(common.weight_sum)), smoothing(common.smoothing) {}
+      : weight_sum(static_cast<A>(common.weight_sum)),
+        z_loss(static_cast<A>(common.z_loss)),
+        focal_gamma(static_cast<A>(common.focal_gamma)),
+        smoothing(common.smoothing) {}
+
+  FCE_HOST_DEVICE void set_totals(const Problem& p, const Totals& totals) {
+    weight_sum = static_cast<A>(totals.weight_sum);
+    const double ratio = totals.denominator == totals.z_denominator
+                             ? 1.0
+                             : totals.denominator / totals.z_denominator;
+    z_loss = static_cast<A>(p.options.z_loss * ratio);
+  }
 
   // Whether classes other than the target have a coefficient where the target is an index.
   FCE_HOST_DEVICE bool spreads() const { return smoothing.smooth != A(0); }
@@ -198,10 +217,22 @@ struct Row {
         mass(mass),
         common(common) {}
 
-  FCE_HOST_DEVICE A loss(A gaps) const { return gaps + mass * log_total; }
+  FCE_HOST_DEVICE A loss(A gaps) const { return gaps + mass * log_total + z_loss(); }
 
-  // A / sum_c exp(x_c - max), so that A p_c is this times exp(x_c - max).
-  FCE_HOST_DEVICE A exp_factor() const { return mass * inverse_total; }
+  // What the gradient has of p_c, over sum_c exp(x_c - max): to be multiplied by exp(x_c - max).
+  FCE_HOST_DEVICE A exp_factor() const { return (mass + z_slope()) * inverse_total; }
+
+  // Nothing at all without one, however large the logits are.
+  FCE_HOST_DEVICE A z_loss() const {
+    return common.z_loss == A(0) ? A(0) : common.z_loss * (lse() * lse());
+  }
+
+  // Of p_c in the gradient.
+  FCE_HOST_DEVICE A z_slope() const {
+    return common.z_loss == A(0) ? A(0) : A(2) * common.z_loss * lse();
+  }
+
+  FCE_HOST_DEVICE A lse() const { return max + log_total; }
 };
 
 // One whose target is a class index. Without smoothing the mass is 0, and the gaps are not looked
@@ -213,10 +244,14 @@ struct IndexRow : Row<A> {
   using Row<A>::log_total;
   using Row<A>::mass;
   using Row<A>::rest;
+  using Row<A>::z_loss;
+  using Row<A>::z_slope;
 
   A target_gap;  // max - x_t
   A target_exp;  // exp(x_t - max)
   A target_weight;
+  // What a focal loss multiplies the target's part by, in the loss and in the gradient.
+  A focal_factor = 1, focal_slope = 1;
 
   FCE_HOST_DEVICE IndexRow(A max, A rest, A log_total, A inverse_total, A target_gap, A target_exp,
                            A target_weight, const Common<A>& common)
@@ -231,21 +266,35 @@ struct IndexRow : Row<A> {
     return target_gap == A(0) ? rest : A(1) + (rest - target_exp);
   }
 
+  // u^gamma, and u^gamma (1 + gamma p_t ce / u) with u = 1 - p_t and ce = lse - x_t. A row that is
+  // certain has u = 0, where ce / u tends to 1; one whose target is impossible has p_t ce = 0.
+  template <class Pow>
+  FCE_HOST_DEVICE void focus(const Pow& pow) {
+    const A p = target_exp * inverse_total, u = others() * inverse_total;
+    const A ratio = u == A(0) ? A(1) : (target_gap + log_total) / u;
+    focal_factor = pow(u, common.focal_gamma);
+    focal_slope = p == A(0) ? focal_factor : focal_factor * (A(1) + common.focal_gamma * p * ratio);
+  }
+
   FCE_HOST_DEVICE A loss(A gaps) const {
-    const A hard = common.smoothing.hard * target_weight * (target_gap + log_total);
-    return common.spreads() ? hard + Row<A>::loss(gaps) : hard;
+    const A hard = this->hard() * focal_factor * (target_gap + log_total);
+    return common.spreads() ? hard + Row<A>::loss(gaps) : hard + z_loss();
   }
 
   FCE_HOST_DEVICE A exp_factor() const {
-    return (common.smoothing.hard * target_weight + mass) * inverse_total;
+    return (hard() * focal_slope + mass + z_slope()) * inverse_total;
   }
 
   // d loss / d x_t; nan for an infinite weight, as A p_t - a_t is.
   FCE_HOST_DEVICE A target_grad() const {
-    const Smoothing<A>& s = common.smoothing;
-    const A hard = s.hard * target_weight * (others() * inverse_total);
-    return s.smooth * (common.weight_sum * (target_exp * inverse_total) - target_weight) - hard;
+    const A p = target_exp * inverse_total;
+    const A target_part = hard() * focal_slope * (others() * inverse_total);
+    const A smooth_part = common.smoothing.smooth * (common.weight_sum * p - target_weight);
+    return smooth_part - target_part + z_slope() * p;
   }
+
+ private:
+  FCE_HOST_DEVICE A hard() const { return common.smoothing.hard * target_weight; }
 };
 
 // d loss / d q_c, from the gap max - x_c of that class.

@@ -3,7 +3,7 @@
 // Each backend's registration file includes this with a class of its own, made anew for every call:
 //   explicit Backend(const Tensor& input);          the device and stream of the work
 //   void forward(Problem&);                         targets out of range included
-//   void backward(Problem&), backward_target(Problem&);
+//   void backward(Problem&), backward_target(Problem&), backward_logit_scale(Problem&);
 //   void rescale(Problem&);                         backward(), unless grad_output is 1
 //   void scale(const Elements&, const Operand&);    the factor of one value
 //   static bool is_known_to_be_one(const Operand&); false where the host cannot look
@@ -172,6 +172,16 @@ class Operators {
     return target_grad;
   }
 
+  static Tensor backward_logit_scale(const Tensor& input, const Tensor& target, const Tensor& stats,
+                                     const Tensor& totals, const Tensor& grad_output,
+                                     const OptionArguments& options) {
+    Backward call(input, target, stats, totals, grad_output, options);
+    Tensor scale_grad = empty(Sizes(), ScalarType::Double, input);
+    call.builder.set_scale_grad(scale_grad);
+    call.backend.backward_logit_scale(call.builder.build());
+    return scale_grad;
+  }
+
   static Tensor rescale_(const Tensor& grad, const Tensor& grad_output, const Tensor& input,
                          const Tensor& target, const Tensor& stats, const Tensor& totals,
                          const OptionArguments& options) {
@@ -202,6 +212,7 @@ void register_operators(Library& m) {
   m.impl("backward", &boxed<&All::backward>);
   m.impl("backward_", &boxed<&All::backward_>);
   m.impl("backward_target", &boxed<&All::backward_target>);
+  m.impl("backward_logit_scale", &boxed<&All::backward_logit_scale>);
   m.impl("graph_forward", &boxed<&All::forward_stats>);
   m.impl("graph_backward", &boxed<&All::backward>);
   m.impl("graph_backward_target", &boxed<&All::backward_target>);

@@ -4,9 +4,9 @@
 // dimensions, or probabilities of the input's shape. `stats` is what a row comes down to
 // (formula.h): its maximum, its sum of exp(x - maximum) over all classes but one of the largest,
 // and for probabilities the sum of its coefficients in two parts: [2 or 4, rows] in float32, or in
-// float64 for float64 logits. `totals` is what all rows share, [2] in float64: the sum of the class
-// weights, and what the losses are divided by. The options that end every list are those of
-// options.h. A name that ends in an underscore writes the gradient over its (a!) argument.
+// float64 for float64 logits. `totals` is what all rows share, [3] in float64: the sum of the class
+// weights, and what the losses and the z-losses are divided by. The options that end every list are
+// those of options.h. A name that ends in an underscore writes the gradient over its (a!) argument.
 #include <torch/csrc/stable/library.h>
 
 #include "options.h"
@@ -26,6 +26,8 @@ STABLE_TORCH_LIBRARY(fused_ce, m) {
   m.def("backward(Tensor input, " FCE_BACKWARD ") -> Tensor");
   m.def("backward_(Tensor(a!) input, " FCE_BACKWARD ") -> Tensor(a!)");
   m.def("backward_target(Tensor input, " FCE_BACKWARD ") -> Tensor");
+  // The gradient of the option logit_scale: one value, in float64.
+  m.def("backward_logit_scale(Tensor input, " FCE_BACKWARD ") -> Tensor");
   // The same for the graphs of torch.compile, with derivatives registered for them; eager calls do
   // without, since a registered derivative costs several times what a small call does.
   m.def("graph_forward(Tensor input, " FCE_FORWARD ") -> (" FCE_STATS ")");

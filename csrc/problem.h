@@ -2,8 +2,7 @@
 // asked.
 //
 // checks.cpp fills it from tensors and has proved by then that every address in it may be touched;
-// the kernels of every backend read it. Strides count elements. A "row" is one prediction over
-// `classes` classes; all dimensions of the input but the class dimension are row dimensions.
+// the kernels of every backend read it.
 #pragma once
 
 #include <cstdint>
@@ -13,25 +12,11 @@
 
 namespace fused_ce {
 
-constexpr int64_t size_of(DType dtype) {
-  constexpr int64_t kSizes[] = {8, 4, 2, 2, 8, 4, 2, 1};
-  return kSizes[static_cast<int>(dtype)];
-}
-
-// Row dimensions left after adjacent ones were merged; checks.cpp refuses more.
-constexpr int kMaxRowDims = 24;
-
-struct Operand {
-  void* data = nullptr;
-  DType dtype = DType::kFloat32;
-  int64_t class_stride = 0;
-  int64_t row_strides[kMaxRowDims] = {};
-};
-
 // What all rows share.
 struct Totals {
-  double weight_sum = 0.0;   // of all class weights, or the number of classes
-  double denominator = 1.0;  // what the sum of the losses is divided by
+  double weight_sum = 0.0;     // of all class weights, or the number of classes
+  double denominator = 1.0;    // what the sum of the losses is divided by
+  double z_denominator = 1.0;  // what that of the z-losses is divided by
 };
 
 struct Problem {
@@ -44,6 +29,7 @@ struct Problem {
   Operand target;       // [rows] class indices, or [rows, classes] probabilities
   Operand grad;         // like the input; no data when no gradient is asked for
   Operand target_grad;  // like the input; only for probability targets
+  Operand scale_grad;   // one value in float64: the gradient of logit_scale
   Operand loss;         // [rows] for Reduction::kNone, else a scalar
   Operand grad_output;  // like the loss, strides 0 for a scalar; no data means 1
   Operand row_max;      // [rows] the maximum logit of the row, in the accumulation type
@@ -62,6 +48,11 @@ struct Problem {
   FCE_HOST_DEVICE bool is_smoothed() const { return options.label_smoothing > 0.0; }
   FCE_HOST_DEVICE bool reduces() const { return options.reduction != Reduction::kNone; }
   FCE_HOST_DEVICE bool divides() const { return options.reduction == Reduction::kMean; }
+  FCE_HOST_DEVICE bool weighs_samples() const { return options.sample_weight.data != nullptr; }
+  FCE_HOST_DEVICE bool is_focal() const { return options.focal_gamma > 0.0; }
+  FCE_HOST_DEVICE bool allows_bad_targets() const {
+    return options.on_out_of_range == OnOutOfRange::kNan;
+  }
   FCE_HOST_DEVICE bool maps_logits() const {
     return options.logit_scale.data || options.softcap > 0.0;
   }

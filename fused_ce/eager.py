@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 
 from . import ops, stock
 from .eligibility import backward_needs_stock
-from .options import NO_GRADIENTS, Options, split
+from .options import NO_GRADIENTS, Options, gradients_of, needs_of, split
 
 
 def graph_is_kept() -> bool:
@@ -59,19 +59,22 @@ def _saved_call(ctx: Any, saved: tuple) -> tuple[tuple, tuple]:
 def _fused_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
     tensors, options = _saved_call(ctx, saved)
     _check_version(ctx, tensors[0])
-    needs_input, needs_target, *_ = ctx.needs_input_grad
+    needs_input, needs_target, needs_scale = needs_of(ctx)
+    call = (*tensors, grad_output, *options)
     return (
-        ops.backward(*tensors, grad_output, *options) if needs_input else None,
-        ops.backward_target(*tensors, grad_output, *options) if needs_target else None,
-        *NO_GRADIENTS,
+        ops.backward(*call) if needs_input else None,
+        ops.backward_target(*call) if needs_target else None,
+        *gradients_of(ops.backward_logit_scale(*call) if needs_scale else None),
     )
 
 
 def _stock_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
     (input, target, *_), options = _saved_call(ctx, saved)
     _check_version(ctx, input)
-    needs = ctx.needs_input_grad[:2]
-    return *stock.gradients(input, target, Options(*options), grad_output, needs), *NO_GRADIENTS
+    by_input, by_target, by_scale = stock.gradients(
+        input, target, Options(*options), grad_output, needs_of(ctx)
+    )
+    return by_input, by_target, *gradients_of(by_scale)
 
 
 class Recompute(Function):
@@ -116,7 +119,10 @@ class GradInForward(Function):
         if graph_is_kept():
             grad = grad.clone()
         ops.eager.rescale_(grad, grad_output, *saved, *ctx.options)  # the tensors come first
-        return grad, None, *NO_GRADIENTS
+        if not needs_of(ctx)[2]:
+            return grad, None, *NO_GRADIENTS
+        tensors, options = _saved_call(ctx, saved)
+        return grad, None, *gradients_of(ops.backward_logit_scale(*tensors, grad_output, *options))
 
 
 class _Overwriting(Function):
@@ -183,13 +189,14 @@ class OverwriteInBackward(_Overwriting):
             return _fused_gradients(ctx, grad_output, saved)
         (_, *tensors), options = _saved_call(ctx, saved)
         _check_version(ctx, input)
-        target_grad = None
-        if ctx.needs_input_grad[1]:
-            target_grad = ops.backward_target(input, *tensors, grad_output, *options)
+        _, needs_target, needs_scale = needs_of(ctx)
+        call = (*tensors, grad_output, *options)
+        target_grad = ops.backward_target(input, *call) if needs_target else None
+        scale_grad = ops.backward_logit_scale(input, *call) if needs_scale else None
         grad = input.detach()
-        ops.backward_(grad, *tensors, grad_output, *options)
+        ops.backward_(grad, *call)
         increment_version(input)
-        return grad, target_grad, *NO_GRADIENTS
+        return grad, target_grad, *gradients_of(scale_grad)
 
 
 def _entrance(function: type[Function]) -> Callable[..., Tensor]:

@@ -28,7 +28,7 @@ def _stats(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     numbers = 4 if target.is_floating_point() else 2
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     stats = input.new_empty((numbers, math.prod(row_shape(input.shape))), dtype=dtype)
-    return stats, input.new_empty(2, dtype=torch.float64)
+    return stats, input.new_empty(3, dtype=torch.float64)
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -81,6 +81,11 @@ def _(input, *_):
 @register_fake("fused_ce::graph_backward_target")
 def _(input, target, *_):
     return empty_gradient(target)
+
+
+@register_fake("fused_ce::backward_logit_scale")
+def _(input, *_):
+    return input.new_empty((), dtype=torch.float64)
 
 
 @register_fake("fused_ce::backward_")

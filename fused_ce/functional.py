@@ -13,11 +13,24 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import _reduction as _Reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import eager, fallback, graph, ops, stock
-from .eligibility import INVALID, OVERRIDDEN, loss_dtype, overrides, stock_reason
+from . import eager, extensions, fallback, graph, ops, stock
+from .eligibility import (
+    INVALID,
+    OVERRIDDEN,
+    foreign,
+    loss_dtype,
+    overrides,
+    stock_reason,
+    stock_reason_of_logits,
+)
+from .extensions import Extensions, requires_grad
+from .fakes import row_shape
 from .options import DEFAULTS, NONE, Options, integer, real
 from .scripting import refusal
 from .signatures import bound, takes_arguments_of
+
+# The defaults as objects, for a call to see at once that nothing but them was given.
+_ZERO, _ONE, _NAN, _ASSERT = 0.0, 1.0, "nan", "assert"
 
 
 def cross_entropy(
@@ -32,6 +45,15 @@ def cross_entropy(
     *,
     grad_in_forward: bool = True,
     inplace: bool = False,
+    dtype: torch.dtype | None = None,
+    denominator: float | Tensor | None = None,
+    on_all_ignored: str = _NAN,
+    z_loss: float = _ZERO,
+    logit_scale: float | Tensor = _ONE,
+    softcap: float | None = None,
+    sample_weight: Tensor | None = None,
+    focal_gamma: float = _ZERO,
+    on_out_of_range: str = _ASSERT,
 ) -> Tensor:
     r"""Computes the cross entropy between logits and target, in one fused pass.
 
@@ -59,6 +81,33 @@ def cross_entropy(
             logits are left alone. Under ``torch.compile``, which plans memory itself, the option
             has no effect. In bfloat16 a ``grad_output`` that is no power of two rounds the gradient
             once more, but not with ``grad_in_forward=False``. Default: ``False``
+        dtype (torch.dtype, optional): compute the loss in this dtype, as
+            :func:`torch.nn.functional.log_softmax` does; the gradient keeps the input's. With
+            ``torch.float32`` half types need no copy of the logits. Default: the input's
+        denominator (float or Tensor, optional): what ``'mean'`` divides by, instead of the weight
+            of the rows that count. A tensor has one element and is not waited for.
+        on_all_ignored (str): what ``'mean'`` is if no row counts: ``'nan'``, as in stock, or
+            ``'zero'``, with a gradient of zero. Default: ``'nan'``
+        z_loss (float): adds :math:`z\,\mathrm{lse}^2` to the loss of each row that counts, with its
+            mean over those rows (`PaLM <https://arxiv.org/abs/2204.02311>`__). Class weights and
+            smoothing leave it alone. Default: ``0.0``
+        logit_scale (float or Tensor): a factor of the logits, the inverse of a temperature. A
+            tensor has one element, is not waited for, and may require grad. Default: ``1.0``
+        softcap (float, optional): replaces each scaled logit :math:`x` by
+            :math:`\mathrm{cap} \tanh(x / \mathrm{cap})`, as `Gemma 2
+            <https://arxiv.org/abs/2408.00118>`__ does. A logit of -inf becomes
+            :math:`-\mathrm{cap}`, and its class counts again.
+        sample_weight (Tensor, optional): a factor for the loss of each row, in the shape of the
+            loss with ``reduction='none'``. ``'mean'`` divides by the weights' sum, each times that
+            of its class. A row of weight 0 is ignored. Weights that sum to about 0, as advantages
+            do, want a ``denominator`` or ``'sum'``.
+        focal_gamma (float): multiplies a row's loss by :math:`(1 - p_t)^\gamma` (`Focal Loss
+            <https://arxiv.org/abs/1708.02002>`__), its class weights being :math:`lpha`. For class
+            indices without smoothing. Default: ``0.0``
+        on_out_of_range (str): what a target does that is no class: ``'assert'``, the error below;
+            ``'nan'``, the loss and the gradient of its row are nan; ``'raise'``, an ``IndexError``
+            on CUDA too, which waits for the device, and names the row (in a graph of
+            ``torch.compile`` it is ``'assert'``). Default: ``'assert'``
 
     Shape:
         - Input: :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_K)`.
@@ -69,6 +118,7 @@ def cross_entropy(
         Exception: what torch raises for the same call, among it ``IndexError`` for a target that is
             no class. Nothing has been written by then. On CUDA such a target is torch's device-side
             assertion, noticed when the device is next waited for.
+        ValueError: for an option that torch's function does not have, and that makes no sense.
         RuntimeError: with ``inplace=True``, for logits whose elements share memory, for a second
             backward, and for a backward with ``create_graph=True``.
 
@@ -94,6 +144,15 @@ def cross_entropy(
             label_smoothing=label_smoothing,
             grad_in_forward=grad_in_forward,
             inplace=inplace,
+            dtype=dtype,
+            denominator=denominator,
+            on_all_ignored=on_all_ignored,
+            z_loss=z_loss,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            sample_weight=sample_weight,
+            focal_gamma=focal_gamma,
+            on_out_of_range=on_out_of_range,
         )
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
@@ -102,6 +161,32 @@ def cross_entropy(
         ignore_index = integer(ignore_index)
     if type(label_smoothing) is not float:
         label_smoothing = real(label_smoothing)
+    if not (
+        z_loss is focal_gamma is _ZERO
+        and logit_scale is _ONE
+        and dtype is denominator is softcap is sample_weight is None
+        and on_all_ignored is _NAN
+        and on_out_of_range is _ASSERT
+    ):
+        given = Extensions(
+            dtype,
+            denominator,
+            on_all_ignored,
+            z_loss,
+            logit_scale,
+            softcap,
+            sample_weight,
+            focal_gamma,
+            on_out_of_range,
+        )
+        if not given.are_default:
+            options = Options(
+                weight=weight,
+                reduction=reduction,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+            )
+            return _extended(input, target, options, given, grad_in_forward, inplace)
     reason = stock_reason(input, target, weight, ignore_index, label_smoothing)
     if reason is not None:
         options = Options(
@@ -113,11 +198,16 @@ def cross_entropy(
         return _by_stock(input, target, options, reason)
     dtype = loss_dtype(input.dtype, target, weight)
     # In a plain tuple, since making Options takes a while.
-    options = (weight, None, None, reduction, ignore_index, label_smoothing, 0.0, dtype)
+    options = (weight, *_NO_TENSORS, reduction, ignore_index, label_smoothing, *_NO_NUMBERS, dtype)
     if weight is None and options == DEFAULTS:
         options = ()  # an operator takes as long to read them
     mode = _mode(input, target, reduction, grad_in_forward, inplace)
     return _RUN[mode](input, target, *options)
+
+
+# The defaults of what stands after the weight, and after label_smoothing, among the options.
+_NO_TENSORS = DEFAULTS[1 : Options._fields.index("reduction")]
+_NO_NUMBERS = DEFAULTS[Options._fields.index("softcap") : -1]
 
 
 cross_entropy.__prepare_scriptable__ = refusal(
@@ -146,6 +236,7 @@ def explain(*args: Any, **kwargs: Any) -> str:
     """
     call = bound(cross_entropy, args, kwargs)
     input, target = call["input"], call["target"]
+    given = Extensions(*(call[name] for name in extensions.NAMES))
     if any(overrides(t) for t in (input, target, call["weight"])):
         return f"stock: {OVERRIDDEN}"
     reduction, legacy = call["reduction"], (call["size_average"], call["reduce"])
@@ -155,12 +246,24 @@ def explain(*args: Any, **kwargs: Any) -> str:
         options = options_of(call | {"reduction": reduction})
     except ValueError:
         return f"stock: {INVALID}"
-    reason = stock_reason(
-        input, target, options.weight, options.ignore_index, options.label_smoothing
+    try:
+        reason = _reason(input, target, options, given)
+        if reason is not None:
+            return f"stock: {reason}"
+        given = given.checked(options, target.is_floating_point(), row_shape(input.shape))
+    except ValueError as error:
+        return f"refused: {error}"
+    if extensions.composes(given, options, target):
+        return f"stock: {extensions.COMPOSED}"
+    options = given.added_to(options, input.device)
+    mode = _mode(
+        input,
+        target,
+        options.reduction,
+        call["grad_in_forward"],
+        call["inplace"],
+        options.logit_scale,
     )
-    if reason is not None:
-        return f"stock: {reason}"
-    mode = _mode(input, target, options.reduction, call["grad_in_forward"], call["inplace"])
     if mode.startswith("in place"):
         try:
             ops.check_overwritable(input, target, *options)
@@ -171,7 +274,8 @@ def explain(*args: Any, **kwargs: Any) -> str:
 
 def options_of(arguments: Mapping[str, Any]) -> Options:
     """The options among the arguments of a function, as the operators have them."""
-    given = {name: value for name, value in arguments.items() if name in Options._fields}
+    names = set(Options._fields).difference(extensions.NAMES)
+    given = {name: value for name, value in arguments.items() if name in names}
     given["reduction"] = _Reduction.get_enum(given["reduction"])
     convert = {int: integer, float: real}
     for name, kind in Options.__annotations__.items():
@@ -191,12 +295,78 @@ def _overridden(input, target, weight, *, grad_in_forward, inplace, **arguments)
     """A subclass gets the function that it knows, torch's; a mode (a device context, say) ours."""
     tensors = (input, target, weight)
     if any(overrides(t) for t in tensors):
-        loss = stock.overridden(*tensors, **arguments)
+        given = Extensions(*(arguments.pop(name) for name in extensions.NAMES))
+        if given.are_default:
+            loss = stock.overridden(*tensors, **arguments)
+        else:
+            legacy = arguments.pop("size_average"), arguments.pop("reduce")
+            if legacy != (None, None):
+                arguments["reduction"] = _Reduction.legacy_get_string(*legacy)
+            options = options_of(arguments | {"weight": weight})
+            loss = _by_reference(input, target, options, given, OVERRIDDEN)
         if fallback.is_on:
             fallback.warn("cross_entropy", OVERRIDDEN)
         return loss
     arguments |= {"grad_in_forward": grad_in_forward, "inplace": inplace}
     return handle_torch_function(cross_entropy, tensors, *tensors, **arguments)
+
+
+def _extended(
+    input, target, options: Options, given: Extensions, grad_in_forward: bool, inplace: bool
+) -> Tensor:
+    """A call with options that stock does not have."""
+    reason = _reason(input, target, options, given)
+    if reason is not None:
+        loss = _by_reference(input, target, options, given, reason)
+        if fallback.is_on:
+            fallback.warn("cross_entropy", reason)
+        return loss
+    rows = row_shape(input.shape)
+    given = given.checked(options, target.is_floating_point(), rows)
+    if extensions.composes(given, options, target):
+        return _by_reference(input, target, options, given, extensions.COMPOSED)
+    if requires_grad(given.denominator) or requires_grad(given.sample_weight):
+
+        def without(options: Options, given: Extensions) -> Tensor:
+            return _extended(input, target, options, given, grad_in_forward, inplace)
+
+        return extensions.weighed(given, options, target, input.dtype, without)
+    extensions.check_targets(given, options, target, input.shape)
+    dtype = given.dtype or input.dtype
+    found = loss_dtype(dtype, target, options.weight) or dtype
+    options = given.added_to(options, input.device)
+    options = options._replace(loss_dtype=None if found == input.dtype else found)
+    scale = options.logit_scale
+    mode = _mode(input, target, options.reduction, grad_in_forward, inplace, scale)
+    return _RUN[mode](input, target, *options)
+
+
+def _reason(input, target, options: Options, given: Extensions) -> str | None:
+    """Why the kernels cannot take this call; None if they can."""
+    extensions.check_dtype(given.dtype)
+    reason = foreign(input, "logits")
+    if reason is not None:
+        return reason
+    of_stock = options.weight, options.ignore_index, options.label_smoothing
+    if given.are_default:
+        return stock_reason(input, target, *of_stock)
+    dtype = given.dtype or input.dtype
+    return stock_reason_of_logits(
+        input, input.shape, dtype, target, *of_stock
+    ) or given.reference_reason(input.dtype)
+
+
+def _by_reference(input, target, options: Options, given: Extensions, reason: str) -> Tensor:
+    """The formula that has every option, for a call that the kernels cannot take."""
+    dtype = given.dtype or input.dtype
+    if reason == INVALID:
+        stock.cross_entropy(input.to(dtype), target, options)  # raises what it has to say
+    probabilities = target.is_floating_point()
+    given = given.checked(options, probabilities, row_shape(input.shape))
+    extensions.check_targets(given, options, target, input.shape)
+    options = given.added_for_reference(options)
+    dtype = loss_dtype(dtype, target, options.weight) or dtype
+    return stock.loss(input.to(given.dtype), target, options, dtype).to(dtype)
 
 
 def _by_stock(input, target, options: Options, reason: str) -> Tensor:
@@ -206,9 +376,19 @@ def _by_stock(input, target, options: Options, reason: str) -> Tensor:
     return loss
 
 
-def _mode(input, target, reduction: int, grad_in_forward: bool, inplace: bool) -> str:
+def _mode(
+    input,
+    target,
+    reduction: int,
+    grad_in_forward: bool,
+    inplace: bool,
+    logit_scale: Tensor | None = None,
+) -> str:
     """When the gradient is computed; a key of _RUN."""
-    if not torch.is_grad_enabled() or not (input.requires_grad or target.requires_grad):
+    learns_scale = logit_scale is not None and logit_scale.requires_grad
+    if not torch.is_grad_enabled() or not (
+        input.requires_grad or target.requires_grad or learns_scale
+    ):
         return "no gradient in the graph" if torch.compiler.is_compiling() else "no gradient"
     if torch.compiler.is_compiling():
         return "recomputed in the graph's backward"
@@ -220,7 +400,7 @@ def _mode(input, target, reduction: int, grad_in_forward: bool, inplace: bool) -
     # find it as the first result, where forward_grad_ has the loss.
     if inplace and not input.is_neg():
         # What runs a function again for its saved tensors must find the logits in their place.
-        defers = defers or not grad_in_forward or input.dtype == torch.float16
+        defers = defers or not grad_in_forward or input.dtype == torch.float16 or learns_scale
         if defers or eager.hooks_are_active():
             return "in place in backward"
         return "in place in forward"

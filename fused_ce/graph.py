@@ -36,7 +36,8 @@ def _backward(ctx, grad_loss: Tensor, *_) -> tuple:
     needs = needs_input, needs_target = ctx.needs_input_grad[:2]
     if transform_is_active():
         # A graph that runs as it was captured: the transform began only after it.
-        return *stock.gradients(input, target, options, grad_loss, needs), *NO_GRADIENTS
+        found = stock.gradients(input, target, options, grad_loss, (*needs, False))
+        return *found[:2], *NO_GRADIENTS
     arguments = (input, target, stats, totals, grad_loss, *options)
     return (
         ops.graph_backward(*arguments) if needs_input else None,

@@ -3,7 +3,8 @@ options more.
 
 They inherit everything that is not the call itself, so buffers, state dicts, pickling and
 ``isinstance`` checks are stock's own. What a function takes by name alone, and stock's constructor
-does not, is an attribute of its module, handed on as it is. torch before 2.13 has no
+does not, is an attribute of its module, handed on as it is, unless a call says otherwise. torch
+before 2.13 has no
 ``nn.LinearCrossEntropyLoss``; there its constructor is ours.
 """
 
@@ -26,8 +27,8 @@ M = TypeVar("M", bound=type[nn.Module])
 def _with_options_of(function: Callable, *but: str) -> Callable[[M], M]:
     """Gives a module's constructor the options of ``function`` that stock's does not have.
 
-    The defaults are attributes of the class, so that an older pickle, which lacks one, means the
-    default.
+    A module without one of them, as an older pickle is, has the default. It is no attribute of the
+    class: that would hide a parameter or a buffer of this name.
     """
 
     def decorate(module: M) -> M:
@@ -42,13 +43,21 @@ def _with_options_of(function: Callable, *but: str) -> Callable[[M], M]:
             for name, value in given.items():
                 setattr(self, name, value)
 
+        def options_of(self, given: dict[str, Any]) -> dict[str, Any]:
+            """Those of a call: what it is given, and else the module's own."""
+            unknown = given.keys() - defaults.keys()
+            if unknown:
+                raise TypeError(
+                    f"{type(self).__name__}.forward() got an unexpected keyword argument "
+                    f"{min(unknown)!r}"
+                )
+            return {n: getattr(self, n, default) for n, default in defaults.items()} | given
+
         parameters = [*inherited.values(), *added.values()]
         __init__.__signature__ = inspect.Signature(parameters, return_annotation=None)
         module.__init__ = __init__
-        module._own_options = tuple(added)
+        module._options_of = options_of
         module.__constants__ = [*getattr(module, "__constants__", ()), *added]
-        for name, default in defaults.items():
-            setattr(module, name, default)
         return module
 
     return decorate
@@ -96,8 +105,10 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     __prepare_scriptable__ = refusal("CrossEntropyLoss", "torch.nn.CrossEntropyLoss", "both")
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of ``input`` against ``target``."""
+    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """Returns the loss of ``input`` against ``target``. An option that the constructor takes by
+        name alone may be given to one call as well, as ``sample_weight`` and ``denominator`` are.
+        """
         return cross_entropy(
             input,
             target,
@@ -105,7 +116,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-            **{name: getattr(self, name) for name in self._own_options},
+            **self._options_of(options),
         )
 
 
@@ -203,8 +214,9 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         "LinearCrossEntropyLoss", "torch.nn.Linear and torch.nn.CrossEntropyLoss", "all of them"
     )
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Returns the loss of ``input``, through the layer, against ``target``."""
+    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """Returns the loss of ``input``, through the layer, against ``target``, with options as in
+        :class:`fused_ce.CrossEntropyLoss`."""
         layer, shape = self.linear, (self.num_classes, *self.out_features)
         return linear_cross_entropy(
             input,
@@ -216,5 +228,5 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             options=self.options,
-            **{name: getattr(self, name) for name in self._own_options},
+            **self._options_of(options),
         )

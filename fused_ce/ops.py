@@ -46,6 +46,7 @@ forward_grad_ = torch.ops.fused_ce.forward_grad_.default
 backward = torch.ops.fused_ce.backward.default
 backward_ = torch.ops.fused_ce.backward_.default
 backward_target = torch.ops.fused_ce.backward_target.default
+backward_logit_scale = torch.ops.fused_ce.backward_logit_scale.default
 graph_forward = torch.ops.fused_ce.graph_forward.default
 graph_backward = torch.ops.fused_ce.graph_backward.default
 graph_backward_target = torch.ops.fused_ce.graph_backward_target.default

@@ -17,21 +17,28 @@ NONE, MEAN, SUM = map(_Reduction.get_enum, ("none", "mean", "sum"))
 
 
 class Options(NamedTuple):
-    """The tensors come first. None of the options has a gradient."""
+    """The tensors come first. None of the options has a gradient here."""
 
     weight: Tensor | None = None
-    denominator: Tensor | None = None  # one value for a mean to divide by, instead of its own
+    # One value for a mean to divide by, instead of its own, or two: the second for the z-losses.
+    denominator: Tensor | None = None
     logit_scale: Tensor | None = None  # one value, a factor of the logits
+    sample_weight: Tensor | None = None  # of each row, a factor of its loss; 0 ignores it
     reduction: int = MEAN
     ignore_index: int = -100
     label_smoothing: float = 0.0
     softcap: float = 0.0  # where positive, scaled logits become softcap * tanh(logits / softcap)
+    z_loss: float = 0.0  # a factor of the square of each row's lse
+    focal_gamma: float = 0.0  # the power of 1 - p_t
+    on_all_ignored: int = 0  # 1: a mean of no rows is 0
+    on_out_of_range: int = 0  # 1: a target that is no class makes its row nan
     loss_dtype: torch.dtype | None = None  # that of the logits where none is given
 
 
 DEFAULTS = Options()
 # What autograd is given in the place of the options' gradients.
 NO_GRADIENTS = (None,) * len(DEFAULTS)
+_SCALE = Options._fields.index("logit_scale")
 
 _SCHEMA_TYPES = {
     Tensor | None: "Tensor?",
@@ -44,6 +51,19 @@ SCHEMA = ", ".join(
     for name, kind in Options.__annotations__.items()
 )
 _TENSORS = sum(kind == Tensor | None for kind in Options.__annotations__.values())
+
+
+def needs_of(ctx: Any) -> tuple[bool, bool, bool]:
+    """Which gradients of input, target and ``logit_scale`` autograd wants of a call."""
+    needs_input, needs_target, *of_options = ctx.needs_input_grad
+    return needs_input, needs_target, bool(of_options) and of_options[_SCALE]
+
+
+def gradients_of(scale_grad: Tensor | None) -> tuple:
+    """The options' gradients, of which that of ``logit_scale`` is the one there may be."""
+    if scale_grad is None:
+        return NO_GRADIENTS
+    return *NO_GRADIENTS[:_SCALE], scale_grad, *NO_GRADIENTS[_SCALE + 1 :]
 
 
 def integer(number: Any) -> Any:

@@ -27,6 +27,7 @@ class Cpu {
   void backward(Problem& p) { cpu::backward(p, kThreads); }
   void rescale(Problem& p) { backward(p); }
   void backward_target(Problem& p) { cpu::backward_target(p, kThreads); }
+  void backward_logit_scale(Problem& p) { cpu::backward_logit_scale(p, kThreads); }
 
   void scale(const Elements& elements, const Operand& factor) {
     cpu::scale(elements, load_value<double>(factor, 0), kThreads);

@@ -55,21 +55,36 @@ void check_range(const std::vector<TargetScan>& scans) {
       throw std::out_of_range("Target " + std::to_string(scan.bad_index) + " is out of bounds.");
 }
 
-// The weight of the rows that count, whose targets must be in range.
-double counted_weight(const Problem& p, const std::vector<TargetScan>& scans) {
-  if (p.probabilities) return static_cast<double>(p.rows);
+// Whether it takes a scan to know which rows count.
+bool scans_targets(const Problem& p) { return !p.probabilities || p.weighs_samples(); }
+
+// Of the rows that count, whose targets must be in range.
+TargetScan add_scans(const Problem& p, const std::vector<TargetScan>& scans) {
+  const auto rows = static_cast<double>(p.rows);
+  if (!scans_targets(p)) return {rows, rows, p.rows};
   check_range(scans);
-  CompensatedSum weights;
-  for (const TargetScan& scan : scans) weights.add(scan.weights);
-  return weights.value();
+  CompensatedSum weights, sample_weights;
+  TargetScan all;
+  for (const TargetScan& scan : scans) {
+    weights.add(scan.weights);
+    sample_weights.add(scan.sample_weights);
+    all.counted += scan.counted;
+  }
+  all.weights = weights.value(), all.sample_weights = sample_weights.value();
+  return all;
 }
 
-double denominator_for(const Problem& p, double counted) {
-  if (!p.divides()) return 1.0;
-  if (const Values& given = p.options.denominator; given.data) return load_value<double>(given, 0);
+void find_denominators(Problem& p, const TargetScan& all) {
+  if (!p.divides()) return;
+  const auto set = [&](double of_losses, double of_z_losses) {
+    p.known.denominator = of_losses, p.known.z_denominator = of_z_losses;
+  };
+  if (all.counted == 0 && p.options.on_all_ignored == OnAllIgnored::kZero) return set(1.0, 1.0);
+  if (const Values& given = p.options.denominator; given.data)
+    return set(load_value<double>(given, 0), load_value<double>(given, given.count - 1));
   // A total weight of zero makes the mean nan, also where smoothing leaves a loss to divide.
-  const bool is_undefined = counted == 0.0 && p.is_smoothed();
-  return is_undefined ? std::numeric_limits<double>::quiet_NaN() : counted;
+  const bool is_undefined = all.weights == 0.0 && p.is_smoothed();
+  set(is_undefined ? std::numeric_limits<double>::quiet_NaN() : all.weights, all.sample_weights);
 }
 
 double sum_class_weights(const Problem& p) {
@@ -85,7 +100,7 @@ bool shares_rows(const Problem& p, const Threads& threads) {
 
 // What a backward needs to know before it writes: that the targets are in range.
 void begin_backward(Problem& p, const Threads& threads) {
-  if (!p.probabilities) check_range(scan_targets(p, threads, false));
+  if (!p.probabilities && !p.allows_bad_targets()) check_range(scan_targets(p, threads, false));
   p.known = *p.totals;
 }
 
@@ -96,14 +111,15 @@ void forward(Problem& p, const Threads& threads) {
   std::vector<double> tile_losses(tiling.count);
   std::vector<TargetScan> scans;
   const bool shares = shares_rows(p, threads);
-  const bool scans_first = !p.probabilities && (p.grad.data || shares);
-  const bool scans_along = !p.probabilities && !scans_first;
+  const bool mixes_means = p.options.z_loss > 0.0 && p.divides();
+  const bool scans_first = scans_targets(p) && (p.grad.data || shares || mixes_means);
+  const bool scans_along = scans_targets(p) && !scans_first;
   if (p.is_smoothed() && !p.probabilities) p.known.weight_sum = sum_class_weights(p);
   if (scans_first) scans = scan_targets(p, threads, p.options.weight.data);
   if (scans_along)
     scans.resize(tiling.count);
   else
-    p.known.denominator = denominator_for(p, counted_weight(p, scans));
+    find_denominators(p, add_scans(p, scans));
   with_accumulation_type(p, [&](auto zero) {
     using A = decltype(zero);
     if (shares) return forward_shared<A>(p, tiling, threads, tile_losses.data());
@@ -112,7 +128,7 @@ void forward(Problem& p, const Threads& threads) {
                        scans_along ? scans.data() : nullptr);
     });
   });
-  if (scans_along) p.known.denominator = denominator_for(p, counted_weight(p, scans));
+  if (scans_along) find_denominators(p, add_scans(p, scans));
   if (p.totals) *p.totals = p.known;
   if (!p.reduces()) return;
   CompensatedSum sum;
@@ -139,6 +155,20 @@ void backward_target(Problem& p, const Threads& threads) {
       backward_target_tiles<decltype(zero)>(p, tiling, begin, end);
     });
   });
+}
+
+void backward_logit_scale(Problem& p, const Threads& threads) {
+  begin_backward(p, threads);
+  const Tiling tiling = row_tiling(p);
+  std::vector<double> tile_sums(tiling.count);
+  with_accumulation_type(p, [&](auto zero) {
+    for_tiles(tiling, threads, [&](int64_t begin, int64_t end) {
+      backward_scale_tiles<decltype(zero)>(p, tiling, begin, end, tile_sums.data());
+    });
+  });
+  CompensatedSum sum;
+  for (const double part : tile_sums) sum.add(part);
+  store_value(sum.value(), p.scale_grad, 0);
 }
 
 const char* instruction_set() { return simd::level_name(); }

@@ -75,9 +75,7 @@ class Cuda {
   }
 
   void forward(Problem& p) {
-    const auto bytes = static_cast<int64_t>(workspace_bytes(p, *device_));
-    const Tensor workspace = empty(Sizes(&bytes, 1), ScalarType::Byte, input_);
-    cuda::forward(p, *device_, workspace.data_ptr(), stream_);
+    cuda::forward(p, *device_, workspace_for(p).data_ptr(), stream_);
     check(cudaGetLastError());
   }
 
@@ -86,6 +84,11 @@ class Cuda {
 
   void backward_target(Problem& p) {
     cuda::backward_target(p, *device_, stream_);
+    check(cudaGetLastError());
+  }
+
+  void backward_logit_scale(Problem& p) {
+    cuda::backward_logit_scale(p, *device_, workspace_for(p).data_ptr(), stream_);
     check(cudaGetLastError());
   }
 
@@ -98,6 +101,12 @@ class Cuda {
   static void prepare(const Tensor&) {}
 
  private:
+  // Whoever takes its memory next does so on the same stream.
+  Tensor workspace_for(const Problem& p) const {
+    const auto bytes = static_cast<int64_t>(workspace_bytes(p, *device_));
+    return empty(Sizes(&bytes, 1), ScalarType::Byte, input_);
+  }
+
   void backward(Problem& p, When when) {
     cuda::backward(p, *device_, when, stream_);
     check(cudaGetLastError());

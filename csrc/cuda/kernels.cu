@@ -50,28 +50,30 @@ const auto& regime_for(const Regimes& regimes, const Problem& p, const Device& d
 
 // The workspace, or with no memory for it its size.
 struct Workspace {
-  BlockSum losses{}, weights{};
+  BlockSum<> losses{};
+  BlockSum<CountedRows> counted{};
   Totals* totals = nullptr;
-  int64_t ticket_count = 0;  // of losses and, behind them, weights
+  int64_t ticket_count = 0;  // of losses and, behind them, counted
   size_t bytes = 0;
 
   Workspace(const Problem& p, int64_t blocks, void* memory) : memory_(static_cast<char*>(memory)) {
     const bool reduces = p.reduces();
-    if (reduces) losses = take_sum(blocks);
+    if (reduces) losses = take_sum<double>(blocks);
     if (needs_totals(p)) {
       totals = take<Totals>(1);
-      weights = take_sum(totals_blocks(p));
+      counted = take_sum<CountedRows>(totals_blocks(p));
     }
     const int64_t loss_tickets = reduces ? 1 + block_groups(blocks) : 0;
     ticket_count = loss_tickets + 1 + block_groups(totals_blocks(p));
     losses.tickets = take<unsigned>(ticket_count);
-    weights.tickets = losses.tickets + loss_tickets;
+    counted.tickets = losses.tickets + loss_tickets;
   }
 
  private:
-  BlockSum take_sum(int64_t blocks) {
-    double* parts = take<double>(blocks);
-    return {parts, take<double>(block_groups(blocks)), nullptr};
+  template <class Value>
+  BlockSum<Value> take_sum(int64_t blocks) {
+    Value* parts = take<Value>(blocks);
+    return {parts, take<Value>(block_groups(blocks)), nullptr};
   }
 
   template <class T>
@@ -84,10 +86,27 @@ struct Workspace {
   char* memory_;
 };
 
+// The same for the gradient of the logits' factor.
+struct ScaleWorkspace {
+  BlockSum<> sums;
+  size_t ticket_bytes, bytes;
+
+  ScaleWorkspace(const Problem& p, const Device& device, void* memory) {
+    const int64_t blocks = general_blocks(p, device), groups = block_groups(blocks);
+    auto* parts = static_cast<double*>(memory);
+    sums = {parts, parts + blocks, reinterpret_cast<unsigned*>(parts + blocks + groups)};
+    ticket_bytes = static_cast<size_t>(1 + groups) * sizeof(unsigned);
+    bytes = static_cast<size_t>(blocks + groups) * sizeof(double) + ticket_bytes;
+  }
+};
+
 // With what is known on the host about the problem as a whole.
 Problem completed(const Problem& p) {
   Problem problem = p;
-  problem.known = {static_cast<double>(p.classes), p.divides() ? static_cast<double>(p.rows) : 1.0};
+  const bool is_zero = p.rows == 0 && p.options.on_all_ignored == OnAllIgnored::kZero;
+  const double denominator = p.divides() && !is_zero ? static_cast<double>(p.rows) : 1.0;
+  problem.known = {static_cast<double>(p.classes), denominator, denominator};
+  if (is_zero) problem.options.denominator = {};
   if (!needs_totals(p)) problem.totals = nullptr;
   return problem;
 }
@@ -95,6 +114,7 @@ Problem completed(const Problem& p) {
 }  // namespace
 
 size_t workspace_bytes(const Problem& p, const Device& device) {
+  if (p.scale_grad.data) return ScaleWorkspace(p, device, nullptr).bytes;
   return Workspace(p, regime_for(kForward, p, device).blocks(p, device), nullptr).bytes;
 }
 
@@ -110,7 +130,7 @@ void forward(const Problem& p, const Device& device, void* memory, Stream stream
     problem.totals = workspace.totals;
     result.totals = nullptr;
     find_totals(problem,
-                {problem.totals, p.totals, workspace.weights, workspace.losses.tickets,
+                {problem.totals, p.totals, workspace.counted, workspace.losses.tickets,
                  workspace.ticket_count},
                 stream);
   }
@@ -120,6 +140,12 @@ void forward(const Problem& p, const Device& device, void* memory, Stream stream
 void backward(const Problem& p, const Device& device, When when, Stream stream) {
   if (p.rows == 0) return;
   regime_for(kBackward, p, device).backward(completed(p), device, when, stream);
+}
+
+void backward_logit_scale(const Problem& p, const Device& device, void* memory, Stream stream) {
+  const ScaleWorkspace workspace(p, device, memory);
+  cudaMemsetAsync(workspace.sums.tickets, 0, workspace.ticket_bytes, stream);
+  scale_backward(completed(p), workspace.sums, device, stream);
 }
 
 void backward_target(const Problem& p, const Device& device, Stream stream) {

@@ -21,8 +21,8 @@ struct Device {
   bool has_clusters = false;  // of eight blocks, and so has the code that runs on it
 };
 
-// Device memory that forward() needs besides its tensors, aligned to 16 bytes. Its contents may be
-// undefined: the first launch of a call sets what needs setting.
+// Device memory that forward() or backward_logit_scale() needs besides its tensors, aligned to 16
+// bytes. Its contents may be undefined: the first launch of a call sets what needs setting.
 size_t workspace_bytes(const Problem& p, const Device& device);
 
 // The loss, and where `p` has memory for them the row statistics, their totals, and the gradient
@@ -38,6 +38,9 @@ void backward(const Problem& p, const Device& device, When when, Stream stream);
 
 // The gradient with respect to probability targets.
 void backward_target(const Problem& p, const Device& device, Stream stream);
+
+// The gradient with respect to the factor of all logits.
+void backward_logit_scale(const Problem& p, const Device& device, void* workspace, Stream stream);
 
 // Multiplies every element by *factor, a device scalar, unless that is 1. A zero stays one, even
 // times nan: it may be the gradient of an ignored row.

@@ -57,6 +57,7 @@ int64_t general_blocks(const Problem& p, const Device& device);
 void general_forward(const Problem& p, const Result& result, const Device& device, Stream stream);
 void general_backward(const Problem& p, const Device& device, When when, Stream stream);
 void target_backward(const Problem& p, const Device& device, Stream stream);
+void scale_backward(const Problem& p, const BlockSum<>& sums, const Device& device, Stream stream);
 
 bool strided_serves(const Problem& p, const Device& device);
 int64_t strided_blocks(const Problem& p, const Device& device);
@@ -82,12 +83,33 @@ void streaming_forward(const Problem& p, const Result& result, const Device& dev
 bool elementwise_backward_serves(const Problem& p, const Device& device);
 void elementwise_backward(const Problem& p, const Device& device, When when, Stream stream);
 
+// What the rows that count add up to.
+struct CountedRows {
+  double weights = 0;  // of the samples, times those of their classes
+  double samples = 0;  // of the samples alone
+  double rows = 0;
+
+  __device__ __forceinline__ CountedRows& operator+=(const CountedRows& more) {
+    weights += more.weights, samples += more.samples, rows += more.rows;
+    return *this;
+  }
+};
+
+template <int kLanes>
+__device__ __forceinline__ CountedRows sum_lanes(const CountedRows& x) {
+  return {sum_lanes<kLanes>(x.weights), sum_lanes<kLanes>(x.samples), sum_lanes<kLanes>(x.rows)};
+}
+
+__device__ __forceinline__ CountedRows load_part(const CountedRows* part) {
+  return {__ldcg(&part->weights), __ldcg(&part->samples), __ldcg(&part->rows)};
+}
+
 // Sets the tickets to zero, and where `count` says so finds the totals.
 struct TotalsWork {
-  Totals* totals;       // to be found
-  Totals* kept_totals;  // the same for the backward, where there is one
-  BlockSum weights;     // with tickets of its own
-  unsigned* tickets;    // of the launch that follows
+  Totals* totals;                 // to be found
+  Totals* kept_totals;            // the same for the backward, where there is one
+  BlockSum<CountedRows> counted;  // with tickets of its own
+  unsigned* tickets;              // of the launch that follows
   int64_t ticket_count;
 };
 bool needs_totals(const Problem& p);

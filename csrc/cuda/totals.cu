@@ -16,45 +16,50 @@ constexpr int64_t kOneBlockRows = 16384;
 constexpr int64_t kEnoughBlocks = 256;
 
 struct Shared {
-  double warps[kWarps];
+  CountedRows warps[kWarps];
 };
 
-// Whether the mean divides by what the rows that count add up to.
+// Whether it matters to the mean which rows count.
 __host__ __device__ bool counts_rows(const Problem& p) {
-  return p.divides() && !p.options.denominator.data;
+  const bool is_known = p.probabilities && !p.weighs_samples();
+  return p.divides() && !is_known &&
+         (!p.options.denominator.data || p.options.on_all_ignored == OnAllIgnored::kZero);
 }
 
 // The sum over the block, in thread 0; in the others of its warp as well.
-__device__ double add_threads(double x, Shared& shared) {
+__device__ CountedRows add_threads(CountedRows x, Shared& shared) {
   x = sum_lanes<kWarp>(x);
   __syncthreads();
   if (threadIdx.x % kWarp == 0) shared.warps[threadIdx.x / kWarp] = x;
   __syncthreads();
   if (threadIdx.x < kWarp)
-    x = sum_lanes<kWarp>(threadIdx.x < kWarps ? shared.warps[threadIdx.x] : 0.0);
+    x = sum_lanes<kWarp>(threadIdx.x < kWarps ? shared.warps[threadIdx.x] : CountedRows{});
   return x;
 }
 
 template <class A>
-__device__ double add_counted_rows(const Problem& p) {
-  double counted = 0;
+__device__ CountedRows add_counted_rows(const Problem& p) {
+  CountedRows counted;
   const int64_t step = gridDim.x * int64_t{kThreads};
 #pragma unroll 4
   for (int64_t r = blockIdx.x * int64_t{kThreads} + threadIdx.x; r < p.rows; r += step) {
-    const RowTarget target(p, RowIndex(p, r));
-    if (!target.is_counted) continue;
-    target.check(p);
-    counted += target.weight<A>(p);
+    const RowIndex row(p, r);
+    const RowTarget target(p, row);
+    // A row whose class is none counts for the mean, as one of weight 1.
+    if (!target.is_counted && !target.is_no_class(p, row)) continue;
+    if (!p.allows_bad_targets() && !p.probabilities) target.check(p);
+    const double of_sample = sample_weight(p, row);
+    counted += {of_sample * target.weight<A>(p), of_sample, 1.0};
   }
   return counted;
 }
 
 template <class A>
-__device__ double add_class_weights(const Problem& p) {
+__device__ CountedRows add_class_weights(const Problem& p) {
   double sum = 0;
 #pragma unroll 4
   for (int64_t c = threadIdx.x; c < p.classes; c += kThreads) sum += class_weight<A>(p, c);
-  return sum;
+  return {sum, 0.0, 0.0};
 }
 
 template <class A>
@@ -63,10 +68,11 @@ __global__ void __launch_bounds__(kThreads)
   Shared& shared = *static_cast<Shared*>(shared_memory());
   if (gridDim.x == 1)
     for (int64_t i = threadIdx.x; i < work.ticket_count; i += kThreads) work.tickets[i] = 0;
-  const bool sums_weights = p.options.weight.data && p.is_smoothed();
+  const bool sums_weights = !p.probabilities && p.options.weight.data && p.is_smoothed();
   double weight_sum = static_cast<double>(p.classes);
-  if (sums_weights && blockIdx.x == 0) weight_sum = add_threads(add_class_weights<A>(p), shared);
-  double counted = 0;
+  if (sums_weights && blockIdx.x == 0)
+    weight_sum = add_threads(add_class_weights<A>(p), shared).weights;
+  CountedRows counted;
   if (counts_rows(p)) counted = add_threads(add_counted_rows<A>(p), shared);
 
   const auto store = [&](double Totals::* total, double x) {
@@ -75,21 +81,32 @@ __global__ void __launch_bounds__(kThreads)
   };
   if (blockIdx.x == 0 && threadIdx.x == 0) store(&Totals::weight_sum, weight_sum);
   if (threadIdx.x >= kWarp) return;
-  double total = counted;
-  if (gridDim.x > 1 && !add_blocks(work.weights, counted, blockIdx.x, gridDim.x, total)) return;
+  CountedRows total = counted;
+  if (gridDim.x > 1 && !add_blocks(work.counted, counted, blockIdx.x, gridDim.x, total)) return;
   if (threadIdx.x != 0) return;
-  // A total weight of zero makes the mean nan, also where smoothing leaves a loss to divide.
-  const bool is_undefined = total == 0.0 && p.is_smoothed();
-  const double mean = is_undefined ? kNan<double> : total;
-  const double given = p.options.denominator.data ? denominator(p) : p.known.denominator;
-  store(&Totals::denominator, counts_rows(p) ? mean : given);
+  const auto store_denominators = [&](double of_losses, double of_z_losses) {
+    store(&Totals::denominator, of_losses);
+    store(&Totals::z_denominator, of_z_losses);
+  };
+  const bool is_zero = p.options.on_all_ignored == OnAllIgnored::kZero && total.rows == 0.0;
+  const auto* given = static_cast<const double*>(p.options.denominator.data);
+  if (counts_rows(p) && is_zero) {
+    store_denominators(1.0, 1.0);
+  } else if (given || !counts_rows(p)) {
+    const double known = p.known.denominator;
+    store_denominators(given ? given[0] : known,
+                       given ? given[p.options.denominator.count - 1] : known);
+  } else {
+    // A total weight of zero makes the mean nan, also where smoothing leaves a loss to divide.
+    const bool is_undefined = total.weights == 0.0 && p.is_smoothed();
+    store_denominators(is_undefined ? kNan<double> : total.weights, total.samples);
+  }
 }
 
 }  // namespace
 
 bool needs_totals(const Problem& p) {
-  if (p.probabilities) return false;
-  return counts_rows(p) || (p.options.weight.data && p.is_smoothed());
+  return counts_rows(p) || (!p.probabilities && p.options.weight.data && p.is_smoothed());
 }
 
 int64_t totals_blocks(const Problem& p) {

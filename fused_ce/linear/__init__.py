@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from .. import fallback, functional, stock
+from .. import extensions, fallback, functional, stock
 from ..eligibility import (
     INVALID,
     OVERRIDDEN,
@@ -21,6 +21,7 @@ from ..eligibility import (
     overrides,
     stock_reason_of_logits,
 )
+from ..extensions import Extensions, requires_grad
 from ..options import DEFAULTS, NONE, Options
 from ..scripting import refusal
 from ..signatures import bound, takes_arguments_of
@@ -36,7 +37,8 @@ class _Call(NamedTuple):
     target: Tensor
     linear_bias: Tensor | None  # [V]
     loss_arguments: dict[str, Any]  # those of cross_entropy
-    options: Options  # the same, for the operators
+    options: Options  # stock's of these, for the operators
+    given: Extensions  # the others, checked
     logits_shape: tuple[int, ...]
     limits: Limits
     grad_in_forward: bool
@@ -57,6 +59,15 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
     grad_in_forward: bool = True,
+    dtype: torch.dtype | None = None,
+    denominator: float | Tensor | None = None,
+    on_all_ignored: str = "nan",
+    z_loss: float = 0.0,
+    logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+    sample_weight: Tensor | None = None,
+    focal_gamma: float = 0.0,
+    on_out_of_range: str = "assert",
 ) -> Tensor:
     r"""Computes the cross entropy between ``input @ linear_weight.T + linear_bias`` and target
     without holding these logits.
@@ -87,6 +98,10 @@ def linear_cross_entropy(
             1. They are scaled if something else arrives, and rounded once more unless that is a
             power of two. ``False`` keeps nothing until the backward, which computes the logits
             anew. So it always is with ``reduction='none'`` and in float16. Default: ``True``
+        dtype, denominator, on_all_ignored, z_loss, logit_scale, softcap, sample_weight: as in
+            :func:`fused_ce.cross_entropy`, of the layer's output. A ``logit_scale`` that requires
+            grad is multiplied into the input.
+        focal_gamma, on_out_of_range: likewise.
 
     Shape:
         - Input: :math:`(H)`, :math:`(N, H)` or :math:`(B, ..., H)`, all but the last dimension
@@ -100,7 +115,8 @@ def linear_cross_entropy(
     Raises:
         Exception: what torch raises for the same call, among it ``IndexError`` for a target that is
             no class, before anything is computed.
-        ValueError: for a ``chunk_size`` or ``max_chunk_bytes`` that is not positive, or both.
+        ValueError: for a ``chunk_size`` or ``max_chunk_bytes`` that is not positive, or both; and
+            for an option that torch's function does not have, and that makes no sense.
 
     Example::
 
@@ -125,6 +141,15 @@ def linear_cross_entropy(
         "chunk_size": chunk_size,
         "max_chunk_bytes": max_chunk_bytes,
         "grad_in_forward": grad_in_forward,
+        "dtype": dtype,
+        "denominator": denominator,
+        "on_all_ignored": on_all_ignored,
+        "z_loss": z_loss,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "sample_weight": sample_weight,
+        "focal_gamma": focal_gamma,
+        "on_out_of_range": on_out_of_range,
     }
     overridden = False
     if has_torch_function_variadic(*tensors):
@@ -203,6 +228,15 @@ def _call(
     if len(batch) > 1:
         target = _flat_target(target, batch, classes, positions)
         input = input.flatten(0, -2)
+    loss_shape = (*batch, *positions)
+    stocks = functional.options_of(loss_arguments)
+    given = Extensions(*(loss_arguments[name] for name in extensions.NAMES))
+    if not given.are_default:
+        given = given.checked(stocks, target.is_floating_point(), loss_shape)
+        if given.sample_weight is not None and len(batch) > 1:
+            weight = given.sample_weight.reshape(len(input), *positions)
+            given = given._replace(sample_weight=weight)
+        loss_arguments |= given._asdict()
     logits_shape = (*input.shape[:-1], classes, *positions)
     limits = Limits(chunk_size, max_chunk_bytes)
     if options is not None and limits == Limits(None, None):
@@ -213,11 +247,12 @@ def _call(
         target,
         None if linear_bias is None else linear_bias.flatten(),
         loss_arguments,
-        functional.options_of(loss_arguments),
+        stocks,
+        given,
         logits_shape,
         limits,
         grad_in_forward,
-        (*batch, *positions),
+        loss_shape,
     )
 
 
@@ -287,9 +322,14 @@ def _stock_reason(call: _Call) -> str | None:
             return "the layer's tensors differ in device or dtype"
     if 0 in call.logits_shape[2:]:
         return "the loss has no positions"
-    options = call.options
+    options, given = call.options, call.given
     of_stock = options.weight, options.ignore_index, options.label_smoothing
-    reason = stock_reason_of_logits(input, call.logits_shape, dtype, target, *of_stock)
+    computed = given.dtype or dtype
+    reason = stock_reason_of_logits(input, call.logits_shape, computed, target, *of_stock)
+    if reason is None and not given.are_default:
+        reason = given.reference_reason(dtype)
+    if reason is None and extensions.composes(given, options, target):
+        return extensions.COMPOSED
     if reason is None and target.requires_grad and torch.is_grad_enabled():
         return "the target requires grad"
     return reason
@@ -343,15 +383,43 @@ def _chunks(call: _Call) -> str:
 
 
 def _fused(call: _Call) -> Tensor:
+    given = call.given
+    if requires_grad(given.denominator) or requires_grad(given.sample_weight):
+
+        def without(options: Options, given: Extensions) -> Tensor:
+            return _fused(call._replace(options=options, given=given))
+
+        dtype = _logits_dtype(call.input)
+        return extensions.weighed(given, call.options, call.target, dtype, without)
+    if requires_grad(given.logit_scale):
+        call = _scaled(call)
+        given = call.given
+    extensions.check_targets(given, call.options, call.target, call.logits_shape)
     input, target, dtype = call.input, call.target, _logits_dtype(call.input)
     if input.dim() == 1:
         input = input.unsqueeze(0)
         target = target.reshape(1, -1) if target.is_floating_point() else target.reshape(1)
-    options = call.options._replace(
-        loss_dtype=loss_dtype(dtype, target, call.options.weight) or dtype,
+    computed = given.dtype or dtype
+    options = given.added_to(call.options, input.device)
+    options = options._replace(
+        loss_dtype=loss_dtype(computed, target, options.weight) or computed,
     )
+    if call.input.dim() == 1 and options.sample_weight is not None:
+        options = options._replace(sample_weight=options.sample_weight.reshape(1))
     layer = (input, call.linear_weight, target, call.linear_bias)
     arguments = (*layer, dtype, *call.limits, *options)
     if _moment(call) == "gradient in forward":
         return operators.forward_grad(_needs(call), *arguments)[0]
     return operators.forward(*arguments)
+
+
+def _scaled(call: _Call) -> _Call:
+    """The same with the logits' factor in the layer's input and bias, where autograd finds its
+    gradient in what is no larger than they are."""
+    scale = call.given.logit_scale.reshape(())
+    bias = call.linear_bias
+    return call._replace(
+        input=call.input * scale.to(call.input.dtype),
+        linear_bias=None if bias is None else bias * scale.to(bias.dtype),
+        given=call.given._replace(logit_scale=1.0),
+    )

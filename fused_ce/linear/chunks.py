@@ -1,6 +1,6 @@
 """One call, cut into chunks of rows: one GEMM for their logits, then the cross entropy over them.
 
-The mean's denominator is computed once from all targets, so that what a chunk leaves is final.
+The mean's denominators are computed once from all rows, so that what a chunk leaves is final.
 """
 
 import math
@@ -40,30 +40,61 @@ class Problem:
         self.positions = target.shape[2 if self.probabilities else 1 :]
         columns = linear_weight.shape[0]
         self.classes = columns // max(math.prod(self.positions), 1)
-        if not self.probabilities and device.checks_targets:
-            _check_range(target, self.classes, options.ignore_index)
+        if not self.probabilities and device.checks_targets and not options.on_out_of_range:
+            _check_range(target, self.classes, options)
         self.reduction, self.loss_dtype = options.reduction, options.loss_dtype
-        if options.reduction == MEAN and options.denominator is None:
-            options = options._replace(denominator=self._denominator(options))
+        if options.reduction == MEAN and (options.denominator is None or options.on_all_ignored):
+            options = options._replace(denominator=self._denominators(options), on_all_ignored=0)
         self.options = options._replace(loss_dtype=torch.float64)  # of a chunk's own loss
         sizes = Sizes(*input.shape, self.classes, columns, input.dtype != self.dtype)
         self.rows = sizes.chunk_rows(limits, self.dtype, device)
 
-    def _denominator(self, options: Options) -> Tensor:
-        """What the mean divides by, [] in float64, and nan for 0; no number visits the host."""
-        target, weight = self.target, options.weight
-        if self.probabilities:
-            count = target.numel() // self.classes
-            total = torch.full((), count, dtype=torch.float64, device=target.device)
+    def _denominators(self, options: Options) -> Tensor:
+        """What the mean divides the losses and the z-losses by, in float64; no number visits the
+        host."""
+        left_out = self._left_out(options)
+        count = left_out.logical_not().sum(dtype=torch.float64)
+        if options.denominator is not None:
+            found = options.denominator.double().expand(2)
         else:
-            target = target.long()
-            ignored = target == options.ignore_index
-            if weight is None:
-                total = ignored.logical_not().sum(dtype=torch.float64)
-            else:
-                weights = weight[target.masked_fill(ignored, 0)]
-                total = weights.masked_fill(ignored, 0).sum(dtype=torch.float64)
-        return total.masked_fill(total == 0, math.nan)
+            of_rows = of_classes = count
+            weights = options.sample_weight
+            if weights is not None:
+                weights = weights.double().masked_fill(left_out, 0)
+                of_rows = of_classes = weights.sum()
+            if options.weight is not None and not self.probabilities:
+                by_class = options.weight.double()[self._classes_of(left_out)]
+                by_class = by_class.masked_fill(left_out, 0)
+                if options.on_out_of_range:
+                    by_class = by_class.masked_fill(self._outside(left_out), 1)
+                of_classes = (by_class if weights is None else by_class * weights).sum()
+            if options.label_smoothing > 0:
+                # As stock has it, also where smoothing leaves a loss to divide.
+                of_classes = of_classes.masked_fill(of_classes == 0, math.nan)
+            found = torch.stack([of_classes, of_rows])
+        return torch.where(count == 0, 1.0, found) if options.on_all_ignored else found
+
+    def _left_out(self, options: Options) -> Tensor:
+        """Which rows do not count, [N, d1, ..., dK]."""
+        if self.probabilities:
+            rows = torch.zeros_like(self.target.select(1, 0), dtype=torch.bool)
+        else:
+            rows = self.target.long() == options.ignore_index
+        weight = options.sample_weight
+        return rows if weight is None else rows | (weight == 0)
+
+    def _outside(self, left_out: Tensor) -> Tensor:
+        """Which targets of the rows that count are no classes."""
+        target = self.target.long()
+        return ((target < 0) | (target >= self.classes)) & ~left_out
+
+    def _classes_of(self, left_out: Tensor) -> Tensor:
+        """The target of each row that has one, and class 0 of the others."""
+        return self.target.long().masked_fill(left_out | self._outside(left_out), 0)
+
+    def _options_of(self, rows: slice) -> Options:
+        weight = self.options.sample_weight
+        return self.options if weight is None else self.options._replace(sample_weight=weight[rows])
 
     @property
     def has_tiles(self) -> bool:
@@ -93,7 +124,7 @@ class Problem:
     def losses(self) -> list[Tensor]:
         """Of each chunk, in float64."""
         return [
-            ops.forward(self._shaped(logits), self.target[rows], *self.options)
+            ops.forward(self._shaped(logits), self.target[rows], *self._options_of(rows))
             for rows, _, logits in self.chunks()
         ]
 
@@ -110,8 +141,8 @@ class Problem:
             of_rows = grad_output
             if grad_output is not None and self.reduction == NONE:
                 of_rows = grad_output[rows]
-            target = self.target[rows]
-            losses.append(ops.forward_grad_(self._shaped(logits), target, of_rows, *self.options))
+            arguments = self.target[rows], of_rows, *self._options_of(rows)
+            losses.append(ops.forward_grad_(self._shaped(logits), *arguments))
             take(rows, input, logits)
         return losses
 
@@ -122,8 +153,8 @@ class Problem:
         if self.probabilities:
             found = target.topk(min(_CLASSES_APART, self.classes), 1).indices
         else:
-            ignored = target == self.options.ignore_index
-            found = target.long().masked_fill(ignored, 0).unsqueeze(1)
+            found = target.long()
+            found = found.where((found >= 0) & (found < self.classes), 0).unsqueeze(1)
         found = found.reshape(*found.shape[:2], -1)
         count = found.shape[2]
         return (found * count + torch.arange(count, device=found.device)).flatten(1)
@@ -140,7 +171,7 @@ class Problem:
         for part in losses:
             loss += part
         if self.reduction == MEAN and not losses:
-            loss /= self.options.denominator
+            loss /= self.options.denominator.view(-1)[0]
         return loss.to(self.loss_dtype)
 
 
@@ -151,9 +182,11 @@ def fresh(shape: tuple, like: Tensor, dtype: torch.dtype) -> Tensor:
     return memory
 
 
-def _check_range(target: Tensor, classes: int, ignore_index: int) -> None:
+def _check_range(target: Tensor, classes: int, options: Options) -> None:
     """Before the first chunk, since the operators see each no more than their own."""
     target = target.long()
-    outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    outside = ((target < 0) | (target >= classes)) & (target != options.ignore_index)
+    if options.sample_weight is not None:
+        outside &= options.sample_weight != 0
     if outside.any():
         raise IndexError(f"Target {target[outside][0].item()} is out of bounds.")

@@ -222,8 +222,9 @@ def unfused_gradients(needs: list[bool], grad_output: Tensor, *call: Any) -> lis
     if loss.dim() > 0:
         grad_output = grad_output.unsqueeze(1)
     logits_grad = unit * grad_output
-    if not target.is_floating_point():
-        logits_grad = logits_grad.masked_fill(stock.ignored(target, options, rows), 0)
+    left_out = stock.uncounted(target, options, rows)
+    if left_out is not None:
+        logits_grad = logits_grad.masked_fill(left_out, 0)
     logits_grad = logits_grad.reshape(logits.shape)
     products = (
         lambda: logits_grad @ layer[1],

@@ -853,3 +853,40 @@ def test_compiled_module_can_be_copied_and_saved():
     torch.testing.assert_close(module(input, target), expected)
     torch.testing.assert_close(copy.deepcopy(module)(input, target), expected)
     assert set(module.state_dict()) == {"weight"}
+
+
+EXTENDED = {
+    "z_loss": 0.1,
+    "softcap": 5.0,
+    "on_all_ignored": "zero",
+    "label_smoothing": 0.1,
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_graph_has_every_option(dynamic, learned):
+    target = torch.tensor([1, -100, 3, 0])
+    weight = torch.tensor([0.5, 1.0, 2.0, 0.0], dtype=torch.float64)
+
+    def loss(input, scale, denominator):
+        return fused_ce.cross_entropy(
+            input,
+            target,
+            **EXTENDED,
+            sample_weight=weight,
+            logit_scale=scale,
+            denominator=denominator,
+        )
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for denominator in (3.0, 4.0, torch.tensor(5)):
+        results = []
+        for function in (loss, compiled):
+            input = torch.linspace(-4, 4, 20, dtype=torch.float64).reshape(4, 5).requires_grad_()
+            scale = torch.tensor(0.7, dtype=torch.float64, requires_grad=learned)
+            value = function(input, scale, denominator)
+            leaves = [input, scale] if learned else [input]
+            results.append((value, *torch.autograd.grad(value, leaves)))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected)

@@ -86,6 +86,7 @@ ARGUMENTS = {
     "backward": (*_ROWS, "grad_output"),
     "backward_": (*_ROWS, "grad_output"),
     "backward_target": (*_ROWS, "grad_output"),
+    "backward_logit_scale": (*_ROWS, "grad_output"),
     "rescale_": ("grad", "grad_output", *_ROWS),
     "scale_": ("grad", "grad_output"),
 }
@@ -94,10 +95,15 @@ OPTIONS = {
     "ignore_index": st.sampled_from(["0", "69", "2**63 - 1", "-(2**63)"]),
     "label_smoothing": st.sampled_from(["0.5", "1.0", "1.5", "-1.0", "torch.inf", "torch.nan"]),
     "softcap": st.sampled_from(["1.0", "-1.0", "1e-300", "1e300", "torch.inf", "torch.nan"]),
+    "z_loss": st.sampled_from(["0.5", "-1.0", "1e300", "torch.inf", "torch.nan"]),
+    "focal_gamma": st.sampled_from(["2.0", "-1.0", "1e300", "torch.inf", "torch.nan"]),
+    "on_all_ignored": st.sampled_from(["1", "-1", "2", "2**31"]),
+    "on_out_of_range": st.sampled_from(["1", "-1", "2", "2**31"]),
     "loss_dtype": st.sampled_from([f"torch.{each}" for each in (*FLOATS, "int64", "complex64")]),
     "weight": None,
     "denominator": None,
     "logit_scale": None,
+    "sample_weight": None,
 }
 
 

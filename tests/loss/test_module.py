@@ -78,8 +78,20 @@ def test_signatures_agree_up_to_our_own_options():
             assert parameter.default == expected.default
             assert parameter.kind == expected.kind
         assert [(p.name, p.default, p.kind) for p in rest] == [
-            ("grad_in_forward", True, inspect.Parameter.KEYWORD_ONLY),
-            ("inplace", False, inspect.Parameter.KEYWORD_ONLY),
+            (name, default, inspect.Parameter.KEYWORD_ONLY)
+            for name, default in (
+                ("grad_in_forward", True),
+                ("inplace", False),
+                ("dtype", None),
+                ("denominator", None),
+                ("on_all_ignored", "nan"),
+                ("z_loss", 0.0),
+                ("logit_scale", 1.0),
+                ("softcap", None),
+                ("sample_weight", None),
+                ("focal_gamma", 0.0),
+                ("on_out_of_range", "assert"),
+            )
         ]
 
 

@@ -17,7 +17,7 @@ from fused_ce.signatures import takes_arguments_of
 # The operators that compute; the others take no options.
 COMPUTING = (
     *("forward", "forward_stats", "forward_grad", "forward_grad_"),
-    *("backward", "backward_", "backward_target", "rescale_"),
+    *("backward", "backward_", "backward_target", "backward_logit_scale", "rescale_"),
     *("graph_forward", "graph_backward", "graph_backward_target"),
 )
 OF_A_HEAD = ("forward", "forward_grad", "backward")
@@ -43,7 +43,7 @@ def test_operator_of_a_head_ends_in_the_list_with_the_same_types(name):
 
 def test_tensors_come_first_and_a_split_list_is_put_together_again():
     tensors, numbers = options.split(tuple(Options._fields))
-    assert tensors == ("weight", "denominator", "logit_scale")
+    assert tensors == ("weight", "denominator", "logit_scale", "sample_weight")
     assert tensors + numbers == Options._fields
     assert options.split(()) == ((), ())
 

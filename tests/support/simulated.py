@@ -48,13 +48,17 @@ class Operand(ctypes.Structure):
 
 STATISTICS = "row_max", "row_rest", "row_mass", "row_mass_low"
 OPERANDS = (
-    *("input", "target", "grad", "target_grad", "loss", "grad_output"),
+    *("input", "target", "grad", "target_grad", "scale_grad", "loss", "grad_output"),
     *STATISTICS,
 )
 
 
 class Values(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_uint64), ("dtype", ctypes.c_uint8)]
+    _fields_ = [
+        ("data", ctypes.c_uint64),
+        ("dtype", ctypes.c_uint8),
+        ("count", ctypes.c_int64),
+    ]
 
 
 class Options(ctypes.Structure):
@@ -64,10 +68,15 @@ class Options(ctypes.Structure):
         ("weight", Values),
         ("denominator", Values),
         ("logit_scale", Values),
+        ("sample_weight", Operand),
         ("reduction", ctypes.c_int64),
         ("ignore_index", ctypes.c_int64),
         ("label_smoothing", ctypes.c_double),
         ("softcap", ctypes.c_double),
+        ("z_loss", ctypes.c_double),
+        ("focal_gamma", ctypes.c_double),
+        ("on_all_ignored", ctypes.c_int64),
+        ("on_out_of_range", ctypes.c_int64),
     ]
 
 
@@ -81,7 +90,7 @@ class Problem(ctypes.Structure):
         ("totals", ctypes.c_uint64),
         ("probabilities", ctypes.c_bool),
         ("options", Options),
-        ("known_totals", ctypes.c_double * 2),
+        ("known_totals", ctypes.c_double * 3),
     ]
 
 
@@ -344,6 +353,7 @@ class Kernels:
         for values, tensor in ((p.options.weight, weight), (p.options.denominator, denominator)):
             if tensor is not None:
                 values.data, values.dtype = calls.place(tensor), DTYPES.index(tensor.dtype)
+                values.count = tensor.numel()
         return calls, sizes
 
     def _statistics(self, calls, sizes, stats, written):
@@ -372,7 +382,7 @@ class Kernels:
         if keeps_stats:
             dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
             kinds = 4 if target.is_floating_point() else 2
-            stats = unwritten([kinds, math.prod(sizes)], dtype), unwritten([2], torch.float64)
+            stats = unwritten([kinds, math.prod(sizes)], dtype), unwritten([3], torch.float64)
             self._statistics(calls, sizes, stats, True)
         if grad_output is not None:
             calls.operand("grad_output", grad_output, rows=none)

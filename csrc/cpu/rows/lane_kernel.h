@@ -369,7 +369,8 @@ class LaneKernel {
       write_exps(c, logits(c, 1).data, out);
     if (batch_.has_ignored) {
 #pragma omp simd
-      for (int64_t l = 0; l < n_; l++) out[l] = batch_.target_class[l] < 0 ? A(0) : out[l];
+      for (int64_t l = 0; l < n_; l++)
+        out[l] = batch_.is_counted(l) ? out[l] : batch_.uncounted_value(l);
     }
     if (!grad_direct_ && !transposes_grad_)
       store_span(out, n_, p_.grad, grad_ + c * p_.grad.class_stride, lane_stride(p_.grad));

@@ -30,6 +30,10 @@ constexpr int64_t kMaxBatch = 512;
 template <class T>
 using PerRow = T[kMaxBatch + 320 / sizeof(T)];
 
+// In the place of the class of a row that does not count, whose loss and gradient are zero, or nan
+// where the target is no class.
+constexpr int64_t kNotCounted = -1, kNoSuchClass = -2;
+
 template <class A>
 class RowBatch {
  public:
@@ -37,14 +41,17 @@ class RowBatch {
   RowBatch(const Problem& p, int64_t rows)
       : map(logit_map<A>(p)),
         p_(p),
-        common_(p, p.known.weight_sum),
+        common_(p, p.known),
+        is_plain_(p.options.z_loss == 0.0 && !p.is_focal() && !p.weighs_samples() &&
+                  !p.allows_bad_targets()),
         spreads_(p.probabilities || common_.spreads()),
         scales_vary_(std::any_of(p.grad_output.row_strides, p.grad_output.row_strides + p.row_dims,
                                  [](int64_t stride) { return stride != 0; })),
-        map_factor_(p.target_grad.data ? 1.0 : static_cast<double>(map.factor)) {
+        map_factor_(p.grad.data ? static_cast<double>(map.factor) : 1.0) {
     const double grad_output = p.grad_output.data ? load_value<double>(p.grad_output, 0) : 1.0;
-    std::fill(scale, scale + rows, grad_output / p.known.denominator * map_factor_);
+    std::fill(scale, scale + rows, scale_of(grad_output));
     std::fill(target_weight_, target_weight_ + rows, A(1));
+    if (p.probabilities) std::fill(target_class, target_class + rows, int64_t{0});
   }
 
   // Whether a class other than the target has a coefficient a_c.
@@ -53,13 +60,20 @@ class RowBatch {
   // The targets of a tile's rows, their weights, and what their gradients are scaled by.
   void begin(const Tile& tile) {
     size = tile.rows;
-    has_ignored = false;
-    if (!p_.probabilities) {
-      read_targets(tile.run(p_.target));
-      for (int64_t r = 0; r < size; r++) has_ignored |= target_class[r] < 0;
-      if (p_.options.weight.data) read_target_weights();
-    }
+    if (!p_.probabilities) read_targets(tile.run(p_.target));
     if (p_.grad_output.data && scales_vary_) read_scales(tile);
+    if (p_.weighs_samples()) read_sample_weights(tile);
+    has_ignored = false;
+    if (p_.probabilities && !p_.weighs_samples()) return;
+    for (int64_t r = 0; r < size; r++) has_ignored |= target_class[r] < 0;
+    if (!p_.probabilities && p_.options.weight.data) read_target_weights();
+  }
+
+  bool is_counted(int64_t r) const { return target_class[r] >= 0; }
+
+  // What the gradient of a row is that does not count.
+  A uncounted_value(int64_t r) const {
+    return target_class[r] == kNoSuchClass ? std::numeric_limits<A>::quiet_NaN() : A(0);
   }
 
   // Takes over what another batch of the same problem knows.
@@ -121,6 +135,7 @@ class RowBatch {
       run<true, true>();
     else
       run<true, false>();
+    if (p_.weighs_samples()) weigh_losses(tile);
     if (!p_.reduces()) {
       const Run losses = tile.run(p_.loss);
       store_span(loss_, size, p_.loss, losses.first, losses.stride);
@@ -162,7 +177,7 @@ class RowBatch {
   bool has_ignored = false;
   // Arrays begin on a cache line: of any other the compiler would handle the first few elements one
   // by one.
-  alignas(kLine) PerRow<int64_t> target_class;  // -1 where the row is not counted
+  alignas(kLine) PerRow<int64_t> target_class;  // of probabilities 0; below 0 as said above
 
   // From the kernel, or with read_statistics: the largest logit M, and the sum of exp(x - M) over
   // all classes but one of the largest.
@@ -179,12 +194,13 @@ class RowBatch {
   void read_targets(const Run run) {
     with_index_pointer(p_.target, run.first, [&](const auto* targets) {
       const int64_t ignored = p_.options.ignore_index, classes = p_.classes, stride = run.stride;
+      const int64_t outside = p_.allows_bad_targets() ? kNoSuchClass : kNotCounted;
       if (stride == 1) prefetch(p_.target, run.first + size, size);
 #pragma omp simd
       for (int64_t r = 0; r < size; r++) {
         const int64_t index = targets[r * stride];
-        const bool counted = index != ignored && index >= 0 && index < classes;
-        target_class[r] = counted ? index : -1;
+        const int64_t found = index >= 0 && index < classes ? index : outside;
+        target_class[r] = index == ignored ? kNotCounted : found;
       }
     });
   }
@@ -198,9 +214,36 @@ class RowBatch {
   void read_scales(const Tile& tile) {
     const Run run = tile.run(p_.grad_output);
     load_span(p_.grad_output, run.first, run.stride, size, scale);
-    const double denominator = p_.known.denominator;
 #pragma omp simd
-    for (int64_t r = 0; r < size; r++) scale[r] = scale[r] / denominator * map_factor_;
+    for (int64_t r = 0; r < size; r++) scale[r] = scale_of(scale[r]);
+  }
+
+  double scale_of(double grad_output) const {
+    return grad_output / p_.known.denominator * map_factor_;
+  }
+
+  // Compiled by itself, like all that few calls need.
+  __attribute__((noinline)) void read_sample_weights(const Tile& tile) {
+    PerRow<double> weights;
+    load_sample_weights(tile, weights);
+    const double grad_output = p_.grad_output.data ? load_value<double>(p_.grad_output, 0) : 1.0;
+    for (int64_t r = 0; r < size; r++) {
+      if (p_.probabilities) target_class[r] = 0;
+      if (weights[r] == 0.0) target_class[r] = kNotCounted;
+      scale[r] = (scales_vary_ ? scale[r] : scale_of(grad_output)) * weights[r];
+    }
+  }
+
+  __attribute__((noinline)) void weigh_losses(const Tile& tile) {
+    PerRow<double> weights;
+    load_sample_weights(tile, weights);
+    for (int64_t r = 0; r < size; r++)
+      if (is_counted(r)) loss_[r] *= weights[r];
+  }
+
+  void load_sample_weights(const Tile& tile, double* weights) const {
+    const Run run = tile.run(p_.options.sample_weight);
+    load_span(p_.options.sample_weight, run.first, run.stride, size, weights);
   }
 
   // A row whose largest logit is infinite has no softmax.
@@ -224,30 +267,35 @@ class RowBatch {
             common};
   }
 
-  Row<double> probability_row(int64_t r) const {
+  Row<double> probability_row(int64_t r, const Common<double>& common) const {
     const double rest_of_row = defined_rest<double>(r);
-    return {max[r], rest_of_row, log_total(r), 1.0 / (1.0 + rest_of_row), mass[r], common_};
+    return {max[r], rest_of_row, log_total(r), 1.0 / (1.0 + rest_of_row), mass[r], common};
   }
 
   // As a function of its own: inlined into a whole kernel the loops are not always vectorised.
   template <bool kLoss, bool kGradient>
   void run() {
-    simd::run([this] { solve<kLoss, kGradient>(); });
+    if (is_plain_)
+      simd::run([this] { solve<kLoss, kGradient>(); });
+    else
+      solve_any<kLoss, kGradient>();
     if (kGradient && map.bends())
       for (int64_t r = 0; r < size; r++) target_grad[r] *= target_slope_[r];
   }
 
   template <bool kLoss, bool kGradient>
   void solve() {
+    Common<double> of_gradient = common_;
+    of_gradient.z_loss = 0.0;  // for the compiler to know
     if (p_.probabilities) {
 #pragma omp simd
       for (int64_t r = 0; r < size; r++) {
-        if (kLoss) loss_[r] = probability_row(r).loss(gaps[r]);
-        if (kGradient) exp_factor[r] = probability_row(r).exp_factor();
+        const Row<double> row = probability_row(r, of_gradient);
+        if (kLoss) loss_[r] = row.loss(gaps[r]);
+        if (kGradient) exp_factor[r] = row.exp_factor();
       }
     } else {
-      const Common<A> of_loss(common_);
-      const Common<double> of_gradient = common_;
+      const Common<A> of_loss(of_gradient);
 #pragma omp simd
       for (int64_t r = 0; r < size; r++) {
         const A loss = kLoss ? index_loss(r, of_loss) : A(0);
@@ -258,6 +306,36 @@ class RowBatch {
         if (kGradient) target_grad[r] = grad;
       }
     }
+  }
+
+  // The same with every option, row by row.
+  template <bool kLoss, bool kGradient>
+  __attribute__((noinline)) void solve_any() {
+    const Common<A> of_loss(common_);
+    for (int64_t r = 0; r < size; r++) {
+      if (!is_counted(r)) {
+        if (kLoss) loss_[r] = uncounted_value(r);
+        continue;
+      }
+      if (p_.probabilities) {
+        const Row<double> row = probability_row(r, common_);
+        if (kLoss) loss_[r] = row.loss(gaps[r]);
+        if (kGradient) exp_factor[r] = row.exp_factor();
+        continue;
+      }
+      if (kLoss) loss_[r] = focused(index_row(r, of_loss)).loss(static_cast<A>(gaps[r]));
+      if (!kGradient) continue;
+      const IndexRow<double> row = focused(index_row(r, common_));
+      exp_factor[r] = (common_.spreads() ? 1.0 : scale[r]) * row.exp_factor();
+      target_grad[r] = scale[r] * row.target_grad();
+    }
+  }
+
+  template <class R>
+  static IndexRow<R> focused(IndexRow<R> row) {
+    if (row.common.focal_gamma > R(0))
+      row.focus([](R base, R power) { return std::pow(base, power); });
+    return row;
   }
 
   // One function for each result of a row: the variables of a function that is inlined into a loop
@@ -279,8 +357,9 @@ class RowBatch {
 
   const Problem& p_;
   const Common<double> common_;
+  const bool is_plain_;  // none of the options that a row is rarely given
   const bool spreads_, scales_vary_;
-  const double map_factor_;  // of the logits' gradients; a target's has none
+  const double map_factor_;  // of the logits' gradients; the target's and the factor's have none
   alignas(kLine) PerRow<A> target_logit_, target_slope_, target_weight_;
   // The loss of probabilities may be wider than the logits.
   alignas(kLine) PerRow<double> loss_;

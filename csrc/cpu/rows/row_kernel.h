@@ -95,6 +95,14 @@ class RowKernel {
     for (int64_t r = 0; r < tile.rows; r++) write_target_gradient(r, tile.run(p_.target_grad));
   }
 
+  // Returns the sum of the tile's gradients of mapped logits, each times the logit as it is.
+  double backward_scale(const Tile& tile) {
+    begin_backward(tile);
+    double sum = 0.0;
+    for (int64_t r = 0; r < tile.rows; r++) sum += scale_gradient(r);
+    return sum;
+  }
+
   // What forward and backward consist of. Classes [first, last) of row r begin and end at multiples
   // of kRowBlock or the row's end; `blocks` holds all blocks of the rows. The larger parts are
   // compiled by themselves: inlined, each caller would have a copy.
@@ -186,7 +194,7 @@ class RowKernel {
   // Of short rows, as many are in work at a time as have this many elements together.
   static constexpr int64_t kGroupElements = 1024;
 
-  bool is_counted(int64_t r) const { return p_.probabilities || batch_.target_class[r] >= 0; }
+  bool is_counted(int64_t r) const { return batch_.is_counted(r); }
 
   BlockSums<A>* row_blocks(int64_t r) { return blocks_.data() + r * blocks_of(p_); }
 
@@ -383,7 +391,7 @@ class RowKernel {
   // i -> exp_factor exp(x_i - M) of the block at b.
   template <class Term>
   void write_blocks(int64_t r, int64_t first, int64_t last, const Term& term) {
-    if (!is_counted(r)) return write_zeros(r, first, last);
+    if (!is_counted(r)) return write_uncounted(r, first, last, p_.grad, grad_);
     const A scale = static_cast<A>(batch_.scale[r]);
     for (int64_t b = first; b < last; b += kRowBlock) {
       const int64_t n = std::min(kRowBlock, last - b);
@@ -421,14 +429,44 @@ class RowKernel {
     });
   }
 
-  void write_zeros(int64_t r, int64_t first, int64_t last) {
-    std::fill(buffer_, buffer_ + std::min(kRowBlock, last - first), A(0));
+  void write_uncounted(int64_t r, int64_t first, int64_t last, const Operand& to, const Run& run) {
+    std::fill(buffer_, buffer_ + std::min(kRowBlock, last - first), batch_.uncounted_value(r));
     for (int64_t b = first; b < last; b += kRowBlock)
-      store_span(buffer_, std::min(kRowBlock, last - b), p_.grad, at(grad_, p_.grad, r, b),
-                 p_.grad.class_stride);
+      store_span(buffer_, std::min(kRowBlock, last - b), to, at(run, to, r, b), to.class_stride);
+  }
+
+  double scale_gradient(int64_t r) {
+    if (!is_counted(r)) return batch_.uncounted_value(r);
+    const A scale = batch_.spreads() ? static_cast<A>(batch_.scale[r]) : A(1);
+    const A factor = static_cast<A>(batch_.exp_factor[r]), max = batch_.max[r];
+    const int64_t target = p_.probabilities ? -1 : batch_.target_class[r];
+    double sum = 0.0;
+    for (int64_t b = 0; b < p_.classes; b += kRowBlock) {
+      const int64_t n = std::min(kRowBlock, p_.classes - b);
+      const A* x = read_logits_and_slopes(r, b, n, buffer_);
+      const auto differentiate = [&](auto coefficient) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++)
+          buffer_[i] = scale * (factor * math::exp_nonpositive(x[i] - max) - coefficient(i));
+      };
+      if (batch_.spreads())
+        with_coefficients(p_, b, n, read_probabilities(r, b, n), smoothing_, coefficients_,
+                          differentiate);
+      else
+        differentiate([](int64_t) { return A(0); });
+      if (batch_.map.bends())
+        for (int64_t i = 0; i < n; i++) buffer_[i] *= slopes_[i];
+      const A* unmapped = read_unmapped(r, b, n, coefficients_);
+      for (int64_t i = 0; i < n; i++)  // a masked logit has no gradient, and is infinite
+        if (buffer_[i] != A(0) && b + i != target)
+          sum += static_cast<double>(buffer_[i]) * unmapped[i];
+      if (target >= b && target < b + n) sum += batch_.target_grad[r] * unmapped[target - b];
+    }
+    return sum;
   }
 
   void write_target_gradient(int64_t r, const Run& target_grad) {
+    if (!is_counted(r)) return write_uncounted(r, 0, p_.classes, p_.target_grad, target_grad);
     const A log_total = batch_.log_total(r);
     const A scale = static_cast<A>(batch_.scale[r]), max = batch_.max[r];
     const A* weight = static_cast<const A*>(p_.options.weight.data);

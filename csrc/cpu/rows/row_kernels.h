@@ -25,6 +25,11 @@ void backward_tiles(const Problem& p, const Tiling& tiling, int64_t begin, int64
 template <class A>
 void backward_target_tiles(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end);
 
+// tile_sums[tile] receives what the tile adds to the gradient of the logits' factor.
+template <class A>
+void backward_scale_tiles(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end,
+                          double* tile_sums);
+
 // Whether a row may be worth sharing between threads, which the next two do.
 bool has_long_rows(const Problem& p);
 

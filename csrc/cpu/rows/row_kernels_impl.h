@@ -64,6 +64,18 @@ void backward_target_tiles(const Problem& p, const Tiling& tiling, int64_t begin
 }
 
 template <class A>
+void backward_scale_tiles(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end,
+                          double* tile_sums) {
+  simd::with_level([&](auto level) {
+    simd::run_as<level>([&] {
+      RowKernel<A, level> kernel(p, tiling);
+      for (int64_t t = begin; t < end; t++)
+        tile_sums[t] = kernel.backward_scale(Tile(p, tiling, t));
+    });
+  });
+}
+
+template <class A>
 void forward_shared(const Problem& p, const Tiling& tiling, const Threads& threads,
                     double* tile_losses) {
   simd::with_level(

@@ -55,12 +55,13 @@ __global__ void __launch_bounds__(kBlock, kResidentBlocks)
     const int single = stretch == 0 ? row.single(thread, p.classes) : -1;
 
     if (!target.is_counted) {
+      const float value = target.uncounted_value(p, index);
 #pragma unroll
       for (int i = 0; i < kPacks; i++) {
         const int pack = begin + i * stretches.threads;
-        if (pack < row.packs) Pack<T>::filled(0).store(grad + row.first(pack));
+        if (pack < row.packs) Pack<T>::filled(value).store(grad + row.first(pack));
       }
-      if (single >= 0) grad[single] = T{};
+      if (single >= 0) grad[single] = narrow<T>(value);
       continue;
     }
     if (stretch == 0 && thread == 0) target.check(p);
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kBlock, kResidentBlocks)
       const float target_logit = single == t ? own : element(packs, distance, step);
       target_value = target_gradient(max, rest, target_logit, weight, scale, k);
     }
-    const RowGradient<float> gradient = index_gradient(max, rest, weight, scale, k);
+    const RowGradient<float> gradient = index_gradient(max, rest, max, weight, scale, k);
     if (single >= 0) {
       const float value = kSmoothed ? gradient.of(own, coefficient) : gradient.of(own);
       grad[single] = narrow<T>(single == t ? target_value : value);

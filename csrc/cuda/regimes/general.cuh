@@ -32,32 +32,48 @@ __device__ __forceinline__ void add_row(const Logits& row, const Coefficients<kP
   }
 }
 
-template <class T>
-__device__ __forceinline__ void write_zeros(const Problem& p, const RowIndex& row, int64_t first,
-                                            int64_t step) {
-  T* grad = static_cast<T*>(p.grad.data) + row.offset(p, p.grad);
-  for (int64_t c = first; c < p.classes; c += step) grad[c * p.grad.class_stride] = T{};
+// The gradient of a row that does not count.
+__device__ __forceinline__ void write_uncounted(const Problem& p, const RowIndex& row,
+                                                const RowTarget& target, const Operand& to,
+                                                int64_t first, int64_t step) {
+  const double value = target.uncounted_value(p, row);
+  const int64_t offset = row.offset(p, to);
+  for (int64_t c = first; c < p.classes; c += step)
+    store_value(value, to, offset + c * to.class_stride);
 }
 
-// One thread's part of the gradient. It reads no logit but those whose places it writes.
-template <class T, bool kProbabilities, bool kMaps, class A>
-__device__ __forceinline__ void write_gradient(const Problem& p, const RowIndex& row,
-                                               const RowTarget& target, A max, A rest, double mass,
-                                               const Constants& k, int64_t first, int64_t step) {
+// One thread's part of the gradient of mapped logits, times `factor` and the slope of each:
+// use(c, gradient). No logit is read but that of the class in use.
+template <class T, bool kProbabilities, bool kMaps, class A, class Use>
+__device__ __forceinline__ void for_gradient(const Problem& p, const RowIndex& row,
+                                             const RowTarget& target, A max, A rest, double mass,
+                                             A target_logit, double factor, const Constants& k,
+                                             int64_t first, int64_t step, const Use& use) {
   const RowLogits<T, kMaps> logits(p, row);
   const Coefficients<kProbabilities, A> a(p, row, k.smoothing);
-  const double scale = row_scale(p, row, k) * logits.factor();
+  const double scale = row_scale(p, row, k) * factor;
   const A weight = target.weight<A>(p);
-  const auto gradient = row_gradient<kProbabilities>(max, rest, mass, weight, scale, k);
-  T* grad = static_cast<T*>(p.grad.data) + row.offset(p, p.grad);
+  const auto gradient =
+      row_gradient<kProbabilities>(max, rest, mass, target_logit, weight, scale, k);
 #pragma unroll 2
   for (int64_t c = first; c < p.classes; c += step) {
     const auto [x, slope] = logits.mapped(c);
     A value = a.spreads() ? gradient.of(x, a(c)) : gradient.of(x);
     if (!kProbabilities && c == target.index)
-      value = target_gradient(max, rest, x, weight, scale, k);
-    grad[c * p.grad.class_stride] = narrow<T>(slope * value);
+      value = target_gradient<true>(max, rest, x, weight, scale, k);
+    use(c, slope * value);
   }
+}
+
+template <class T, bool kProbabilities, bool kMaps, class A>
+__device__ __forceinline__ void write_gradient(const Problem& p, const RowIndex& row,
+                                               const RowTarget& target, A max, A rest, double mass,
+                                               A target_logit, const Constants& k, int64_t first,
+                                               int64_t step) {
+  T* grad = static_cast<T*>(p.grad.data) + row.offset(p, p.grad);
+  for_gradient<T, kProbabilities, kMaps>(
+      p, row, target, max, rest, mass, target_logit, RowLogits<T, kMaps>(p, row).factor(), k, first,
+      step, [&](int64_t c, A value) { grad[c * p.grad.class_stride] = narrow<T>(value); });
 }
 
 // Calls use with two integral constants: whether the target is probabilities, and whether logits

@@ -24,29 +24,32 @@ __global__ void __launch_bounds__(RowThreads::kBlock, 2)
     const RowIndex row(p, r);
     const RowTarget target(p, row);
     if (!target.is_counted) {
-      if (p.grad.data) write_zeros<T>(p, row, threads.rank, shape.threads);
-      if (threads.rank == 0) store_row(p, row, A(0), Sums{});
+      if (p.grad.data) write_uncounted(p, row, target, p.grad, threads.rank, shape.threads);
+      if (threads.rank == 0) {
+        const A loss = target.uncounted_value(p, row);
+        store_row(p, row, loss, Sums{});
+        losses += loss;
+      }
       continue;
     }
     const RowLogits<T, kMaps> logits(p, row);
-    A target_logit = 0;
-    if (!kProbabilities && threads.rank == 0) {
-      target.check(p);
-      target_logit = logits[target.index];
-    }
+    if (!kProbabilities && threads.rank == 0) target.check(p);
+    // By all threads: in place, one of them writes where it is before others are through.
+    const A target_logit = !kProbabilities && target.in_range(p) ? logits[target.index] : A(0);
     Sums sums;
     add_row(logits, Coefficients<kProbabilities, A>(p, row, k.smoothing), threads.rank,
             shape.threads, p.classes, sums);
     threads.add(sums, shared);
     sums.close();
     if (threads.rank == 0) {
-      const auto loss = row_loss<kProbabilities>(sums, target_logit, target.weight<A>(p), k);
+      const auto loss =
+          row_loss<kProbabilities, true>(p, row, sums, target_logit, target.weight<A>(p), k);
       store_row(p, row, loss, sums);
       losses += loss;
     }
     if (p.grad.data)
-      write_gradient<T, kProbabilities, kMaps>(p, row, target, sums.max, sums.rest, sums.mass, k,
-                                               threads.rank, shape.threads);
+      write_gradient<T, kProbabilities, kMaps>(p, row, target, sums.max, sums.rest, sums.mass,
+                                               target_logit, k, threads.rank, shape.threads);
   }
   threads.finish(p, result, losses, shared);
 }

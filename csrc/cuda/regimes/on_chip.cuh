@@ -128,11 +128,13 @@ __global__ void __launch_bounds__(Layout::kBlock, Layout::kMinBlocks)
 
     if (!target.is_counted) {
       // No logit is read. All threads of a cluster come here, or none.
+      const float value = target.uncounted_value(p, index);
       if (p.grad.data) {
-        for (int i = begin; i < end; i += kThreads) Pack<T>::filled(0).store(grad + row.first(i));
-        if (single >= 0) grad[single] = T{};
+        for (int i = begin; i < end; i += kThreads)
+          Pack<T>::filled(value).store(grad + row.first(i));
+        if (single >= 0) grad[single] = narrow<T>(value);
       }
-      if (leads) store_row(p, index, 0.0f, LogitSums<float>{});
+      if (leads) store_row(p, index, loss = value, LogitSums<float>{});
     } else {
       Peer::announce();
       if (leads) target.check(p);
@@ -172,13 +174,14 @@ __global__ void __launch_bounds__(Layout::kBlock, Layout::kMinBlocks)
 
       const Constants k(p);
       if (leads) {
-        loss = row_loss(sums, target_logit, weight, k);
+        loss = row_loss(p, index, sums, target_logit, weight, k);
         store_row(p, index, loss, sums);
       }
       if (p.grad.data) {
         const double scale = row_scale(p, index, k);
         const float coefficient = static_cast<float>(k.smoothing.smooth);
-        const RowGradient<float> gradient = index_gradient(sums.max, sums.rest, weight, scale, k);
+        const RowGradient<float> gradient =
+            index_gradient(sums.max, sums.rest, target_logit, weight, scale, k);
         const float target_value =
             target_gradient(sums.max, sums.rest, target_logit, weight, scale, k);
         if (single >= 0) {

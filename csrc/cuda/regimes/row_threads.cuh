@@ -32,6 +32,14 @@ class RowThreads {
   }
   __device__ __forceinline__ int64_t row_step() const { return gridDim.x * int64_t{shape_.rows()}; }
 
+  // Until all threads of the row are here.
+  __device__ __forceinline__ void await() const {
+    if (shape_.threads == kWarp)
+      __syncwarp();
+    else
+      __syncthreads();
+  }
+
   // For all threads of the row.
   template <class Sums>
   __device__ __forceinline__ void add(Sums& sums, Shared<Sums>& shared) const {

@@ -63,12 +63,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kThreads>)
   const int single = row.single(thread, p.classes);
   float loss = 0;
   if (!target.is_counted) {
+    const float value = target.uncounted_value(p, index);
     if constexpr (kGradient) {
       for (int i = thread; i < row.packs; i += kThreads)
-        Pack<T>::filled(0).store(grad + row.first(i));
-      if (single >= 0) grad[single] = T{};
+        Pack<T>::filled(value).store(grad + row.first(i));
+      if (single >= 0) grad[single] = narrow<T>(value);
     }
-    if (thread == 0) store_row(p, index, 0.0f, LogitSums<float>{});
+    if (thread == 0) store_row(p, index, loss = value, LogitSums<float>{});
   } else {
     if (thread == 0) target.check(p);
     const float target_logit = target.in_range(p) ? widen(x[target.index]) : 0.0f;
@@ -88,13 +89,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<kThreads>)
     const Constants k(p);
     const float weight = target.weight<float>(p);
     if (thread == 0) {
-      loss = row_loss(sums, target_logit, weight, k);
+      loss = row_loss(p, index, sums, target_logit, weight, k);
       store_row(p, index, loss, sums);
     }
     if constexpr (kGradient) {
       const double scale = row_scale(p, index, k);
       const float coefficient = static_cast<float>(k.smoothing.smooth);
-      const RowGradient<float> gradient = index_gradient(sums.max, sums.rest, weight, scale, k);
+      const RowGradient<float> gradient =
+          index_gradient(sums.max, sums.rest, target_logit, weight, scale, k);
       const float target_value =
           target_gradient(sums.max, sums.rest, target_logit, weight, scale, k);
       const int t = static_cast<int>(target.index);

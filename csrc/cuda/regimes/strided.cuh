@@ -33,8 +33,9 @@ class ColumnGradient {
         stride_(p.grad.class_stride),
         target_(target.index) {
     const A weight = target.weight<A>(p);
-    gradient_ = row_gradient<kProbabilities>(max, rest, mass, weight, scale, k);
-    if (!kProbabilities) target_value_ = target_gradient(max, rest, target_logit, weight, scale, k);
+    gradient_ = row_gradient<kProbabilities>(max, rest, mass, target_logit, weight, scale, k);
+    if (!kProbabilities)
+      target_value_ = target_gradient<true>(max, rest, target_logit, weight, scale, k);
   }
 
   __device__ __forceinline__ void store(int64_t c, A x) const {
@@ -52,9 +53,9 @@ class ColumnGradient {
 };
 
 template <class T>
-__device__ __forceinline__ void write_zero_column(const Problem& p, const RowIndex& row) {
+__device__ __forceinline__ void write_column(const Problem& p, const RowIndex& row, T value) {
   T* to = static_cast<T*>(p.grad.data) + row.offset(p, p.grad);
-  for (int64_t c = 0; c < p.classes; c++) to[c * p.grad.class_stride] = T{};
+  for (int64_t c = 0; c < p.classes; c++) to[c * p.grad.class_stride] = value;
 }
 
 }  // namespace fused_ce::cuda

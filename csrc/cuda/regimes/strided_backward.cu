@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kStridedBlock, 2)
     const RowIndex row(p, r);
     const RowTarget target(p, row);
     if (!target.is_counted) {
-      write_zero_column<T>(p, row);
+      write_column<T>(p, row, narrow<T>(Accumulation<T>(target.uncounted_value(p, row))));
       continue;
     }
     if (!kProbabilities) target.check(p);

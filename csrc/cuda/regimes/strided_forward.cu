@@ -52,8 +52,9 @@ __global__ void __launch_bounds__(kStridedBlock, kProbabilities && !kKeeps ? 1 :
     const RowIndex row(p, r);
     const RowTarget target(p, row);
     if (!target.is_counted) {
-      if (p.grad.data) write_zero_column<T>(p, row);
-      store_row(p, row, A(0), LogitSums<A, kProbabilities>{});
+      loss = target.uncounted_value(p, row);
+      if (p.grad.data) write_column<T>(p, row, narrow<T>(static_cast<A>(loss)));
+      store_row(p, row, loss, LogitSums<A, kProbabilities>{});
     } else {
       if (!kProbabilities) target.check(p);
       const RowLogits<T> logits(p, row);
@@ -76,7 +77,7 @@ __global__ void __launch_bounds__(kStridedBlock, kProbabilities && !kKeeps ? 1 :
         }
       }
       sums.close();
-      loss = row_loss<kProbabilities>(sums, target_logit, target.weight<A>(p), k);
+      loss = row_loss<kProbabilities, true>(p, row, sums, target_logit, target.weight<A>(p), k);
       store_row(p, row, loss, sums);
       if (p.grad.data) {
         const ColumnGradient<T, kProbabilities, A> gradient(

@@ -102,10 +102,11 @@ class RowTile {
 // Writes the gradient over the logits in shared memory.
 template <class Tile>
 __device__ __forceinline__ void differentiate_tile(const Problem& p, const Tile& tile,
-                                                   const RowTarget& target, float max, float rest,
-                                                   double scale, const Constants& k) {
+                                                   const RowTarget& target, float uncounted,
+                                                   float max, float rest, double scale,
+                                                   const Constants& k) {
   const float weight = target.weight<float>(p);
-  const RowGradient<float> gradient = index_gradient(max, rest, weight, scale, k);
+  const RowGradient<float> gradient = index_gradient(max, rest, max, weight, scale, k);
   const float target_value =
       target_gradient(max, rest, tile.target_logit(p, target), weight, scale, k);
   const bool spreads = k.spreads();
@@ -114,7 +115,7 @@ __device__ __forceinline__ void differentiate_tile(const Problem& p, const Tile&
     const float x = tile.logit(c);
     float value = spreads ? gradient.of(x, class_coefficient<float>(p, c, k)) : gradient.of(x);
     if (c == target.index) value = target_value;
-    tile.set(c, target.is_counted ? value : 0.0f);
+    tile.set(c, target.is_counted ? value : uncounted);
   });
 }
 

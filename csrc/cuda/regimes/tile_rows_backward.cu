@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(256, 4)
     const float max = load_max<float>(p, index), rest = load_rest<float>(p, index);
     const double scale = row_scale(p, index, k);
     __syncthreads();
-    differentiate_tile(p, tile, target, max, rest, scale, k);
+    differentiate_tile(p, tile, target, target.uncounted_value(p, index), max, rest, scale, k);
     __syncthreads();
     tile.store(p);
     __syncthreads();

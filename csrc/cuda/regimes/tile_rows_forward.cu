@@ -37,11 +37,13 @@ __global__ void __launch_bounds__(256, 4)
 
   float loss = 0;
   if (tile.has_row() && tile.leads()) {
-    if (is_counted) loss = row_loss(sums, target_logit, target.weight<float>(p), k);
+    loss = is_counted ? row_loss(p, index, sums, target_logit, target.weight<float>(p), k)
+                      : target.uncounted_value(p, index);
     store_row(p, index, loss, is_counted ? sums : LogitSums<float>{});
   }
   if (p.grad.data) {
-    differentiate_tile(p, tile, target, sums.max, sums.rest, row_scale(p, index, k), k);
+    differentiate_tile(p, tile, target, target.uncounted_value(p, index), sums.max, sums.rest,
+                       row_scale(p, index, k), k);
     __syncthreads();
     tile.store(p);
   }

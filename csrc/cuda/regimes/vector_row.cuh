@@ -30,7 +30,7 @@ inline bool has_aligned_gradient(const Problem& p) {
 // What all kernels of such rows ask for.
 inline bool has_vector_operands(const Problem& p) {
   return p.rows > 0 && p.rows < kMaxVectorRows && p.row_dims <= 2 && !p.probabilities &&
-         !p.maps_logits() && has_vector_rows(p.input) && has_vector_rows(p.grad) &&
+         !p.maps_logits() && !p.is_focal() && has_vector_rows(p.input) && has_vector_rows(p.grad) &&
          has_aligned_gradient(p) && p.classes <= kMaxVectorClasses;
 }
 

@@ -9,7 +9,7 @@ namespace fused_ce::cuda {
 
 // What a forward kernel is given besides the problem.
 struct Result {
-  BlockSum losses;
+  BlockSum<> losses;
   Totals* totals;  // also to be stored here, where nobody has found them on the device
 };
 
@@ -25,7 +25,7 @@ __device__ __forceinline__ void store_row(const Problem& p, const Index& row, A 
 __device__ __forceinline__ void store_block(const Problem& p, const Result& result, double losses,
                                             int64_t block, int64_t blocks) {
   if (block == 0 && threadIdx.x % kWarp == 0 && result.totals)
-    *result.totals = {p.known.weight_sum, denominator(p)};
+    *result.totals = {p.known.weight_sum, denominator(p), z_denominator(p)};
   if (!p.reduces()) return;
   double total;
   if (!add_blocks(result.losses, losses, block, blocks, total)) return;

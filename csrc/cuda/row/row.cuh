@@ -64,10 +64,12 @@ class RowLogits {
   __device__ __forceinline__ A operator[](int64_t c) const { return mapped(c).logit; }
 
   __device__ __forceinline__ typename LogitMap<A>::Mapped mapped(int64_t c) const {
-    const A x = widen(x_[c * stride_]);
+    const A x = unmapped(c);
     if constexpr (!kMaps) return {x, A(1)};
     return map_(x, Tanh{});
   }
+
+  __device__ __forceinline__ A unmapped(int64_t c) const { return widen(x_[c * stride_]); }
 
   // What all gradients are multiplied by, besides a logit's own slope.
   __device__ __forceinline__ double factor() const { return kMaps ? map_.factor : 1.0; }
@@ -99,7 +101,15 @@ class ShortRowIndex {
   unsigned inner_, outer_;
 };
 
-// The row's class; not counted where it is the ignored one.
+// The row's weight among the samples.
+template <class Index>
+__device__ __forceinline__ double sample_weight(const Problem& p, const Index& row) {
+  const Operand& weight = p.options.sample_weight;
+  return weight.data ? load_value<double>(weight, row.offset(p, weight)) : 1.0;
+}
+
+// The row's class. It is not counted where the class is the ignored one, the row has no weight, or,
+// if that is allowed, the class is none.
 struct RowTarget {
   int64_t index;
   bool is_counted;
@@ -107,7 +117,22 @@ struct RowTarget {
   template <class Index>
   __device__ __forceinline__ RowTarget(const Problem& p, const Index& row)
       : index(p.probabilities ? -1 : load_index(p.target, row.offset(p, p.target))),
-        is_counted(p.probabilities || index != p.options.ignore_index) {}
+        is_counted(p.probabilities || index != p.options.ignore_index) {
+    if (p.weighs_samples()) is_counted &= sample_weight(p, row) != 0.0;
+    if (p.allows_bad_targets() && !p.probabilities) is_counted &= in_range(p);
+  }
+
+  // What the loss and the gradient of a row are that is not counted: nan where the class is none.
+  template <class Index>
+  __device__ __forceinline__ float uncounted_value(const Problem& p, const Index& row) const {
+    return is_no_class(p, row) ? kNan<float> : 0.0f;
+  }
+
+  template <class Index>
+  __device__ __forceinline__ bool is_no_class(const Problem& p, const Index& row) const {
+    return p.allows_bad_targets() && !p.probabilities && !in_range(p) &&
+           index != p.options.ignore_index && sample_weight(p, row) != 0.0;
+  }
 
   // Stops the kernel where the index is out of range. One thread of the row's calls this, before
   // it reads what lies there.
@@ -131,18 +156,28 @@ struct RowTarget {
 
 // What the losses or the gradients of all rows are divided by.
 __device__ __forceinline__ double denominator(const Problem& p) {
-  if (p.options.denominator.data) return *static_cast<const double*>(p.options.denominator.data);
-  return p.totals ? p.totals->denominator : p.known.denominator;
+  if (p.totals) return p.totals->denominator;
+  const Values& given = p.options.denominator;
+  return given.data ? static_cast<const double*>(given.data)[0] : p.known.denominator;
+}
+
+__device__ __forceinline__ double z_denominator(const Problem& p) {
+  if (p.totals) return p.totals->z_denominator;
+  const Values& given = p.options.denominator;
+  return given.data ? static_cast<const double*>(given.data)[given.count - 1]
+                    : p.known.z_denominator;
 }
 
 // What the whole problem shares: the same in all threads.
 struct Constants : Common<double> {
   double inverse_denominator;
 
-  __device__ __forceinline__ explicit Constants(const Problem& p) : Common<double>(p, 0.0) {
+  __device__ __forceinline__ explicit Constants(const Problem& p) : Common<double>(p) {
     // Loaded only now: sooner, and kernels spill on compute capability 10.0.
     weight_sum = p.totals ? p.totals->weight_sum : p.known.weight_sum;
-    inverse_denominator = 1.0 / denominator(p);
+    const double divisor = denominator(p);
+    inverse_denominator = 1.0 / divisor;
+    if (p.options.z_loss > 0.0) set_totals(p, {weight_sum, divisor, z_denominator(p)});
   }
 };
 
@@ -200,16 +235,34 @@ __device__ __forceinline__ Row<double> probability_row(X max, X rest, double mas
   return {max, rest, log1p_nonnegative(rest), inverse_of_total(rest), mass, k};
 }
 
+// A function of its own: it would take the registers of a kernel that seldom calls it.
+__device__ __noinline__ inline double power(double base, double exponent) {
+  return pow(base, exponent);
+}
+
+struct Pow {
+  template <class A>
+  __device__ __forceinline__ A operator()(A base, A exponent) const {
+    return static_cast<A>(power(base, exponent));
+  }
+};
+
 // Where the target is probabilities, its logit and weight are not looked at, and the loss may be
-// wider than the logits. No loss depends on inverse_total.
-template <bool kProbabilities = false, class Sums, class A>
-__device__ __forceinline__ auto row_loss(const Sums& sums, A target_logit, A target_weight,
-                                         const Constants& k) {
+// wider than the logits. No loss but a focal one depends on inverse_total.
+template <bool kProbabilities = false, bool kMayFocus = false, class Index, class Sums, class A>
+__device__ __forceinline__ auto row_loss(const Problem& p, const Index& index, const Sums& sums,
+                                         A target_logit, A target_weight, const Constants& k) {
   const A rest = defined_rest(sums.rest, sums.max);
-  if constexpr (kProbabilities)
-    return probability_row(sums.max, rest, sums.mass, k).loss(sums.gaps);
-  else
-    return index_row(sums.max, rest, A(0), target_logit, target_weight, k).loss(sums.gaps);
+  const double of_sample = sample_weight(p, index);
+  if constexpr (kProbabilities) {
+    return of_sample * probability_row(sums.max, rest, sums.mass, k).loss(sums.gaps);
+  } else {
+    const bool focuses = kMayFocus && k.focal_gamma > 0.0;
+    const A inverse = focuses ? A(1) / (A(1) + rest) : A(0);
+    auto row = index_row(sums.max, rest, inverse, target_logit, target_weight, k);
+    if (focuses) row.focus(Pow{});
+    return static_cast<A>(of_sample) * row.loss(sums.gaps);
+  }
 }
 
 // The gradient of a row, from what is the same for all its classes.
@@ -230,27 +283,31 @@ struct RowGradient {
 
 // What goes into every element of a gradient is computed in double and rounded once: the rounding
 // of a float for each step would add up to more than an ulp.
-template <class A>
+template <bool kMayFocus = false, class A>
 __device__ __forceinline__ IndexRow<double> exact_index_row(A max, A rest, A target_logit,
                                                             A target_weight, const Constants& k) {
   const A defined = defined_rest(rest, max);
-  return index_row(max, defined, inverse_of_total(defined), target_logit, target_weight, k);
+  auto row = index_row(max, defined, inverse_of_total(defined), target_logit, target_weight, k);
+  if (kMayFocus && k.focal_gamma > 0.0) row.focus(Pow{});
+  return row;
 }
 
-template <class A>
-__device__ __forceinline__ RowGradient<A> index_gradient(A max, A rest, A target_weight,
-                                                         double scale, const Constants& k) {
-  // Which class is the target makes no difference here.
-  const double factor = exact_index_row(max, rest, max, target_weight, k).exp_factor();
+// Which class is the target makes a difference to a focal loss alone.
+template <bool kMayFocus = false, class A>
+__device__ __forceinline__ RowGradient<A> index_gradient(A max, A rest, A target_logit,
+                                                         A target_weight, double scale,
+                                                         const Constants& k) {
+  const A logit = kMayFocus ? target_logit : max;
+  const double factor = exact_index_row<kMayFocus>(max, rest, logit, target_weight, k).exp_factor();
   return {base_of(max), static_cast<A>(k.spreads() ? factor : scale * factor),
           static_cast<A>(scale)};
 }
 
 // For the target itself.
-template <class A>
+template <bool kMayFocus = false, class A>
 __device__ __forceinline__ A target_gradient(A max, A rest, A target_logit, A target_weight,
                                              double scale, const Constants& k) {
-  const auto row = exact_index_row(max, rest, target_logit, target_weight, k);
+  const auto row = exact_index_row<kMayFocus>(max, rest, target_logit, target_weight, k);
   return static_cast<A>(scale * row.target_grad());
 }
 
@@ -262,18 +319,20 @@ __device__ __forceinline__ RowGradient<A> probability_gradient(A max, A rest, do
 }
 
 template <bool kProbabilities, class A>
-__device__ __forceinline__ RowGradient<A> row_gradient(A max, A rest, double mass, A target_weight,
-                                                       double scale, const Constants& k) {
+__device__ __forceinline__ RowGradient<A> row_gradient(A max, A rest, double mass, A target_logit,
+                                                       A target_weight, double scale,
+                                                       const Constants& k) {
   if constexpr (kProbabilities) return probability_gradient(max, rest, mass, scale, k);
-  return index_gradient(max, rest, target_weight, scale, k);
+  return index_gradient<true>(max, rest, target_logit, target_weight, scale, k);
 }
 
 // What the row's gradient is multiplied by.
 template <class Index>
 __device__ __forceinline__ double row_scale(const Problem& p, const Index& row,
                                             const Constants& k) {
-  if (!p.grad_output.data) return k.inverse_denominator;
-  return load_value<double>(p.grad_output, row.offset(p, p.grad_output)) * k.inverse_denominator;
+  const double scale = sample_weight(p, row) * k.inverse_denominator;
+  if (!p.grad_output.data) return scale;
+  return load_value<double>(p.grad_output, row.offset(p, p.grad_output)) * scale;
 }
 
 // By one thread of the row's.

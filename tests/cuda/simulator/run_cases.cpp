@@ -168,11 +168,13 @@ int main() {
     Memory memory;
     memory.load(call.buffer_count, call.seed % 2 == 0);
     Problem& p = call.problem;
-    for (Operand* operand : {&p.input, &p.target, &p.grad, &p.target_grad, &p.loss, &p.grad_output,
-                             &p.row_max, &p.row_rest, &p.row_mass, &p.row_mass_low})
+    for (Operand* operand :
+         {&p.input, &p.target, &p.grad, &p.target_grad, &p.scale_grad, &p.loss, &p.grad_output,
+          &p.row_max, &p.row_rest, &p.row_mass, &p.row_mass_low, &p.options.sample_weight})
       memory.place(operand->data);
     memory.place(p.totals);
-    for (Values* values : {&p.options.weight, &p.options.denominator}) memory.place(values->data);
+    for (Values* values : {&p.options.weight, &p.options.denominator, &p.options.logit_scale})
+      memory.place(values->data);
     memory.place(call.elements.data);
     simulator::set_seed(call.seed);
     const int before = simulator::launches();

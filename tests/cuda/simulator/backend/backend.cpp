@@ -22,22 +22,28 @@ class Simulated {
     simulator::set_seed(seed++);
   }
 
-  void forward(Problem& p) {
-    struct alignas(16) Piece {
-      unsigned char bytes[16];
-    };
-    const size_t pieces = workspace_bytes(p, kDevice) / sizeof(Piece) + 1;
-    std::vector<Piece> workspace(pieces);
-    std::memset(workspace.data(), 0xcd, pieces * sizeof(Piece));
-    cuda::forward(p, kDevice, workspace.data(), nullptr);
-  }
+  void forward(Problem& p) { cuda::forward(p, kDevice, Workspace(p).pieces.data(), nullptr); }
 
   void backward(Problem& p) { cuda::backward(p, kDevice, When::kAlways, nullptr); }
   void rescale(Problem& p) { cuda::backward(p, kDevice, When::kUnlessGradOutputIsOne, nullptr); }
   void backward_target(Problem& p) { cuda::backward_target(p, kDevice, nullptr); }
+  void backward_logit_scale(Problem& p) {
+    cuda::backward_logit_scale(p, kDevice, Workspace(p).pieces.data(), nullptr);
+  }
   void scale(const Elements& elements, const Operand& factor) {
     cuda::scale(elements, factor, kDevice, nullptr);
   }
+
+  // Of contents that are as good as none.
+  struct Workspace {
+    struct alignas(16) Piece {
+      unsigned char bytes[16];
+    };
+    explicit Workspace(const Problem& p) : pieces(workspace_bytes(p, kDevice) / sizeof(Piece) + 1) {
+      std::memset(static_cast<void*>(pieces.data()), 0xcd, pieces.size() * sizeof(Piece));
+    }
+    std::vector<Piece> pieces;
+  };
 
   static bool is_known_to_be_one(const Operand&) { return false; }
 
