@@ -51,11 +51,12 @@ struct LogitMap {
 
   template <class Tanh>
   FCE_HOST_DEVICE Mapped operator()(A x, const Tanh& tanh) const {
-    const A scaled = factor * x;
-    if (!bends()) return {scaled, A(1)};
-    const A t = tanh(scaled / cap);
-    return {cap * t, A(1) - t * t};
+    return bends() ? bent(tanh(part_of_cap(x))) : Mapped{factor * x, A(1)};
   }
+
+  // What the last line consists of, for loops that are free of the question.
+  FCE_HOST_DEVICE A part_of_cap(A x) const { return factor * x / cap; }
+  FCE_HOST_DEVICE Mapped bent(A tanh) const { return {cap * tanh, A(1) - tanh * tanh}; }
 };
 
 // What all rows have in common.

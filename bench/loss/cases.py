@@ -23,6 +23,7 @@ class Case:
     weighted: bool = False  # class weights, ignored rows and label smoothing, all at once
     grad_output: float = 1.0
     graph: bool = False  # each call replays a CUDA graph
+    extension: str = ""  # an option that stock does not have, of composed.EXTENSIONS
 
     @property
     def name(self) -> str:
@@ -30,6 +31,7 @@ class Case:
         parts += ["channels-last"] if self.channels_last else []
         parts += ["probabilities"] if self.probabilities else []
         parts += ["weighted"] if self.weighted else []
+        parts += [self.extension] if self.extension else []
         parts += [f"grad-{self.grad_output:g}"] if self.grad_output != 1.0 else []
         parts += ["graph"] if self.graph else []
         parts += [self.dtype] if self.dtype != "fp32" else []
@@ -74,6 +76,15 @@ CASES = (
     Case((512, 50257), "bf16"),
     # Gradient accumulation: the gradient computed ahead was for a grad_output of 1.
     Case((1024, 32000), grad_output=0.25),
+    # What is written around the loss, and is an option here: each should cost what the plain loss
+    # does, but for softcap, whose tanh is computed twice.
+    Case((1024, 32000), extension="z-loss"),
+    Case((1024, 32000), extension="softcap"),
+    Case((1024, 32000), extension="scale"),
+    Case((1024, 32000), extension="denominator"),
+    Case((1024, 32000), extension="sample-weight"),
+    # Transformers' loss of bf16 logits, which makes a float32 copy of them.
+    Case((1024, 32000), "bf16", extension="float32-loss"),
 )
 
 
@@ -113,6 +124,10 @@ CUDA_CASES = (
     # Gradient accumulation: the gradient computed ahead was for a grad_output of 1.
     Case((8192, 32000), "bf16", grad_output=0.25),
     Case((8192, 128256), "bf16", grad_output=0.25),
+    # Options that stock does not have: in the pass, and in a kernel of their own.
+    Case((8192, 32000), "bf16", extension="z-loss"),
+    Case((8192, 32000), "bf16", extension="softcap"),
+    Case((8192, 32000), "bf16", extension="float32-loss"),
     # Fewer rows than multiprocessors.
     Case((8, 128256), "bf16"),
     # Nothing to compute: the cost of the call, and of its kernels alone.

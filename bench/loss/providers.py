@@ -20,17 +20,18 @@ from torch import Tensor
 from bench.common.devices import Call
 from bench.common.figures import BOTH, COPY, FORWARD
 from bench.loss.cases import Case
+from bench.loss.composed import EXTENSIONS
 from bench.loss.tensors import LossTensors
 
 WARM_UPS = 3  # of a call before it is captured
 
 
-def stock() -> Callable[..., Tensor]:
-    return F.cross_entropy
+def stock(function: Callable[..., Tensor] = F.cross_entropy) -> Callable[..., Tensor]:
+    return function
 
 
-def compiled() -> Callable[..., Tensor]:
-    return torch.compile(F.cross_entropy, fullgraph=True, dynamic=False)
+def compiled(function: Callable[..., Tensor] = F.cross_entropy) -> Callable[..., Tensor]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def fused() -> Callable[..., Tensor]:
@@ -55,6 +56,7 @@ def quack() -> Callable[..., Tensor]:
 @dataclass(frozen=True)
 class Provider:
     function: Callable[[], Callable[..., Tensor]] | None  # none for the copy
+    has_extensions: bool = False  # or what they are composed of
     mode: Mapping[str, bool] = field(default_factory=dict)
     passes: tuple[str, ...] = (FORWARD, BOTH)
     package: str = ""  # of a peer, which may not be installed and has kernels for CUDA alone
@@ -65,9 +67,9 @@ class Provider:
 PROVIDERS = {
     "stock": Provider(stock),
     "compile": Provider(compiled),
-    "fused": Provider(fused),
-    "recompute": Provider(fused, {"grad_in_forward": False}, (BOTH,)),
-    "inplace": Provider(fused, {"inplace": True}, (BOTH,)),
+    "fused": Provider(fused, True),
+    "recompute": Provider(fused, True, {"grad_in_forward": False}, (BOTH,)),
+    "inplace": Provider(fused, True, {"inplace": True}, (BOTH,)),
     # Liger writes its gradient over the logits it is given; all get logits that nobody else needs.
     "liger": Provider(liger, package="liger_kernel"),
     "quack": Provider(quack, package="quack"),
@@ -85,8 +87,11 @@ def usual(device: str) -> list[str]:
 
 
 def passes_of(name: str, case: Case) -> tuple[str, ...]:
-    """Without a gradient a case with a grad_output of its own is the plain case again."""
+    """Without a gradient a case with a grad_output of its own is the plain case again. A peer has
+    not all options."""
     passes = PROVIDERS[name].passes
+    if case.extension and PROVIDERS[name].package:
+        return ()
     return passes if case.grad_output == 1.0 else tuple(p for p in passes if p != FORWARD)
 
 
@@ -102,7 +107,12 @@ def make_eager_call(name: str, which: str, tensors: LossTensors, calls: int) -> 
         # Touched before, so that the copy pays for its traffic and not for its pages.
         destinations = cycle([torch.zeros_like(tensors.original) for _ in range(calls)])
         return lambda logits: next(destinations).copy_(logits)
-    loss = partial(provider.function(), target=tensors.target, **tensors.options, **provider.mode)
+    extension = tensors.case.extension
+    if extension and not provider.has_extensions:
+        function = provider.function(EXTENSIONS[extension].composed)
+    else:
+        function = provider.function()
+    loss = partial(function, target=tensors.target, **tensors.options, **provider.mode)
     if which == FORWARD:
         return loss
     grad_output = tensors.grad_output

@@ -14,6 +14,7 @@ from torch import Tensor
 from bench.common.figures import BOTH, COPY
 from bench.common.precision import DTYPES
 from bench.loss.cases import Case
+from bench.loss.composed import EXTENSIONS
 
 IGNORED = -100
 IGNORED_PART = 0.1
@@ -43,6 +44,12 @@ class LossTensors:
                 "ignore_index": IGNORED,
                 "label_smoothing": SMOOTHING,
             }
+        elif case.extension:
+            options = EXTENSIONS[case.extension].options(self.target.numel())
+            self.options = {
+                name: value.to(device) if torch.is_tensor(value) else value
+                for name, value in options.items()
+            }
         # None is what loss.backward() passes; it stands for 1.
         self.grad_output = None
         if case.grad_output != 1.0:
@@ -69,7 +76,9 @@ class LossTensors:
 
         logits = widen(self.original).detach().requires_grad_()
         options = {name: widen(value) for name, value in self.options.items()}
-        loss = F.cross_entropy(logits, widen(self.target), **options)
+        extension = self.case.extension
+        function = EXTENSIONS[extension].composed if extension else F.cross_entropy
+        loss = function(logits, widen(self.target), **options)
         return loss.detach(), torch.autograd.grad(loss, logits, widen(self.grad_output))[0]
 
     def traffic(self, which: str) -> int:
