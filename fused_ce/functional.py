@@ -55,10 +55,12 @@ def cross_entropy(
             ``reduction='none'`` that is always so. Default: ``True``
         inplace (bool): write the gradient over the logits. No memory of their size is taken, but
             **whoever reads the logits after the loss reads gradients**, and a leaf's ``.grad``
-            shares their memory. There is one backward, not differentiable. Without grad mode the
-            logits are left alone. Under ``torch.compile``, which plans memory itself, the option
-            has no effect. In bfloat16 a ``grad_output`` that is no power of two rounds the gradient
-            once more, but not with ``grad_in_forward=False``. Default: ``False``
+            shares their memory. There is one backward, not differentiable. What is computed from
+            overwritten logits, or from what they are a view of, cannot be differentiated; only a
+            leaf is taken for what it then holds, as after any edit under ``no_grad``. Without grad
+            mode the logits are left alone. Under ``torch.compile``, which plans memory itself, the
+            option has no effect. In bfloat16 a ``grad_output`` that is no power of two rounds the
+            gradient once more, but not with ``grad_in_forward=False``. Default: ``False``
 
     Shape:
         - Input: :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_K)`.
@@ -70,7 +72,8 @@ def cross_entropy(
             no class. Nothing has been written by then. On CUDA such a target is torch's device-side
             assertion, noticed when the device is next waited for.
         RuntimeError: with ``inplace=True``, for logits whose elements share memory, for a second
-            backward, and for a backward with ``create_graph=True``.
+            backward, for a backward with ``create_graph=True``, and for a backward through what was
+            computed from overwritten logits.
 
     Example::
 
