@@ -52,8 +52,12 @@ class Logits:
             increment_version(memory)
         else:
             kept = owner.grad if owner.retains_grad else None
-            with torch.enable_grad():
+            # It is off, as in each forward and backward; a context manager takes longer than this.
+            torch._C._set_grad_enabled(True)
+            try:
                 _become_overwritten(owner)
+            finally:
+                torch._C._set_grad_enabled(False)
             if kept is not None:
                 owner.grad = kept
         self._refresh_view()
