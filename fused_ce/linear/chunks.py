@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..options import MEAN, NONE, Options
 from .plan import DEVICES, TILE_BYTES, Limits, Sizes
+from .targets import Rows, batch_dims
 
 _CLASSES_APART = 2  # of a row's probabilities: those that mixed-up labels have
 
@@ -24,7 +25,7 @@ class Problem:
         self,
         input: Tensor,  # [N, H]
         linear_weight: Tensor,  # [V, H], V being the classes times all positions
-        target: Tensor,  # [N, d1, ..., dK] or [N, C, d1, ..., dK]
+        target: Tensor,  # [N, d1, ..., dK], or [N, C, d1, ..., dK] with all batch dimensions
         linear_bias: Tensor | None,  # [V]
         dtype: torch.dtype,  # of the logits
         limits: Limits,
@@ -33,11 +34,12 @@ class Problem:
         device = DEVICES[input.device.type]
         self.device = device
         self.dtype = device.computed_dtype(dtype)
-        self.input, self.target = input, target
+        dims = batch_dims(target, len(input))
+        self.input, self.target = input, target if dims == 1 else Rows(target, dims)
         self.linear_weight = linear_weight.to(self.dtype)
         self.linear_bias = None if linear_bias is None else linear_bias.to(self.dtype)
         self.probabilities = target.is_floating_point()
-        self.positions = target.shape[2 if self.probabilities else 1 :]
+        self.positions = target.shape[dims + self.probabilities :]
         columns = linear_weight.shape[0]
         self.classes = columns // max(math.prod(self.positions), 1)
         if not self.probabilities and device.checks_targets:
@@ -46,7 +48,8 @@ class Problem:
         if options.reduction == MEAN and options.denominator is None:
             options = options._replace(denominator=self._denominator(options))
         self.options = options._replace(loss_dtype=torch.float64)  # of a chunk's own loss
-        sizes = Sizes(*input.shape, self.classes, columns, input.dtype != self.dtype)
+        copied = target.dtype.itemsize if dims > 1 else 0
+        sizes = Sizes(*input.shape, self.classes, columns, input.dtype != self.dtype, copied)
         self.rows = sizes.chunk_rows(limits, self.dtype, device)
 
     def _denominator(self, options: Options) -> Tensor:
@@ -54,7 +57,7 @@ class Problem:
         target, weight = self.target, options.weight
         if self.probabilities:
             count = target.numel() // self.classes
-            total = torch.full((), count, dtype=torch.float64, device=target.device)
+            total = self.input.new_full((), count, dtype=torch.float64)
         else:
             target = target.long()
             ignored = target == options.ignore_index

@@ -20,6 +20,7 @@ from ..options import NO_GRADIENTS, NONE, SCHEMA, Options, split
 from .chunks import Problem
 from .gradients import Gradients
 from .plan import Limits
+from .targets import batch_dims, of_one_dimension
 
 # All of them end in a call, whose weight is [V, H]; the target's shape tells the positions. `needs`
 # says which gradients of input, weight and bias are wanted; the others are empty tensors.
@@ -95,15 +96,15 @@ def _scale(input_grad, linear_weight_grad, linear_bias_grad, grad_output, input,
         ops.scale_(grad, grad_output)
 
 
-def _positions(target: Tensor) -> torch.Size:
-    return target.shape[2 if target.is_floating_point() else 1 :]
+def _positions(target: Tensor, rows: int) -> torch.Size:
+    return target.shape[batch_dims(target, rows) + target.is_floating_point() :]
 
 
 def _fake_loss(
     input, linear_weight, target, linear_bias, dtype, chunk_size, max_chunk_bytes, method, *options
 ) -> Tensor:
     options = Options(*options)
-    shape = (len(input), *_positions(target)) if options.reduction == NONE else ()
+    shape = (len(input), *_positions(target, len(input))) if options.reduction == NONE else ()
     return input.new_empty(shape, dtype=options.loss_dtype)
 
 
@@ -216,7 +217,8 @@ def unfused_gradients(needs: list[bool], grad_output: Tensor, *call: Any) -> lis
     with temporarily_clear_interpreter_stack(), torch.enable_grad(), _no_autocast(input):
         layer = [None if t is None else t.to(dtype) for t in like]
         logits = stock.linear(*layer)
-        rows = logits.reshape(len(input), -1, *_positions(target))
+        target = of_one_dimension(target, len(input))
+        rows = logits.reshape(len(input), -1, *_positions(target, len(input)))
         loss = stock.loss(rows, target, options, dtype)
         (unit,) = torch.autograd.grad(loss, rows, torch.ones_like(loss), create_graph=create_graph)
     if loss.dim() > 0:
