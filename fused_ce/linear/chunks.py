@@ -42,7 +42,7 @@ class Problem:
         self.positions = target.shape[dims + self.probabilities :]
         columns = linear_weight.shape[0]
         self.classes = columns // max(math.prod(self.positions), 1)
-        if not self.probabilities and device.checks_targets:
+        if not self.probabilities and device.checks_values:
             _check_range(target, self.classes, options.ignore_index)
         self.reduction, self.loss_dtype = options.reduction, options.loss_dtype
         if options.reduction == MEAN and options.denominator is None:

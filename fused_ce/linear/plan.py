@@ -18,7 +18,7 @@ class Device(NamedTuple):
     least_rows: int  # in fewer, reading the weight costs more time than the arithmetic
     widens: bool  # its GEMMs of a half type can have float32 results
     gemm_dtype: dict[torch.dtype, torch.dtype]  # instead of types that its GEMMs are slow in
-    checks_targets: bool  # the host may look at the targets without waiting for the device
+    checks_values: bool  # the host may look at tensors without waiting for the device
 
     def computed_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self.gemm_dtype.get(dtype, dtype)
