@@ -17,7 +17,7 @@ from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function
 from torch.autograd.graph import increment_version
 
-from . import ops, stock
+from . import ops, overwritten, stock
 from .eligibility import backward_needs_stock
 from .options import NO_GRADIENTS, Options, gradients_of, needs_of, split
 
@@ -150,21 +150,28 @@ class OverwriteInForward(_Overwriting):
     @staticmethod
     def forward(ctx, input, target, *options):
         loss = ops.eager.forward_grad_(input, target, None, *options)
-        increment_version(input)
-        ctx.save_for_backward(input)
+        ctx.logits = overwritten.logits_of(input)
+        if ctx.logits is None:
+            increment_version(input)
+        else:
+            ctx.logits.overwritten(input)
+        ctx.save_for_backward(input.detach())  # without the node, which would hold this one
         ctx.consumed = False
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
-        (input,) = _Overwriting.begin_backward(ctx, grad_output)
+        (grad,) = _Overwriting.begin_backward(ctx, grad_output)
         if torch.compiler.is_compiling():
             # A graph holds no operator that returns what it was given. As the operator has it, a
             # zero stays one even times nan.
-            return torch.where(input == 0, input, input * grad_output), None, *NO_GRADIENTS
-        grad = input.detach()
+            return torch.where(grad == 0, grad, grad * grad_output), None, *NO_GRADIENTS
         ops.scale_(grad, grad_output)
-        increment_version(input)
+        if ctx.logits is None:
+            increment_version(grad)
+        else:
+            ctx.logits.hand_on_hooks(ctx)
+            ctx.logits.scaled(grad)
         return grad, None, *NO_GRADIENTS
 
 
@@ -176,6 +183,7 @@ class OverwriteInBackward(_Overwriting):
         ops.check_overwritable(input, target, *options)
         loss, *stats = ops.eager.forward_stats(input, target, *options)
         _save(ctx, options, input, target, *stats, logits=input)
+        ctx.logits = overwritten.logits_of(input)
         ctx.storage = input.untyped_storage()._cdata
         ctx.consumed = False
         return loss
@@ -195,7 +203,11 @@ class OverwriteInBackward(_Overwriting):
         scale_grad = ops.backward_logit_scale(input, *call) if needs_scale else None
         grad = input.detach()
         ops.backward_(grad, *call)
-        increment_version(input)
+        if ctx.logits is None:
+            increment_version(input)
+        else:
+            ctx.logits.overwritten(input)
+            ctx.logits.hand_on_hooks(ctx)
         return grad, target_grad, *gradients_of(scale_grad)
 
 

@@ -77,10 +77,12 @@ def cross_entropy(
             ``reduction='none'`` that is always so. Default: ``True``
         inplace (bool): write the gradient over the logits. No memory of their size is taken, but
             **whoever reads the logits after the loss reads gradients**, and a leaf's ``.grad``
-            shares their memory. There is one backward, not differentiable. Without grad mode the
-            logits are left alone. Under ``torch.compile``, which plans memory itself, the option
-            has no effect. In bfloat16 a ``grad_output`` that is no power of two rounds the gradient
-            once more, but not with ``grad_in_forward=False``. Default: ``False``
+            shares their memory. There is one backward, not differentiable. What is computed from
+            overwritten logits, or from what they are a view of, cannot be differentiated; only a
+            leaf is taken for what it then holds, as after any edit under ``no_grad``. Without grad
+            mode the logits are left alone. Under ``torch.compile``, which plans memory itself, the
+            option has no effect. In bfloat16 a ``grad_output`` that is no power of two rounds the
+            gradient once more, but not with ``grad_in_forward=False``. Default: ``False``
         dtype (torch.dtype, optional): compute the loss in this dtype, as
             :func:`torch.nn.functional.log_softmax` does; the gradient keeps the input's. With
             ``torch.float32`` half types need no copy of the logits. Default: the input's
@@ -102,7 +104,7 @@ def cross_entropy(
             of its class. A row of weight 0 is ignored. Weights that sum to about 0, as advantages
             do, want a ``denominator`` or ``'sum'``.
         focal_gamma (float): multiplies a row's loss by :math:`(1 - p_t)^\gamma` (`Focal Loss
-            <https://arxiv.org/abs/1708.02002>`__), its class weights being :math:`lpha`. For class
+            <https://arxiv.org/abs/1708.02002>`__), its class weights being :math:`\alpha`. For class
             indices without smoothing. Default: ``0.0``
         on_out_of_range (str): what a target does that is no class: ``'assert'``, the error below;
             ``'nan'``, the loss and the gradient of its row are nan; ``'raise'``, an ``IndexError``
@@ -120,7 +122,8 @@ def cross_entropy(
             assertion, noticed when the device is next waited for.
         ValueError: for an option that torch's function does not have, and that makes no sense.
         RuntimeError: with ``inplace=True``, for logits whose elements share memory, for a second
-            backward, and for a backward with ``create_graph=True``.
+            backward, for a backward with ``create_graph=True``, and for a backward through what was
+            computed from overwritten logits.
 
     Example::
 

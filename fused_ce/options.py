@@ -85,7 +85,10 @@ def real(number: Any) -> Any:
         return float(number) if is_real and not _is_traced(number) else number
     is_fraction = isinstance(number, numbers.Rational) and not isinstance(number, numbers.Integral)
     is_real = isinstance(number, numbers.Real) and not is_fraction
-    return float(number) if is_real else number
+    try:
+        return float(number) if is_real else number
+    except OverflowError:
+        return number
 
 
 def _is_traced(number: Any) -> bool:

@@ -5,7 +5,6 @@ them, and two GEMMs that turn that into the gradients of the layer. The formula 
 logits is left for what differentiates it further, and for what the kernels do not take.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +26,14 @@ from ..scripting import refusal
 from ..signatures import bound, takes_arguments_of
 from . import operators
 from .plan import DEVICES, Limits, Sizes, check_limits, limits_of
+from .targets import example, flattened, of_one_dimension
 
 
 class _Call(NamedTuple):
-    """What a call computes from: the layer as a matrix, the batch in one dimension at most."""
+    """What a call computes from: the layer as a matrix, the batch in one dimension at most.
+
+    Only probabilities keep several where one would take a copy of them.
+    """
 
     input: Tensor  # [H] or [N, H]
     linear_weight: Tensor  # [V, H], V being the classes times all positions
@@ -43,6 +46,7 @@ class _Call(NamedTuple):
     limits: Limits
     grad_in_forward: bool
     loss_shape: tuple[int, ...]  # with reduction='none'
+    is_batched: bool  # in several dimensions
 
 
 def linear_cross_entropy(
@@ -164,6 +168,8 @@ def linear_cross_entropy(
     else:
         if reason == INVALID:
             _raise_as_stock(call)
+        if call.is_batched:
+            call = call._replace(target=of_one_dimension(call.target, len(call.input)))
         loss = _unfused(call)
         if fallback.is_on:  # afterwards, since stock may have refused the call
             fallback.warn("linear_cross_entropy", reason)
@@ -253,6 +259,7 @@ def _call(
         limits,
         grad_in_forward,
         loss_shape,
+        len(batch) > 1,
     )
 
 
@@ -287,10 +294,9 @@ def _flat_target(target: Tensor, batch: tuple, classes: int, positions: list) ->
 
     torch takes no such input. A target that fits only after flattening would be a silent mistake.
     """
-    rows = math.prod(batch)
     for inner in (positions, [classes, *positions]):
         if target.shape == (*batch, *inner):
-            return target.reshape(rows, *inner)
+            return flattened(target, len(batch))
     raise RuntimeError(
         f"fused_ce: expected target of shape {(*batch, *positions)}, or "
         f"{(*batch, classes, *positions)} for probabilities, got {tuple(target.shape)}; its first "
@@ -309,6 +315,8 @@ def _logits_dtype(tensor: Tensor) -> torch.dtype:
 def _stock_reason(call: _Call) -> str | None:
     """Why the formula with all logits takes this call; None if the chunks can."""
     input, target = call.input, call.target
+    if call.is_batched:
+        target = example(target, len(input))
     layer = [t for t in (input, call.linear_weight, call.linear_bias) if t is not None]
     for tensor, name in zip(layer, ("input", "linear weight", "linear bias"), strict=False):
         reason = foreign(tensor, name)
@@ -330,7 +338,7 @@ def _stock_reason(call: _Call) -> str | None:
         reason = given.reference_reason(dtype)
     if reason is None and extensions.composes(given, options, target):
         return extensions.COMPOSED
-    if reason is None and target.requires_grad and torch.is_grad_enabled():
+    if reason is None and call.target.requires_grad and torch.is_grad_enabled():
         return "the target requires grad"
     return reason
 
@@ -340,10 +348,11 @@ def _raise_as_stock(call: _Call) -> None:
     shapes and dtypes. What it finds later still comes from the whole formula."""
     one = torch.zeros((1, 1)), torch.zeros(1, dtype=torch.long)
     stock.cross_entropy(*one, call.options._replace(weight=None))
-    if call.target.shape != call.logits_shape:
+    target = example(call.target, len(call.input)) if call.is_batched else call.target
+    if target.shape != call.logits_shape:
         dtype, device = _logits_dtype(call.input), call.input.device
         logits = torch.empty((), dtype=dtype, device=device).expand(call.logits_shape)
-        stock.nll_loss(logits, call.target, call.options)
+        stock.nll_loss(logits, target, call.options)
 
 
 def _unfused(call: _Call) -> Tensor:
@@ -373,7 +382,9 @@ def _chunks(call: _Call) -> str:
     device = DEVICES[call.input.device.type]
     dtype = device.computed_dtype(_logits_dtype(call.input))
     classes = call.logits_shape[1 if call.input.dim() > 1 else 0]
-    sizes = Sizes(count, features, classes, columns, call.input.dtype != dtype)
+    copies = call.is_batched and len(call.target) != count
+    copied = call.target.dtype.itemsize if copies else 0
+    sizes = Sizes(count, features, classes, columns, call.input.dtype != dtype, copied)
     rows = sizes.chunk_rows(call.limits, dtype, device)
     chunks, rows = -(-count // rows), min(rows, count)
     size = rows * columns * dtype.itemsize

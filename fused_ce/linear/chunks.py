@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..options import MEAN, NONE, Options
 from .plan import DEVICES, TILE_BYTES, Limits, Sizes
+from .targets import Rows, batch_dims
 
 _CLASSES_APART = 2  # of a row's probabilities: those that mixed-up labels have
 
@@ -24,7 +25,7 @@ class Problem:
         self,
         input: Tensor,  # [N, H]
         linear_weight: Tensor,  # [V, H], V being the classes times all positions
-        target: Tensor,  # [N, d1, ..., dK] or [N, C, d1, ..., dK]
+        target: Tensor,  # [N, d1, ..., dK], or [N, C, d1, ..., dK] with all batch dimensions
         linear_bias: Tensor | None,  # [V]
         dtype: torch.dtype,  # of the logits
         limits: Limits,
@@ -33,20 +34,22 @@ class Problem:
         device = DEVICES[input.device.type]
         self.device = device
         self.dtype = device.computed_dtype(dtype)
-        self.input, self.target = input, target
+        dims = batch_dims(target, len(input))
+        self.input, self.target = input, target if dims == 1 else Rows(target, dims)
         self.linear_weight = linear_weight.to(self.dtype)
         self.linear_bias = None if linear_bias is None else linear_bias.to(self.dtype)
         self.probabilities = target.is_floating_point()
-        self.positions = target.shape[2 if self.probabilities else 1 :]
+        self.positions = target.shape[dims + self.probabilities :]
         columns = linear_weight.shape[0]
         self.classes = columns // max(math.prod(self.positions), 1)
-        if not self.probabilities and device.checks_targets and not options.on_out_of_range:
+        if not self.probabilities and device.checks_values and not options.on_out_of_range:
             _check_range(target, self.classes, options)
         self.reduction, self.loss_dtype = options.reduction, options.loss_dtype
         if options.reduction == MEAN and (options.denominator is None or options.on_all_ignored):
             options = options._replace(denominator=self._denominators(options), on_all_ignored=0)
         self.options = options._replace(loss_dtype=torch.float64)  # of a chunk's own loss
-        sizes = Sizes(*input.shape, self.classes, columns, input.dtype != self.dtype)
+        copied = target.dtype.itemsize if dims > 1 else 0
+        sizes = Sizes(*input.shape, self.classes, columns, input.dtype != self.dtype, copied)
         self.rows = sizes.chunk_rows(limits, self.dtype, device)
 
     def _denominators(self, options: Options) -> Tensor:
@@ -77,7 +80,7 @@ class Problem:
     def _left_out(self, options: Options) -> Tensor:
         """Which rows do not count, [N, d1, ..., dK]."""
         if self.probabilities:
-            rows = torch.zeros_like(self.target.select(1, 0), dtype=torch.bool)
+            rows = self.input.new_zeros((len(self.input), *self.positions), dtype=torch.bool)
         else:
             rows = self.target.long() == options.ignore_index
         weight = options.sample_weight

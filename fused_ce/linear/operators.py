@@ -19,7 +19,8 @@ from ..eligibility import backward_needs_stock
 from ..options import NO_GRADIENTS, NONE, SCHEMA, Options, split
 from .chunks import Problem
 from .gradients import Gradients
-from .plan import Limits
+from .plan import DEVICES, Limits
+from .targets import batch_dims, of_one_dimension
 
 # All of them end in a call, whose weight is [V, H]; the target's shape tells the positions. `needs`
 # says which gradients of input, weight and bias are wanted; the others are empty tensors.
@@ -88,22 +89,44 @@ def backward(needs, grad_output, input, *call):
     "fused_ce::linear_scale_",
     mutates_args=("input_grad", "linear_weight_grad", "linear_bias_grad"),
     schema="(Tensor(a!) input_grad, Tensor(b!) linear_weight_grad, Tensor(c!) linear_bias_grad, "
-    "Tensor grad_output, Tensor input, Tensor linear_weight) -> ()",
+    "Tensor grad_output, Tensor target, Tensor? sample_weight, int ignore_index, Tensor input, "
+    "Tensor linear_weight) -> ()",
 )
-def _scale(input_grad, linear_weight_grad, linear_bias_grad, grad_output, input, linear_weight):
-    for grad in (input_grad, linear_weight_grad, linear_bias_grad):
-        ops.scale_(grad, grad_output)
+def _scale(*arguments):
+    *gradients, grad_output, target, sample_weight, ignore_index, input, _ = arguments
+    if DEVICES[input.device.type].checks_values and grad_output.isfinite():
+        for grad in gradients:
+            ops.scale_(grad, grad_output)
+        return
+    # The operator keeps every zero. Of a row that counts, or of a sum over such rows, a zero times
+    # nan or infinity is nan.
+    of_row = of_sum = grad_output.reshape(1, 1)  # with dimensions, its own type is computed in
+    counts = None if target.is_floating_point() else target.long() != ignore_index
+    if sample_weight is not None:
+        counts = sample_weight != 0 if counts is None else counts & (sample_weight != 0)
+    if counts is not None:
+        counts = counts.reshape(len(counts), -1).any(1, keepdim=True)
+        of_row = torch.where(counts, grad_output, 0)
+        of_sum = torch.where(counts.any(), grad_output, 0).reshape(1, 1)
+    input_grad, linear_weight_grad, linear_bias_grad = gradients
+    for grad, factor in (
+        (input_grad, of_row),
+        (linear_weight_grad, of_sum),
+        (linear_bias_grad, of_sum[0]),
+    ):
+        if grad.numel() > 0:
+            grad *= factor
 
 
-def _positions(target: Tensor) -> torch.Size:
-    return target.shape[2 if target.is_floating_point() else 1 :]
+def _positions(target: Tensor, rows: int) -> torch.Size:
+    return target.shape[batch_dims(target, rows) + target.is_floating_point() :]
 
 
 def _fake_loss(
     input, linear_weight, target, linear_bias, dtype, chunk_size, max_chunk_bytes, method, *options
 ) -> Tensor:
     options = Options(*options)
-    shape = (len(input), *_positions(target)) if options.reduction == NONE else ()
+    shape = (len(input), *_positions(target, len(input))) if options.reduction == NONE else ()
     return input.new_empty(shape, dtype=options.loss_dtype)
 
 
@@ -187,14 +210,17 @@ def _scale_stored(ctx: Any, grad_output: Tensor, *_) -> tuple:
     """The gradients are those for a ``grad_output`` of 1, and are scaled if another arrives."""
     if grad_output is None:
         return (None,) * len(ctx.needs_input_grad)
-    *gradients, input, linear_weight = ctx.saved_tensors[: ctx.gradients + 2]
+    saved = ctx.saved_tensors
+    gradients, call = list(saved[: ctx.gradients]), _saved_call(ctx, saved[ctx.gradients :])
     needs = list(_layer(*ctx.needs_input_grad[1:]))
     if backward_needs_stock(grad_output):
-        call = _saved_call(ctx, ctx.saved_tensors[ctx.gradients :])
         return None, *_of_arguments(unfused_gradients(needs, grad_output, *call), needs)
     if torch.compiler.is_compiling() or graph_is_kept():
         gradients = [grad.clone() for grad in gradients]
-    _scale(*gradients, grad_output, input, linear_weight)
+    input, linear_weight, target, *_ = call
+    options = Options(*call[-len(Options._fields) :])
+    of_rows = target, options.sample_weight, options.ignore_index
+    _scale(*gradients, grad_output, *of_rows, input, linear_weight)
     return None, *_of_arguments(gradients, needs)
 
 
@@ -216,7 +242,8 @@ def unfused_gradients(needs: list[bool], grad_output: Tensor, *call: Any) -> lis
     with temporarily_clear_interpreter_stack(), torch.enable_grad(), _no_autocast(input):
         layer = [None if t is None else t.to(dtype) for t in like]
         logits = stock.linear(*layer)
-        rows = logits.reshape(len(input), -1, *_positions(target))
+        target = of_one_dimension(target, len(input))
+        rows = logits.reshape(len(input), -1, *_positions(target, len(input)))
         loss = stock.loss(rows, target, options, dtype)
         (unit,) = torch.autograd.grad(loss, rows, torch.ones_like(loss), create_graph=create_graph)
     if loss.dim() > 0:

@@ -18,7 +18,7 @@ class Device(NamedTuple):
     least_rows: int  # in fewer, reading the weight costs more time than the arithmetic
     widens: bool  # its GEMMs of a half type can have float32 results
     gemm_dtype: dict[torch.dtype, torch.dtype]  # instead of types that its GEMMs are slow in
-    checks_targets: bool  # the host may look at the targets without waiting for the device
+    checks_values: bool  # the host may look at tensors without waiting for the device
 
     def computed_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self.gemm_dtype.get(dtype, dtype)
@@ -69,6 +69,7 @@ class Sizes(NamedTuple):
     classes: int
     columns: int  # the classes times all positions
     converts: bool  # the GEMMs' type is not the input's
+    copied_bytes: int  # of a probability, where a chunk's are a copy
 
     def chunk_rows(self, limits: Limits, dtype: torch.dtype, device: Device) -> int:
         """The rows of a chunk, of which the last may have fewer."""
@@ -81,7 +82,8 @@ class Sizes(NamedTuple):
             budget = (max_chunk_bytes or device.chunk_bytes) - scratch
             # Besides the logits, the input and its gradient where they are converted.
             columns = self.columns + 2 * self.features * self.converts
-            chunk_size = max(budget // max(columns * dtype.itemsize, 1), 1)
+            row_bytes = columns * dtype.itemsize + self.columns * self.copied_bytes
+            chunk_size = max(budget // max(row_bytes, 1), 1)
             least = device.least_rows
             if max_chunk_bytes is None:
                 chunk_size = max(chunk_size, least)

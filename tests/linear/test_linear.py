@@ -198,6 +198,30 @@ def test_half_keeps_what_float32_sums_keep(dtype):
     torch.testing.assert_close(grad.double(), exact, rtol=torch.finfo(dtype).eps, atol=0)
 
 
+@pytest.mark.filterwarnings("error")
+def test_budget_is_not_spent_on_scratch_that_a_small_weight_does_not_take():
+    # A budget as large as the most that this scratch may be: one row, if all of that were taken.
+    input, weight = torch.randn(1000, 16), torch.randn(32, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), chunk_sizes() as sizes, in_chunks():
+        lce(input, weight, torch.zeros(1000).long(), max_chunk_bytes=plan.TILE_BYTES)
+    assert sizes == [1000]
+
+
+@pytest.mark.parametrize("chunks", [{}, {"chunk_size": 7}])
+def test_class_weights_whose_sum_is_beyond_float32_divide(chunks):
+    input, linear_weight = torch.randn(40, FEATURES) / 9, torch.randn(CLASSES, FEATURES) / 9
+    target, weight = torch.randint(CLASSES, (40,)), torch.full((CLASSES,), 5e37)
+    weight[::2] = 1e38  # two of 40 add up to no more than float32 holds
+    assert weight[target].sum() == math.inf
+    layer, options = (input, linear_weight, None), {"weight": weight}
+    exact = float64(layer, target, **options)
+    with in_chunks():
+        found = ours(layer, target, **options, **chunks)
+    torch.testing.assert_close(found.loss.double(), exact.loss, rtol=1e-5, atol=0)
+    for mine, theirs in zip(found[1:3], exact[1:3], strict=True):
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-4, atol=1e-6)
+
+
 @needs_torchs
 @pytest.mark.parametrize("shape", [name for name in SHAPES if not name.startswith("BT")])
 @pytest.mark.parametrize("kind", (torch.int64, "probability"), ids=("index", "probability"))

@@ -3,6 +3,7 @@ scalers, accumulation and shared weights give what they give for `F.linear` and 
 """
 
 import copy
+import math
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_ce
 from fused_ce import linear_cross_entropy as lce
-from fused_ce.linear import gradients
+from fused_ce.linear import gradients, plan
 
 FEATURES, CLASSES, ROWS = 4, 6, 7
 
@@ -219,6 +220,67 @@ def test_transforms_of_a_module_agree():
         names = torch.autograd.grad(expected, list(parameters.values()))
         for name, gradient in zip(parameters, names, strict=True):
             torch.testing.assert_close(per_sample[name][i], gradient)
+
+
+@pytest.fixture(params=["read", "left on the device"])
+def incoming(request, monkeypatch):
+    """Whether the host looks at the incoming gradient, or must not wait for it, as on CUDA."""
+    if request.param != "read":
+        cpu = plan.DEVICES["cpu"]._replace(checks_values=False)
+        monkeypatch.setitem(plan.DEVICES, "cpu", cpu)
+
+
+def with_zeros(kind, ignored):
+    """A layer and a target with exact zeros in each gradient of rows that count: a feature that is
+    always 0, a class without weight, and one that no row has any probability of."""
+    input, linear_weight = torch.randn(ROWS, FEATURES), torch.randn(CLASSES, FEATURES)
+    input[:, 0], linear_weight[:, 1] = 0, 0
+    linear_bias = torch.zeros(CLASSES)
+    linear_bias[-1] = -1e4
+    if kind == "probability":
+        target = torch.randn(ROWS, CLASSES).softmax(1)
+        target[:, -1] = 0
+    else:
+        target = torch.randint(CLASSES - 1, (ROWS,))
+        target[{"some": slice(1, None, 3), "all": slice(None)}[ignored]] = -100
+    return (input, linear_weight, linear_bias), target
+
+
+@pytest.mark.parametrize(
+    "kind, ignored", [("index", "some"), ("index", "all"), ("probability", "")]
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@every_way
+def test_incoming_nan_and_infinity_reach_what_they_reach_in_stock(
+    kind, ignored, value, way, incoming
+):
+    layer, target = with_zeros(kind, ignored)
+    found = []
+    for function, own in ((lce, {"chunk_size": 3, **WAYS[way]}), (stock_loss, {})):
+        leaves = [t.clone().requires_grad_() for t in layer]
+        loss = function(*leaves[:2], target, linear_bias=leaves[2], reduction="sum", **own)
+        found.append(torch.autograd.grad(loss, leaves, torch.tensor(value)))
+    for mine, theirs in zip(*found, strict=True):
+        # An infinite one gives infinities here, where stock has nan from the difference of two.
+        assert torch.equal(mine.isfinite(), theirs.isfinite())
+        assert torch.equal(mine[mine.isfinite()], theirs[mine.isfinite()])
+        assert math.isinf(value) or torch.equal(mine.isnan(), theirs.isnan())
+
+
+@pytest.mark.parametrize("kind", ["index", "probability"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_gradient_is_the_same_whether_the_host_reads_what_arrives(kind, dtype, scale, monkeypatch):
+    layer, target = with_zeros(kind, "some")
+    layer = [t.to(dtype) for t in layer]
+    found = []
+    for reads in (True, False):
+        cpu = plan.DEVICES["cpu"]._replace(checks_values=reads)
+        monkeypatch.setitem(plan.DEVICES, "cpu", cpu)
+        with in_chunks():
+            found.append(differentiate(lce, layer, target, scale=scale, chunk_size=3))
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_gradient_for_target_and_weight_is_there():

@@ -47,6 +47,8 @@ CALLS = {
     ),
     "budget, probabilities": ("ours", {"max_chunk_bytes": BUDGET}, "float32", True),
     "budget, probabilities, bfloat16": ("ours", {"max_chunk_bytes": BUDGET}, "bfloat16", True),
+    "budget, next token": ("ours", {"max_chunk_bytes": BUDGET}, "float32", True),
+    "budget, next token, bfloat16": ("ours", {"max_chunk_bytes": BUDGET}, "bfloat16", True),
     "budget, no grad": ("ours", {"max_chunk_bytes": BUDGET, "no_grad": True}, "float32", False),
 }
 
@@ -71,7 +73,7 @@ def extra_memory():
 
 
 # By default, the calls that take the most besides their logits.
-OFTEN = ("budget, all options", "budget, bfloat16", "budget, float16, wide")
+OFTEN = ("budget, all options", "budget, bfloat16", "budget, float16, wide", "budget, next token")
 
 
 @pytest.mark.parametrize(
@@ -128,6 +130,10 @@ def measure(name):
         target = torch.randint(classes, (rows,))
         if probabilities:
             target = torch.rand(rows, classes, dtype=dtype)
+        if "next token" in name:
+            # Not a multiple of a chunk's rows, which then lie in several of the batch.
+            layer = layer[0].view(32, rows // 32, features), layer[1]
+            target = torch.rand(32, rows // 32 + 1, classes, dtype=dtype)[:, 1:]
         return *(t.requires_grad_(not no_grad) for t in layer), target
 
     def call(input, linear_weight, target):

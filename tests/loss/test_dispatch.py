@@ -97,6 +97,10 @@ def test_numbers_that_stock_refuses_are_refused(options):
     with pytest.raises(type(expected.value)) as raised:
         fused_ce.cross_entropy(input, target, **options)
     assert str(raised.value).splitlines()[0] == str(expected.value).splitlines()[0]
+    # Which of the arguments it would be is stock's to say: it takes some that are new to us.
+    said = "stock: the kernels do not know these arguments, which stock takes or refuses"
+    assert fused_ce.explain(input, target, **options) == said
+    assert fused_ce.explain_linear(input, torch.randn(5, 5), target, **options) == said
 
 
 def test_stock_has_a_reason():

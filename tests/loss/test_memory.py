@@ -36,6 +36,14 @@ CALLS = {
     "in place": ("ours", {"inplace": True}, "contiguous", "float32", 0.25),
     "in place, none": ("ours", {"inplace": True, "reduction": "none"}, "contiguous", "float32", 1),
     "in place, float16": ("ours", {"inplace": True}, "contiguous", "float16", 1024.0),
+    "in place, of a layer": ("ours", {"inplace": True}, "of a layer", "float32", 0.25),
+    "in place, of a layer, none": (
+        "ours",
+        {"inplace": True, "reduction": "none"},
+        "of a layer",
+        "float32",
+        1,
+    ),
     "no grad": ("ours", {}, "contiguous", "float32", None),
     "no grad, transposed": ("ours", {}, "transposed", "float32", None),
     "no grad, image": ("ours", {}, "image", "bfloat16", None),
@@ -102,6 +110,18 @@ def test_autocast_makes_no_float_copy_of_the_logits(extra_memory, call):
     assert extra > logits * (LOGITS - SLACK)  # the measurement sees what there is
 
 
+class Layer(torch.autograd.Function):
+    """What takes no memory of its own."""
+
+    @staticmethod
+    def forward(ctx, parameter, shape):
+        return torch.randn(shape)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output.sum(), None
+
+
 def measure_autocast(options, with_grad):
     def call(rows, bytes):
         logits = torch.randn(rows, bytes // rows // 2, dtype=torch.bfloat16)
@@ -129,6 +149,9 @@ def measure(name):
 
     def problem(rows, bytes):
         classes = bytes // rows // dtype.itemsize
+        if layout == "of a layer":
+            logits = Layer.apply(torch.zeros((), requires_grad=True), (8, rows // 8, classes))
+            return logits.view(rows, classes), torch.randint(0, classes, (rows,))
         shape, order = {
             "contiguous": ((rows, classes), (0, 1)),
             "transposed": ((classes, rows), (1, 0)),

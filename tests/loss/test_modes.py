@@ -317,11 +317,14 @@ def test_selective_checkpoint_that_keeps_our_operators_is_right(inplace):
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@every_dtype
+@pytest.mark.parametrize("classes", [10, 300])  # tiles of rows, and rows by themselves
+@pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.on_simulator
-def test_every_backward_of_a_kept_graph_has_the_same_bits(dtype, scale):
-    input, target = torch.randn(50, 300, dtype=dtype, requires_grad=True), torch.arange(50)
+def test_every_backward_of_a_kept_graph_has_the_same_bits(dtype, classes, kind, scale):
+    input = torch.randn(50, classes).to(dtype).requires_grad_()
+    target = target_of(kind, input.shape, dtype)
     loss = fused_ce.cross_entropy(input, target)
     first, second = (
         torch.autograd.grad(loss, input, torch.tensor(scale, dtype=dtype), retain_graph=retain)

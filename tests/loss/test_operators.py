@@ -106,7 +106,7 @@ def test_a_denominator_of_no_use_is_refused(denominator, reduction, message):
         ops.forward(input, target, *Options(denominator=denominator, reduction=reduction))
 
 
-@pytest.mark.parametrize("what", ["gradient", "statistics", "totals"])
+@pytest.mark.parametrize("what", ["gradient", "statistics", "totals", "factor"])
 def test_what_a_kernel_reads_is_not_overwritten(what):
     input, target = torch.randn(4, 6, dtype=torch.float64), torch.arange(4)
     _, stats, totals = ops.forward_stats(input, target)
@@ -115,6 +115,12 @@ def test_what_a_kernel_reads_is_not_overwritten(what):
         incoming = input[0, 0]
         with pytest.raises(RuntimeError, match="share no memory"):
             ops.forward_grad_(input, target, incoming)
+    elif what == "factor":
+        before = input.clone()
+        with pytest.raises(RuntimeError, match="share no memory"):
+            ops.scale_(input, input[2, 3])
+        assert torch.equal(input, before)
+        return
     elif what == "statistics":
         stats = input.view(-1)[:8].view(2, 4)
     else:
