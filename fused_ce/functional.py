@@ -104,8 +104,8 @@ def cross_entropy(
             of its class. A row of weight 0 is ignored. Weights that sum to about 0, as advantages
             do, want a ``denominator`` or ``'sum'``.
         focal_gamma (float): multiplies a row's loss by :math:`(1 - p_t)^\gamma` (`Focal Loss
-            <https://arxiv.org/abs/1708.02002>`__), its class weights being :math:`\alpha`. For class
-            indices without smoothing. Default: ``0.0``
+            <https://arxiv.org/abs/1708.02002>`__), its class weights being :math:`\alpha`. For
+            class indices without smoothing. Default: ``0.0``
         on_out_of_range (str): what a target does that is no class: ``'assert'``, the error below;
             ``'nan'``, the loss and the gradient of its row are nan; ``'raise'``, an ``IndexError``
             on CUDA too, which waits for the device, and names the row (in a graph of
