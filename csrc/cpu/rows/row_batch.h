@@ -55,8 +55,7 @@ class RowBatch {
     size = tile.rows;
     has_ignored = false;
     if (!p_.probabilities) {
-      read_targets(tile.run(p_.target));
-      for (int64_t r = 0; r < size; r++) has_ignored |= target_class[r] < 0;
+      read_targets(tile.runs(p_.target));
       if (p_.options.weight.data) read_target_weights();
     }
     if (p_.grad_output.data && scales_vary_) read_scales(tile);
@@ -86,14 +85,17 @@ class RowBatch {
   // they are in the cache.
   void read_target_logits(const Tile& tile, int64_t first, int64_t last) {
     if (p_.probabilities) return;
-    const Run input = tile.run(p_.input);
-    with_floating_pointer(p_.input, input.first, [&](auto* logits) {
-      for (int64_t r = first; r < last; r++)
-        target_logit_[r] =
-            target_class[r] < 0
-                ? A(0)
-                : static_cast<A>(
-                      to_float(logits[r * input.stride + target_class[r] * p_.input.class_stride]));
+    const Runs input = tile.runs(p_.input);
+    with_floating_pointer(p_.input, 0, [&](auto* data) {
+      input.for_each_of(first, last, [&](int64_t begin, int64_t offset, int64_t n) {
+        const auto* logits = data + offset;
+        const int64_t* target = target_class + begin;
+        for (int64_t r = 0; r < n; r++)
+          target_logit_[begin + r] =
+              target[r] < 0 ? A(0)
+                            : static_cast<A>(to_float(
+                                  logits[r * input.stride + target[r] * p_.input.class_stride]));
+      });
     });
     A* logits = target_logit_ + first;
     if (map.bends())
@@ -103,14 +105,13 @@ class RowBatch {
   }
 
   void read_statistics(const Tile& tile) {
-    const Run maxima = tile.run(p_.row_max), rests = tile.run(p_.row_rest);
-    load_span(p_.row_max, maxima.first, maxima.stride, size, max);
-    load_span(p_.row_rest, rests.first, rests.stride, size, rest);
-    if (!p_.probabilities) return;
-    const Run masses = tile.run(p_.row_mass), lows = tile.run(p_.row_mass_low);
+    load_runs(p_.row_max, tile.runs(p_.row_max), max);
+    load_runs(p_.row_rest, tile.runs(p_.row_rest), rest);
+    // The gradient of the targets themselves does without the mass.
+    if (!p_.probabilities || p_.target_grad.data) return;
     PerRow<double> low;
-    load_span(p_.row_mass, masses.first, masses.stride, size, mass);
-    load_span(p_.row_mass_low, lows.first, lows.stride, size, low);
+    load_runs(p_.row_mass, tile.runs(p_.row_mass), mass);
+    load_runs(p_.row_mass_low, tile.runs(p_.row_mass_low), low);
     for (int64_t r = 0; r < size; r++) mass[r] += low[r];
   }
 
@@ -121,14 +122,10 @@ class RowBatch {
       run<true, true>();
     else
       run<true, false>();
-    if (!p_.reduces()) {
-      const Run losses = tile.run(p_.loss);
-      store_span(loss_, size, p_.loss, losses.first, losses.stride);
-    }
+    if (!p_.reduces()) store_runs(loss_, p_.loss, tile.runs(p_.loss));
     if (p_.row_max.data) {
-      const Run maxima = tile.run(p_.row_max), rests = tile.run(p_.row_rest);
-      store_span(max, size, p_.row_max, maxima.first, maxima.stride);
-      store_span(rest, size, p_.row_rest, rests.first, rests.stride);
+      store_runs(max, p_.row_max, tile.runs(p_.row_max));
+      store_runs(rest, p_.row_rest, tile.runs(p_.row_rest));
       if (p_.probabilities) store_masses(tile);
     }
     double total = 0.0;
@@ -138,14 +135,13 @@ class RowBatch {
   }
 
   void store_masses(const Tile& tile) const {
-    const Run masses = tile.run(p_.row_mass), lows = tile.run(p_.row_mass_low);
     PerRow<double> low;
     for (int64_t r = 0; r < size; r++) {
       const double lost = mass[r] - static_cast<A>(mass[r]);
       low[r] = std::isfinite(lost) ? lost : 0.0;
     }
-    store_span(mass, size, p_.row_mass, masses.first, masses.stride);
-    store_span(low, size, p_.row_mass_low, lows.first, lows.stride);
+    store_runs(mass, p_.row_mass, tile.runs(p_.row_mass));
+    store_runs(low, p_.row_mass_low, tile.runs(p_.row_mass_low));
   }
 
   // From the statistics to exp_factor and target_grad.
@@ -176,17 +172,32 @@ class RowBatch {
   alignas(kLine) PerRow<double> scale, exp_factor, target_grad;
 
  private:
-  void read_targets(const Run run) {
-    with_index_pointer(p_.target, run.first, [&](const auto* targets) {
-      const int64_t ignored = p_.options.ignore_index, classes = p_.classes, stride = run.stride;
-      if (stride == 1) prefetch(p_.target, run.first + size, size);
-#pragma omp simd
-      for (int64_t r = 0; r < size; r++) {
-        const int64_t index = targets[r * stride];
-        const bool counted = index != ignored && index >= 0 && index < classes;
-        target_class[r] = counted ? index : -1;
-      }
+  void read_targets(const Runs& runs) {
+    int64_t any = 0;
+    with_index_pointer(p_.target, 0, [&](const auto* data) {
+      if (runs.count == 1 && runs.stride == 1) prefetch(p_.target, runs.first + size, size);
+      runs.for_each([&](int64_t first, int64_t offset) {
+        any |= with_stride(runs.stride, [&](auto stride) {
+          return read_target_run(data + offset, stride, runs.length, target_class + first);
+        });
+      });
     });
+    has_ignored = any < 0;
+  }
+
+  // Returns a negative number where one of them is.
+  template <class Index, class Stride>
+  int64_t read_target_run(const Index* targets, Stride stride, int64_t n, int64_t* read) const {
+    const int64_t ignored = p_.options.ignore_index, classes = p_.classes;
+    int64_t any = 0;
+#pragma omp simd reduction(| : any)
+    for (int64_t r = 0; r < n; r++) {
+      const int64_t index = targets[r * stride];
+      const bool counted = index != ignored && index >= 0 && index < classes;
+      read[r] = counted ? index : -1;
+      any |= read[r];
+    }
+    return any;
   }
 
   void read_target_weights() {
@@ -196,8 +207,7 @@ class RowBatch {
   }
 
   void read_scales(const Tile& tile) {
-    const Run run = tile.run(p_.grad_output);
-    load_span(p_.grad_output, run.first, run.stride, size, scale);
+    load_runs(p_.grad_output, tile.runs(p_.grad_output), scale);
     const double denominator = p_.known.denominator;
 #pragma omp simd
     for (int64_t r = 0; r < size; r++) scale[r] = scale[r] / denominator * map_factor_;

@@ -92,16 +92,16 @@ class RowKernel {
   void backward_target(const Tile& tile) {
     begin(tile);
     batch_.read_statistics(tile);
-    for (int64_t r = 0; r < tile.rows; r++) write_target_gradient(r, tile.run(p_.target_grad));
+    for (int64_t r = 0; r < tile.rows; r++) write_target_gradient(r, tile.runs(p_.target_grad));
   }
 
   // What forward and backward consist of. Classes [first, last) of row r begin and end at multiples
   // of kRowBlock or the row's end; `blocks` holds all blocks of the rows. The larger parts are
   // compiled by themselves: inlined, each caller would have a copy.
   void begin(const Tile& tile) {
-    input_ = tile.run(p_.input);
-    target_ = tile.run(p_.target);
-    grad_ = tile.run(p_.grad);
+    input_ = tile.runs(p_.input);
+    target_ = tile.runs(p_.target);
+    grad_ = tile.runs(p_.grad);
     batch_.begin(tile);
   }
 
@@ -190,7 +190,7 @@ class RowKernel {
 
   BlockSums<A>* row_blocks(int64_t r) { return blocks_.data() + r * blocks_of(p_); }
 
-  int64_t at(const Run& run, const Operand& operand, int64_t r, int64_t c) const {
+  int64_t at(const Runs& run, const Operand& operand, int64_t r, int64_t c) const {
     return run.at(r) + c * operand.class_stride;
   }
 
@@ -428,7 +428,7 @@ class RowKernel {
                  p_.grad.class_stride);
   }
 
-  void write_target_gradient(int64_t r, const Run& target_grad) {
+  void write_target_gradient(int64_t r, const Runs& target_grad) {
     const A log_total = batch_.log_total(r);
     const A scale = static_cast<A>(batch_.scale[r]), max = batch_.max[r];
     const A* weight = static_cast<const A*>(p_.options.weight.data);
@@ -452,7 +452,7 @@ class RowKernel {
   const Scratch<A> terms_, buffers_;
   A *const buffer_, *const coefficients_, *const slopes_;
   std::vector<BlockSums<A>> blocks_;
-  Run input_{}, target_{}, grad_{};
+  Runs input_{}, target_{}, grad_{};
 };
 
 }  // namespace fused_ce::cpu

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../../problem.h"
 #include "../vector/sum.h"
@@ -42,18 +43,33 @@ struct TargetScan {
   double weights = 0.0;  // of the counted rows
   int64_t bad_index = 0;
   bool has_bad_index = false;
+
+  void add(const TargetScan& scan) {
+    weights += scan.weights;
+    if (scan.has_bad_index && !has_bad_index) bad_index = scan.bad_index;
+    has_bad_index |= scan.has_bad_index;
+  }
 };
 
+// Calls use(stride), with a constant where it is 1: only then do loops over small integers become
+// loads of whole vectors.
+template <class Use>
+inline auto with_stride(int64_t stride, const Use& use) {
+  return stride == 1 ? use(std::integral_constant<int64_t, 1>{}) : use(stride);
+}
+
 // How many rows count; a row that counts but is out of range is looked for only if there is one.
-template <class Index>
-inline TargetScan scan_run(const Problem& p, const Index* targets, int64_t stride, int64_t n) {
+template <class Index, class Stride>
+inline TargetScan scan_run(const Problem& p, const Index* targets, Stride stride, int64_t n) {
   const int64_t ignored = p.options.ignore_index, classes = p.classes;
   int64_t counted = 0, bad = 0;
 #pragma omp simd reduction(+ : counted, bad)
   for (int64_t i = 0; i < n; i++) {
     const int64_t index = targets[i * stride];
-    counted += index != ignored ? 1 : 0;
-    bad += index != ignored && (index < 0 || index >= classes) ? 1 : 0;
+    // Without a branch, which would keep the loop from being vectorised.
+    const int64_t counts = index != ignored;
+    counted += counts;
+    bad += counts & (static_cast<int64_t>(index < 0) | static_cast<int64_t>(index >= classes));
   }
   if (bad == 0) return {static_cast<double>(counted), 0, false};
   for (int64_t i = 0; i < n; i++) {
@@ -77,16 +93,21 @@ inline double add_weights(const Problem& p, const Index* targets, int64_t stride
 
 // Of one tile, where `weighs` says so by the class weights, which are in the accumulation type.
 inline TargetScan scan_tile(const Problem& p, const Tile& tile, bool weighs) {
-  const Run run = tile.run(p.target);
-  TargetScan scan;
-  with_index_pointer(p.target, run.first, [&](const auto* targets) {
-    scan = scan_run(p, targets, run.stride, tile.rows);
-    if (!weighs || scan.has_bad_index) return;
-    scan.weights = p.accumulates_in_double()
-                       ? add_weights<double>(p, targets, run.stride, tile.rows)
-                       : add_weights<float>(p, targets, run.stride, tile.rows);
+  const Runs runs = tile.runs(p.target);
+  TargetScan all;
+  with_index_pointer(p.target, 0, [&](const auto* first) {
+    runs.for_each([&](int64_t, int64_t offset) {
+      const auto* targets = first + offset;
+      TargetScan scan = with_stride(
+          runs.stride, [&](auto stride) { return scan_run(p, targets, stride, runs.length); });
+      if (weighs && !scan.has_bad_index)
+        scan.weights = p.accumulates_in_double()
+                           ? add_weights<double>(p, targets, runs.stride, runs.length)
+                           : add_weights<float>(p, targets, runs.stride, runs.length);
+      all.add(scan);
+    });
   });
-  return scan;
+  return all;
 }
 
 }  // namespace fused_ce::cpu
