@@ -10,6 +10,8 @@
 #                    environment of its own (gigabytes where torch comes with CUDA)
 #   make fuzz SECONDS=600 SEED=1
 #                    random calls, and calls that nobody should make, for as long as that
+#   make cliffs SECONDS=600 SEED=1
+#                    random calls beside stock PyTorch: is one of them slower (bench/README.md)
 #   make lint        formatting and static checks
 #   make format      rewrite the sources the way lint wants them
 #   make wheel       build a wheel into dist/
@@ -45,7 +47,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test test-slow test-all test-torch: export OMP_WAIT_POLICY ?= PASSIVE
 test test-slow test-all test-torch: export OMP_NUM_THREADS ?= 1
 
-.PHONY: build test test-slow test-all test-torch demo bench fuzz lint format wheel clean
+.PHONY: build test test-slow test-all test-torch demo bench cliffs fuzz lint format wheel clean
 
 build: $(LIBRARY)
 
@@ -87,6 +89,9 @@ demo: build
 
 bench: build
 	$(BIN)/python -m bench $(ARGS)
+
+cliffs: build
+	$(BIN)/python -m bench.cliffs --seconds $(SECONDS) --seed $(SEED) $(ARGS)
 
 fuzz: build
 	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(SECONDS) --seed $(SEED) $(ARGS)

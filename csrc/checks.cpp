@@ -469,15 +469,19 @@ Problem& ProblemBuilder::build() {
   }
   p.row_dims = dims;
 
-  // Tiles run along the last dimension: better a long one, unless the rows there are adjacent.
-  constexpr int64_t kLongRun = 16;
-  const int inner = dims - 1;
-  if (p.input.row_strides[inner] != 1 || p.row_sizes[inner] < kLongRun) {
-    const int longest =
-        static_cast<int>(std::max_element(p.row_sizes, p.row_sizes + dims) - p.row_sizes);
-    std::swap(p.row_sizes[inner], p.row_sizes[longest]);
-    for (Operand* operand : to)
-      std::swap(operand->row_strides[inner], operand->row_strides[longest]);
+  // Tiles run along the last dimension, whose rows are nearest to one another; where there are too
+  // few, along the next that has more, or else the longest. What was last is next to it then.
+  constexpr int64_t kLongRun = 8;
+  int along = dims - 1;
+  while (along >= 0 && p.row_sizes[along] < kLongRun) along--;
+  if (along < 0)
+    along = static_cast<int>(std::max_element(p.row_sizes, p.row_sizes + dims) - p.row_sizes);
+  if (along != dims - 1) {
+    const auto put_last = [&](int64_t* each) {
+      std::rotate(each + along, each + along + 1, each + dims);
+    };
+    put_last(p.row_sizes);
+    for (Operand* operand : to) put_last(operand->row_strides);
   }
   return p;
 }

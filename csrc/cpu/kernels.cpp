@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "rows/row_kernels.h"
+#include "stack.h"
 #include "vector/simd.h"
 #include "vector/span.h"
 #include "vector/sum.h"
@@ -30,10 +31,13 @@ void with_accumulation_type(const Problem& p, const F& f) {
 
 template <class Work>
 void for_tiles(const Tiling& tiling, const Threads& threads, const Work& work) {
+  const auto with_room = [&](int64_t begin, int64_t end) {
+    with_stack_room([&] { work(begin, end); });
+  };
   if (tiling.count > tiling.grain)
-    threads.run(tiling.count, tiling.grain, work);
+    threads.run(tiling.count, tiling.grain, with_room);
   else if (tiling.count > 0)
-    work(0, tiling.count);
+    with_room(0, tiling.count);
 }
 
 std::vector<TargetScan> scan_targets(const Problem& p, const Threads& threads, bool weighs) {

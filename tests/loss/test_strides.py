@@ -112,6 +112,82 @@ def test_in_place_writes_nothing_beside_the_logits(shape, layout, dtype, reducti
     torch.testing.assert_close(input.detach(), expected, **tolerance)
 
 
+RUNS = {
+    # Short maps, several to a tile, the last tile with fewer: 64 rows that are one run of memory,
+    # 24 whose longer side is the outer one, and 17, no multiple of a vector.
+    "positions": ((8, 8), (12, 2), (17,)),
+    "layout": ("contiguous", "every second element", "classes last", "reversed axes"),
+    "dtype": DTYPES,
+    # Of the targets, the layout too: what lies one way in the logits lies another way here.
+    "kind": (torch.int64, *(f"probability, {each}" for each in ("contiguous", "classes last"))),
+    "target type": ("the logits'", torch.bfloat16),
+    "mode": tuple(MODES),
+    "reduction": ("mean", "none"),
+    # 70: more than are taken side by side where the classes are adjacent.
+    "classes": (2, 19, 70),
+    "weighted and smooth": (False, True),
+}
+
+
+def is_exact(case):
+    # Stock smoothes a target in the target's own type, and in float64 it is the reference itself.
+    of_type, dtype = case.get("target type"), case.get("dtype")
+    rounds = of_type == torch.bfloat16 and dtype == torch.float64
+    return not (rounds and case.get("weighted and smooth"))
+
+
+@pytest.mark.parametrize("case", cases_of(RUNS, often=2, seldom=3, valid=is_exact))
+@pytest.mark.not_on_simulator
+def test_tiles_of_several_runs_of_rows_agree_with_stock(case):
+    shape, dtype = (75, case["classes"], *case["positions"]), case["dtype"]
+    options = {"reduction": case["reduction"]}
+    if case["weighted and smooth"]:
+        options |= {"weight": torch.rand(case["classes"]).to(dtype), "label_smoothing": 0.1}
+    input = lay_out(torch.randn(shape).mul(3).to(dtype), case["layout"])
+    if case["kind"] == torch.int64:
+        target = target_of(torch.int64, shape, dtype, ignore_index=-100)
+    else:
+        kind, layout = case["kind"].split(", ")
+        of_type = dtype if case["target type"] == "the logits'" else case["target type"]
+        target = lay_out(target_of(kind, shape, of_type), layout)
+    check_against_stock(
+        input,
+        target,
+        mode=case["mode"],
+        scale=0.25,
+        target_grad=case["kind"] != torch.int64 and case["mode"] != "no grad",
+        **options,
+    )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("place", [(0, 0, 1), (5, 7, 0), (74, 7, 7)], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.not_on_simulator
+def test_a_target_out_of_range_is_found_in_any_run_of_a_tile(weighted, place, mode):
+    input = lay_out(torch.randn(75, 3, 8, 8), "every second element")
+    target = torch.randint(3, (8, 8, 75)).permute(2, 0, 1)  # no tile is one run in it
+    target[place] = 3
+    with pytest.raises(IndexError, match="Target 3 is out of bounds"):
+        ours(input, target, mode=mode, weight=torch.rand(3) if weighted else None)
+
+
+@pytest.mark.parametrize("layout", ["every second element", "classes last"])
+@pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
+@pytest.mark.not_on_simulator
+def test_tiles_of_several_runs_have_the_same_bits_for_any_number_of_threads(layout, kind):
+    torch.manual_seed(0)
+    input = lay_out(torch.randn(300, 3, 8, 8), layout)
+    target = target_of(kind, input.shape, torch.float32)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(ours(input, target, target_grad=kind == "probability"))
+    for result in results[1:]:
+        for one, other in zip(results[0], result, strict=True):
+            assert one is None or torch.equal(one, other)
+
+
 # Only probabilities are many numbers to a row.
 @pytest.mark.parametrize(
     "kind",

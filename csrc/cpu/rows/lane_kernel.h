@@ -27,18 +27,21 @@ class LaneKernel {
  public:
   LaneKernel(const Problem& p, const Tiling& tiling)
       : p_(p),
+        out_(p.target_grad.data ? p.target_grad : p.grad),
         batch_(p, tiling.tile_rows),
         smoothing_(p.options.label_smoothing, p.classes),
         weight_(static_cast<const A*>(p.options.weight.data)),
-        input_direct_(is_direct<A>(p.input, lane_stride(p.input)) && !p.maps_logits()),
-        grad_direct_(is_direct<A>(p.grad, lane_stride(p.grad))),
-        needs_tile_(!input_direct_ || (p.grad.data && !(grad_direct_ && in_place()))),
+        input_direct_(is_direct(tiling, p.input) && !p.maps_logits()),
+        grad_direct_(is_direct(tiling, out_)),
+        target_direct_(is_direct(tiling, p.target)),
+        needs_tile_(!input_direct_ || (out_.data && !(grad_direct_ && in_place()))),
         stride_(tiling.tile_rows + kPad),
         tile_(needs_tile_ && p.classes * stride_ <= kMaxTile ? p.classes * stride_ : 0),
-        keeps_terms_(p.grad.data && (grad_direct_ || !tile_.empty()) && !batch_.map.bends()),
+        keeps_terms_(out_.data && (grad_direct_ || !tile_.empty()) && !batch_.map.bends()),
         transposes_input_(!input_direct_ && p.input.class_stride == 1 && !tile_.empty()),
-        transposes_grad_(!grad_direct_ && p.grad.class_stride == 1 && !tile_.empty()),
-        rows_((transposes_input_ || transposes_grad_) && !is_direct<A>(p.input, 1)
+        transposes_grad_(!grad_direct_ && out_.class_stride == 1 && !tile_.empty()),
+        rows_((transposes_input_ && !cpu::is_direct<A>(p.input, 1)) ||
+                      (transposes_grad_ && !cpu::is_direct<A>(out_, 1))
                   ? p.classes * tiling.tile_rows
                   : 0) {}
 
@@ -61,6 +64,13 @@ class LaneKernel {
     write_gradient(false);
   }
 
+  void backward_target(const Tile& tile) {
+    begin(tile);
+    batch_.read_statistics(tile);
+    simd::run_as<kLevel>([&] { write_probability_gradient(); });
+    if (transposes_grad_) store_rows();
+  }
+
  private:
   static constexpr bool kAvx512 = kLevel == simd::Level::kAvx512 && std::is_same_v<A, float>;
   static constexpr bool kTellsNormal = !kAvx512 && std::is_same_v<A, float>;
@@ -76,11 +86,15 @@ class LaneKernel {
 
   int64_t lane_stride(const Operand& operand) const { return operand.row_strides[p_.row_dims - 1]; }
 
+  bool is_direct(const Tiling& tiling, const Operand& operand) const {
+    return cpu::is_direct<A>(operand, lane_stride(operand)) && is_one_run(p_, tiling, operand);
+  }
+
   void begin(const Tile& tile) {
     n_ = tile.rows;
-    input_ = tile.run(p_.input).first;
-    target_ = tile.run(p_.target).first;
-    grad_ = tile.run(p_.grad).first;
+    input_ = tile.runs(p_.input);
+    target_ = tile.runs(p_.target);
+    grad_ = tile.runs(out_);
     loaded_ = false;
     if (transposes_input_) {
       load_rows();
@@ -92,10 +106,10 @@ class LaneKernel {
   }
 
   A* grad_lanes(int64_t c) const {
-    return static_cast<A*>(p_.grad.data) + grad_ + c * p_.grad.class_stride;
+    return static_cast<A*>(out_.data) + grad_.first + c * out_.class_stride;
   }
 
-  bool in_place() const { return p_.grad.data == p_.input.data; }
+  bool in_place() const { return out_.data == p_.input.data; }
 
   // Where the terms of class c are kept. The gradient's memory serves where it is in the cache
   // anyway; fresh memory is better written once, a long run at a time, than a few classes by a few.
@@ -115,13 +129,12 @@ class LaneKernel {
 
   // The logits of `count` classes from c on. Once the tile holds them they are not loaded again.
   Classes logits(int64_t c, int64_t count) {
-    const int64_t offset = input_ + c * p_.input.class_stride;
+    const int64_t offset = c * p_.input.class_stride;
     if (input_direct_)
-      return {static_cast<const A*>(p_.input.data) + offset, p_.input.class_stride};
+      return {static_cast<const A*>(p_.input.data) + input_.first + offset, p_.input.class_stride};
     A* lanes = loaded_lanes(c);
     for (int64_t j = 0; j < count && !loaded_; j++) {
-      load_span(p_.input, offset + j * p_.input.class_stride, lane_stride(p_.input), n_,
-                lanes + j * stride_);
+      load_runs(p_.input, input_.moved(offset + j * p_.input.class_stride), lanes + j * stride_);
       map_lanes(lanes + j * stride_);
     }
     return {lanes, stride_};
@@ -135,44 +148,51 @@ class LaneKernel {
   // read anew, or where the rows were turned over lie in the tile as they were read.
   const A* logits_and_slopes(int64_t c) {
     A* lanes = loaded_lanes(c);
-    if (!transposes_input_)
-      load_span(p_.input, input_ + c * p_.input.class_stride, lane_stride(p_.input), n_, lanes);
+    if (!transposes_input_) load_runs(p_.input, input_.moved(c * p_.input.class_stride), lanes);
     map_logits(batch_.map, lanes, n_, lanes, slopes_);
     return lanes;
   }
 
   // Rows of adjacent classes are read and written as they lie, and turned over in the cache.
   void load_rows() {
-    const int64_t row_stride = lane_stride(p_.input), classes = p_.classes;
-    if (is_direct<A>(p_.input, 1)) {
-      transpose(static_cast<const A*>(p_.input.data) + input_, row_stride, n_, classes,
-                tile_.data(), stride_);
+    const int64_t classes = p_.classes;
+    if (cpu::is_direct<A>(p_.input, 1)) {
+      input_.for_each([&](int64_t lane, int64_t offset) {
+        transpose(static_cast<const A*>(p_.input.data) + offset, input_.stride, input_.length,
+                  classes, tile_.data() + lane, stride_);
+      });
     } else {
-      for_row_runs(row_stride, [&](int64_t row, int64_t count) {
-        load_span(p_.input, input_ + row * row_stride, 1, count, rows_.data() + row * classes);
+      for_row_runs(input_, [&](int64_t row, int64_t offset, int64_t count) {
+        load_span(p_.input, offset, 1, count, rows_.data() + row * classes);
       });
       transpose(rows_.data(), classes, n_, classes, tile_.data(), stride_);
     }
   }
 
   void store_rows() {
-    const int64_t row_stride = lane_stride(p_.grad), classes = p_.classes;
-    if (is_direct<A>(p_.grad, 1)) {
-      transpose(tile_.data(), stride_, classes, n_, static_cast<A*>(p_.grad.data) + grad_,
-                row_stride);
+    const int64_t classes = p_.classes;
+    if (cpu::is_direct<A>(out_, 1)) {
+      grad_.for_each([&](int64_t lane, int64_t offset) {
+        transpose(tile_.data() + lane, stride_, classes, grad_.length,
+                  static_cast<A*>(out_.data) + offset, grad_.stride);
+      });
     } else {
       transpose(tile_.data(), stride_, classes, n_, rows_.data(), classes);
-      for_row_runs(row_stride, [&](int64_t row, int64_t count) {
-        store_span(rows_.data() + row * classes, count, p_.grad, grad_ + row * row_stride, 1);
+      for_row_runs(grad_, [&](int64_t row, int64_t offset, int64_t count) {
+        store_span(rows_.data() + row * classes, count, out_, offset, 1);
       });
     }
   }
 
-  // Calls use(row, count) for each run of `count` adjacent elements: all rows, or row by row.
+  // Calls use(row, offset, count) for `count` adjacent elements: of a whole run of rows from this
+  // one on, or row by row.
   template <class Use>
-  void for_row_runs(int64_t row_stride, const Use& use) const {
-    if (row_stride == p_.classes) return use(0, n_ * p_.classes);
-    for (int64_t row = 0; row < n_; row++) use(row, p_.classes);
+  void for_row_runs(const Runs& rows, const Use& use) const {
+    rows.for_each([&](int64_t first, int64_t offset) {
+      if (rows.stride == p_.classes) return use(first, offset, rows.length * p_.classes);
+      for (int64_t row = 0; row < rows.length; row++)
+        use(first + row, offset + row * rows.stride, p_.classes);
+    });
   }
 
   // Calls use(c, count) with count an integral_constant: a few classes at a time spare most of the
@@ -185,9 +205,11 @@ class LaneKernel {
   }
 
   const A* probabilities(int64_t c) {
-    return p_.probabilities ? read_span<A>(p_.target, target_ + c * p_.target.class_stride,
-                                           lane_stride(p_.target), n_, probability_buffer_)
-                            : nullptr;
+    if (!p_.probabilities) return nullptr;
+    const Runs lanes = target_.moved(c * p_.target.class_stride);
+    if (target_direct_) return static_cast<const A*>(p_.target.data) + lanes.first;
+    load_runs(p_.target, lanes, probability_buffer_);
+    return probability_buffer_;
   }
 
   // Calls use(a) with a(l), the coefficient of class c in lane l.
@@ -291,11 +313,12 @@ class LaneKernel {
 
   // Asks for as much of the next tile as is being computed of this one.
   void prefetch_next(int64_t c, int64_t count) const {
-    if (lane_stride(p_.input) == 1)
+    if (input_.count > 1) return;  // for short runs it gains nothing
+    if (input_.stride == 1)
       for (int64_t j = c; j < c + count; j++)
-        prefetch(p_.input, input_ + n_ + j * p_.input.class_stride, n_);
-    else if (lane_stride(p_.input) == p_.classes)
-      prefetch(p_.input, input_ + n_ * p_.classes + c * n_, count * n_);
+        prefetch(p_.input, input_.first + n_ + j * p_.input.class_stride, n_);
+    else if (input_.stride == p_.classes)
+      prefetch(p_.input, input_.first + n_ * p_.classes + c * n_, count * n_);
   }
 
   // exp(x - max) of some classes, kept and summed. The largest ones are counted apart, for the
@@ -303,7 +326,7 @@ class LaneKernel {
   template <bool kIsNormal, class Count>
   void keep_terms(Classes x, A* terms, Count) {
     const int64_t n = n_;
-    const int64_t stride = !keeps_terms_ ? kPadded : tile_.empty() ? p_.grad.class_stride : stride_;
+    const int64_t stride = !keeps_terms_ ? kPadded : tile_.empty() ? out_.class_stride : stride_;
     const A* max = batch_.max;
     A* ones = ones_;
     A* sums = sums_;
@@ -344,6 +367,27 @@ class LaneKernel {
     }
   }
 
+  // Of probabilities.
+  void write_probability_gradient() {
+    A* log_totals = factor_;
+#pragma omp simd
+    for (int64_t l = 0; l < n_; l++) {
+      log_totals[l] = batch_.log_total(l);
+      scale_[l] = static_cast<A>(batch_.scale[l]);
+    }
+    const A* max = batch_.max;
+    for (int64_t c = 0; c < p_.classes; c++) {
+      const A* x = logits(c, 1).data;
+      const A weight = weight_ ? weight_[c] : A(1);
+      A* out = out_lanes(c);
+#pragma omp simd
+      for (int64_t l = 0; l < n_; l++)
+        out[l] = scale_[l] * probability_grad(max[l] - x[l], log_totals[l], weight, smoothing_);
+      if (batch_.has_ignored) overwrite_uncounted(out);
+      store_lanes(c, out);
+    }
+  }
+
   // Compiled by itself, like sum_gaps: a kernel that is one function takes longer to compile.
   void write_gradient(bool has_terms) {
     if (batch_.map.bends() && transposes_input_) load_rows();
@@ -360,20 +404,31 @@ class LaneKernel {
   }
 
   void write_class_gradients(int64_t c, bool has_terms) {
-    A* out = grad_direct_ ? grad_lanes(c) : transposes_grad_ ? tile_.data() + c * stride_ : buffer_;
+    A* out = out_lanes(c);
     if (has_terms)
       write_class(c, out, [terms = kept_lanes(c)](int64_t l) { return terms[l]; });
     else if (batch_.map.bends())
       write_bent(c, out);
     else
       write_exps(c, logits(c, 1).data, out);
-    if (batch_.has_ignored) {
+    if (batch_.has_ignored) overwrite_uncounted(out);
+    store_lanes(c, out);
+  }
+
+  void overwrite_uncounted(A* out) const {
 #pragma omp simd
-      for (int64_t l = 0; l < n_; l++)
-        out[l] = batch_.is_counted(l) ? out[l] : batch_.uncounted_value(l);
-    }
+    for (int64_t l = 0; l < n_; l++)
+      out[l] = batch_.is_counted(l) ? out[l] : batch_.uncounted_value(l);
+  }
+
+  // Where the gradient of a class is computed, and from where it is stored.
+  A* out_lanes(int64_t c) {
+    return grad_direct_ ? grad_lanes(c) : transposes_grad_ ? tile_.data() + c * stride_ : buffer_;
+  }
+
+  void store_lanes(int64_t c, const A* out) const {
     if (!grad_direct_ && !transposes_grad_)
-      store_span(out, n_, p_.grad, grad_ + c * p_.grad.class_stride, lane_stride(p_.grad));
+      store_runs(out, out_, grad_.moved(c * out_.class_stride));
   }
 
   void write_bent(int64_t c, A* out) {
@@ -406,27 +461,33 @@ class LaneKernel {
   }
 
   void write_target_gradients() {
-    const int64_t lanes = lane_stride(p_.grad), classes = p_.grad.class_stride;
-    with_floating_pointer(p_.grad, grad_, [&](auto* grad) {
+    const int64_t classes = out_.class_stride;
+    with_floating_pointer(out_, 0, [&](auto* grad) {
       using T = std::remove_reference_t<decltype(*grad)>;
-      for (int64_t l = 0; l < n_; l++) {
-        const int64_t target = batch_.target_class[l];
-        if (target >= 0) grad[l * lanes + target * classes] = from_float<T>(batch_.target_grad[l]);
-      }
+      grad_.for_each([&](int64_t first, int64_t offset) {
+        for (int64_t l = 0; l < grad_.length; l++) {
+          const int64_t target = batch_.target_class[first + l];
+          if (target >= 0)
+            grad[offset + l * grad_.stride + target * classes] =
+                from_float<T>(batch_.target_grad[first + l]);
+        }
+      });
     });
   }
 
   const Problem& p_;
+  const Operand& out_;  // the gradient that is asked for
   RowBatch<A> batch_;
   const Smoothing<A> smoothing_;
   const A* const weight_;
-  const bool input_direct_, grad_direct_, needs_tile_;
+  const bool input_direct_, grad_direct_, target_direct_, needs_tile_;
   const int64_t stride_;  // of a class in the tile
   const Scratch<A> tile_;
   const bool keeps_terms_, transposes_input_, transposes_grad_;
   const Scratch<A> rows_;
 
-  int64_t n_ = 0, input_ = 0, target_ = 0, grad_ = 0;
+  int64_t n_ = 0;
+  Runs input_{}, target_{}, grad_{};
   bool loaded_ = false;
   bool is_normal_ = false;  // no exp of the tile comes near to being subnormal
 

@@ -60,12 +60,9 @@ class RowBatch {
   // The targets of a tile's rows, their weights, and what their gradients are scaled by.
   void begin(const Tile& tile) {
     size = tile.rows;
-    if (!p_.probabilities) read_targets(tile.run(p_.target));
+    if (!p_.probabilities) read_targets(tile.runs(p_.target));
     if (p_.grad_output.data && scales_vary_) read_scales(tile);
     if (p_.weighs_samples()) read_sample_weights(tile);
-    has_ignored = false;
-    if (p_.probabilities && !p_.weighs_samples()) return;
-    for (int64_t r = 0; r < size; r++) has_ignored |= target_class[r] < 0;
     if (!p_.probabilities && p_.options.weight.data) read_target_weights();
   }
 
@@ -100,14 +97,17 @@ class RowBatch {
   // they are in the cache.
   void read_target_logits(const Tile& tile, int64_t first, int64_t last) {
     if (p_.probabilities) return;
-    const Run input = tile.run(p_.input);
-    with_floating_pointer(p_.input, input.first, [&](auto* logits) {
-      for (int64_t r = first; r < last; r++)
-        target_logit_[r] =
-            target_class[r] < 0
-                ? A(0)
-                : static_cast<A>(
-                      to_float(logits[r * input.stride + target_class[r] * p_.input.class_stride]));
+    const Runs input = tile.runs(p_.input);
+    with_floating_pointer(p_.input, 0, [&](auto* data) {
+      input.for_each_of(first, last, [&](int64_t begin, int64_t offset, int64_t n) {
+        const auto* logits = data + offset;
+        const int64_t* target = target_class + begin;
+        for (int64_t r = 0; r < n; r++)
+          target_logit_[begin + r] =
+              target[r] < 0 ? A(0)
+                            : static_cast<A>(to_float(
+                                  logits[r * input.stride + target[r] * p_.input.class_stride]));
+      });
     });
     A* logits = target_logit_ + first;
     if (map.bends())
@@ -117,14 +117,13 @@ class RowBatch {
   }
 
   void read_statistics(const Tile& tile) {
-    const Run maxima = tile.run(p_.row_max), rests = tile.run(p_.row_rest);
-    load_span(p_.row_max, maxima.first, maxima.stride, size, max);
-    load_span(p_.row_rest, rests.first, rests.stride, size, rest);
-    if (!p_.probabilities) return;
-    const Run masses = tile.run(p_.row_mass), lows = tile.run(p_.row_mass_low);
+    load_runs(p_.row_max, tile.runs(p_.row_max), max);
+    load_runs(p_.row_rest, tile.runs(p_.row_rest), rest);
+    // The gradient of the targets themselves does without the mass.
+    if (!p_.probabilities || p_.target_grad.data) return;
     PerRow<double> low;
-    load_span(p_.row_mass, masses.first, masses.stride, size, mass);
-    load_span(p_.row_mass_low, lows.first, lows.stride, size, low);
+    load_runs(p_.row_mass, tile.runs(p_.row_mass), mass);
+    load_runs(p_.row_mass_low, tile.runs(p_.row_mass_low), low);
     for (int64_t r = 0; r < size; r++) mass[r] += low[r];
   }
 
@@ -136,14 +135,10 @@ class RowBatch {
     else
       run<true, false>();
     if (p_.weighs_samples()) weigh_losses(tile);
-    if (!p_.reduces()) {
-      const Run losses = tile.run(p_.loss);
-      store_span(loss_, size, p_.loss, losses.first, losses.stride);
-    }
+    if (!p_.reduces()) store_runs(loss_, p_.loss, tile.runs(p_.loss));
     if (p_.row_max.data) {
-      const Run maxima = tile.run(p_.row_max), rests = tile.run(p_.row_rest);
-      store_span(max, size, p_.row_max, maxima.first, maxima.stride);
-      store_span(rest, size, p_.row_rest, rests.first, rests.stride);
+      store_runs(max, p_.row_max, tile.runs(p_.row_max));
+      store_runs(rest, p_.row_rest, tile.runs(p_.row_rest));
       if (p_.probabilities) store_masses(tile);
     }
     double total = 0.0;
@@ -153,14 +148,13 @@ class RowBatch {
   }
 
   void store_masses(const Tile& tile) const {
-    const Run masses = tile.run(p_.row_mass), lows = tile.run(p_.row_mass_low);
     PerRow<double> low;
     for (int64_t r = 0; r < size; r++) {
       const double lost = mass[r] - static_cast<A>(mass[r]);
       low[r] = std::isfinite(lost) ? lost : 0.0;
     }
-    store_span(mass, size, p_.row_mass, masses.first, masses.stride);
-    store_span(low, size, p_.row_mass_low, lows.first, lows.stride);
+    store_runs(mass, p_.row_mass, tile.runs(p_.row_mass));
+    store_runs(low, p_.row_mass_low, tile.runs(p_.row_mass_low));
   }
 
   // From the statistics to exp_factor and target_grad.
@@ -191,18 +185,33 @@ class RowBatch {
   alignas(kLine) PerRow<double> scale, exp_factor, target_grad;
 
  private:
-  void read_targets(const Run run) {
-    with_index_pointer(p_.target, run.first, [&](const auto* targets) {
-      const int64_t ignored = p_.options.ignore_index, classes = p_.classes, stride = run.stride;
-      const int64_t outside = p_.allows_bad_targets() ? kNoSuchClass : kNotCounted;
-      if (stride == 1) prefetch(p_.target, run.first + size, size);
-#pragma omp simd
-      for (int64_t r = 0; r < size; r++) {
-        const int64_t index = targets[r * stride];
-        const int64_t found = index >= 0 && index < classes ? index : outside;
-        target_class[r] = index == ignored ? kNotCounted : found;
-      }
+  void read_targets(const Runs& runs) {
+    int64_t any = 0;
+    with_index_pointer(p_.target, 0, [&](const auto* data) {
+      if (runs.count == 1 && runs.stride == 1) prefetch(p_.target, runs.first + size, size);
+      runs.for_each([&](int64_t first, int64_t offset) {
+        any |= with_stride(runs.stride, [&](auto stride) {
+          return read_target_run(data + offset, stride, runs.length, target_class + first);
+        });
+      });
     });
+    has_ignored = any < 0;
+  }
+
+  // Returns a negative number where one of them is.
+  template <class Index, class Stride>
+  int64_t read_target_run(const Index* targets, Stride stride, int64_t n, int64_t* read) const {
+    const int64_t ignored = p_.options.ignore_index, classes = p_.classes;
+    const int64_t outside = p_.allows_bad_targets() ? kNoSuchClass : kNotCounted;
+    int64_t any = 0;
+#pragma omp simd reduction(| : any)
+    for (int64_t r = 0; r < n; r++) {
+      const int64_t index = targets[r * stride];
+      const int64_t found = index >= 0 && index < classes ? index : outside;
+      read[r] = index == ignored ? kNotCounted : found;
+      any |= read[r];
+    }
+    return any;
   }
 
   void read_target_weights() {
@@ -212,8 +221,7 @@ class RowBatch {
   }
 
   void read_scales(const Tile& tile) {
-    const Run run = tile.run(p_.grad_output);
-    load_span(p_.grad_output, run.first, run.stride, size, scale);
+    load_runs(p_.grad_output, tile.runs(p_.grad_output), scale);
 #pragma omp simd
     for (int64_t r = 0; r < size; r++) scale[r] = scale_of(scale[r]);
   }
@@ -227,9 +235,11 @@ class RowBatch {
     PerRow<double> weights;
     load_sample_weights(tile, weights);
     const double grad_output = p_.grad_output.data ? load_value<double>(p_.grad_output, 0) : 1.0;
+    if (p_.probabilities) has_ignored = false;
     for (int64_t r = 0; r < size; r++) {
       if (p_.probabilities) target_class[r] = 0;
       if (weights[r] == 0.0) target_class[r] = kNotCounted;
+      has_ignored |= weights[r] == 0.0;
       scale[r] = (scales_vary_ ? scale[r] : scale_of(grad_output)) * weights[r];
     }
   }
@@ -242,8 +252,7 @@ class RowBatch {
   }
 
   void load_sample_weights(const Tile& tile, double* weights) const {
-    const Run run = tile.run(p_.options.sample_weight);
-    load_span(p_.options.sample_weight, run.first, run.stride, size, weights);
+    load_runs(p_.options.sample_weight, tile.runs(p_.options.sample_weight), weights);
   }
 
   // A row whose largest logit is infinite has no softmax.

@@ -92,7 +92,7 @@ class RowKernel {
   void backward_target(const Tile& tile) {
     begin(tile);
     batch_.read_statistics(tile);
-    for (int64_t r = 0; r < tile.rows; r++) write_target_gradient(r, tile.run(p_.target_grad));
+    for (int64_t r = 0; r < tile.rows; r++) write_target_gradient(r, tile.runs(p_.target_grad));
   }
 
   // Returns the sum of the tile's gradients of mapped logits, each times the logit as it is.
@@ -107,9 +107,9 @@ class RowKernel {
   // of kRowBlock or the row's end; `blocks` holds all blocks of the rows. The larger parts are
   // compiled by themselves: inlined, each caller would have a copy.
   void begin(const Tile& tile) {
-    input_ = tile.run(p_.input);
-    target_ = tile.run(p_.target);
-    grad_ = tile.run(p_.grad);
+    input_ = tile.runs(p_.input);
+    target_ = tile.runs(p_.target);
+    grad_ = tile.runs(p_.grad);
     batch_.begin(tile);
   }
 
@@ -198,7 +198,7 @@ class RowKernel {
 
   BlockSums<A>* row_blocks(int64_t r) { return blocks_.data() + r * blocks_of(p_); }
 
-  int64_t at(const Run& run, const Operand& operand, int64_t r, int64_t c) const {
+  int64_t at(const Runs& run, const Operand& operand, int64_t r, int64_t c) const {
     return run.at(r) + c * operand.class_stride;
   }
 
@@ -429,10 +429,11 @@ class RowKernel {
     });
   }
 
-  void write_uncounted(int64_t r, int64_t first, int64_t last, const Operand& to, const Run& run) {
+  void write_uncounted(int64_t r, int64_t first, int64_t last, const Operand& to,
+                       const Runs& runs) {
     std::fill(buffer_, buffer_ + std::min(kRowBlock, last - first), batch_.uncounted_value(r));
     for (int64_t b = first; b < last; b += kRowBlock)
-      store_span(buffer_, std::min(kRowBlock, last - b), to, at(run, to, r, b), to.class_stride);
+      store_span(buffer_, std::min(kRowBlock, last - b), to, at(runs, to, r, b), to.class_stride);
   }
 
   double scale_gradient(int64_t r) {
@@ -465,7 +466,7 @@ class RowKernel {
     return sum;
   }
 
-  void write_target_gradient(int64_t r, const Run& target_grad) {
+  void write_target_gradient(int64_t r, const Runs& target_grad) {
     if (!is_counted(r)) return write_uncounted(r, 0, p_.classes, p_.target_grad, target_grad);
     const A log_total = batch_.log_total(r);
     const A scale = static_cast<A>(batch_.scale[r]), max = batch_.max[r];
@@ -490,7 +491,7 @@ class RowKernel {
   const Scratch<A> terms_, buffers_;
   A *const buffer_, *const coefficients_, *const slopes_;
   std::vector<BlockSums<A>> blocks_;
-  Run input_{}, target_{}, grad_{};
+  Runs input_{}, target_{}, grad_{};
 };
 
 }  // namespace fused_ce::cpu

@@ -28,6 +28,12 @@ void run_backward(const Problem& p, const Tiling& tiling, int64_t begin, int64_t
   for (int64_t t = begin; t < end; t++) kernel.backward(Tile(p, tiling, t));
 }
 
+template <class Kernel>
+void run_backward_target(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {
+  Kernel kernel(p, tiling);
+  for (int64_t t = begin; t < end; t++) kernel.backward_target(Tile(p, tiling, t));
+}
+
 template <class A>
 void forward_tiles(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end,
                    double* tile_losses, TargetScan* scans) {
@@ -57,8 +63,10 @@ template <class A>
 void backward_target_tiles(const Problem& p, const Tiling& tiling, int64_t begin, int64_t end) {
   simd::with_level([&](auto level) {
     simd::run_as<level>([&] {
-      RowKernel<A, level> kernel(p, tiling);
-      for (int64_t t = begin; t < end; t++) kernel.backward_target(Tile(p, tiling, t));
+      if (prefers_lanes(p))
+        run_backward_target<LaneKernel<A, level>>(p, tiling, begin, end);
+      else
+        run_backward_target<RowKernel<A, level>>(p, tiling, begin, end);
     });
   });
 }

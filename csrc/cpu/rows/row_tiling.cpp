@@ -15,16 +15,19 @@ constexpr int64_t kMaxGatheredClasses = 1024;
 // Lanes count the largest logits of a row in the accumulation type, exactly up to here.
 constexpr int64_t kMaxCountedClasses = int64_t{1} << 24;
 
-// With fewer rows side by side, each is better taken on its own however far apart its classes lie.
-constexpr int64_t kMinLaneRows = 4;
+// With fewer rows side by side, each is better taken on its own however far apart its classes lie;
+// all the more where the few of each class are to be loaded, which takes a call.
+constexpr int64_t kMinLaneRows = 8, kMinLoadedLaneRows = 40;
 
 }  // namespace
 
 bool prefers_lanes(const Problem& p) {
   if (p.classes > kMaxCountedClasses) return false;
   if (p.classes <= kMaxLaneClasses) return true;
-  if (p.input.class_stride == 1 || inner_rows(p) < kMinLaneRows) return false;
   const int64_t lane_stride = p.input.row_strides[p.row_dims - 1];
+  const bool loads = size_of(p.input.dtype) == 2 || lane_stride != 1;
+  const int64_t least = loads ? kMinLoadedLaneRows : kMinLaneRows;
+  if (p.input.class_stride == 1 || inner_rows(p) < least) return false;
   if (lane_stride == 1) return true;
   return p.input.class_stride > lane_stride && p.classes <= kMaxGatheredClasses;
 }
@@ -38,8 +41,12 @@ int64_t lanes_per_tile(const Problem& p) {
   constexpr int64_t kMinLanes = 128;  // fewer would read too little of each class at a time
   const bool beside = p.input.row_strides[p.row_dims - 1] == 1;
   const int64_t elements = beside ? kBesideElements : kTurnedElements;
-  const int64_t lanes = elements / std::max<int64_t>(1, p.classes) / 16 * 16;
-  return std::clamp(lanes, kMinLanes, kMaxBatch);
+  const int64_t lanes =
+      std::clamp(elements / std::max<int64_t>(1, p.classes) / 16 * 16, kMinLanes, kMaxBatch);
+  // A run that is a tile's worth may be used where it lies, which several runs cannot.
+  constexpr int64_t kRunElements = 1024;
+  const int64_t run = inner_rows(p);
+  return beside && run * p.classes >= kRunElements ? std::min(lanes, run) : lanes;
 }
 
 }  // namespace

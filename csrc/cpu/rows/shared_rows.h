@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "../stack.h"
 #include "../vector/simd.h"
 #include "row_kernel.h"
 
@@ -66,13 +67,15 @@ class SharedRows {
   void for_pieces(const Use& use) {
     const int64_t per_row = (p_.classes + kPiece - 1) / kPiece;
     threads_.run(tiling_.count * per_row, 1, [&](int64_t begin, int64_t end) {
-      simd::run_as<kLevel>([&] {
-        RowKernel<A, kLevel> kernel(p_, tiling_);
-        for (int64_t i = begin; i < end; i++) {
-          const int64_t t = i / per_row, first = i % per_row * kPiece;
-          kernel.join(*leaders_[t]);
-          use(kernel, t, first, std::min(first + kPiece, p_.classes));
-        }
+      with_stack_room([&] {
+        simd::run_as<kLevel>([&] {
+          RowKernel<A, kLevel> kernel(p_, tiling_);
+          for (int64_t i = begin; i < end; i++) {
+            const int64_t t = i / per_row, first = i % per_row * kPiece;
+            kernel.join(*leaders_[t]);
+            use(kernel, t, first, std::min(first + kPiece, p_.classes));
+          }
+        });
       });
     });
   }

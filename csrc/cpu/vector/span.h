@@ -11,6 +11,7 @@
 #include "../../problem.h"
 #include "half_instructions.h"
 #include "half_types.h"
+#include "runs.h"
 #include "simd.h"
 
 namespace fused_ce::cpu {
@@ -20,6 +21,9 @@ inline void load_as(const T* from, int64_t stride, int64_t n, A* to) {
   if (stride == 1) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) to[i] = static_cast<A>(to_float(from[i]));
+  } else if (stride == 2) {  // two vectors and a shuffle instead of a gather
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) to[i] = static_cast<A>(to_float(from[2 * i]));
   } else {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) to[i] = static_cast<A>(to_float(from[i * stride]));
@@ -62,23 +66,47 @@ inline void with_floating_pointer(const Storage& storage, int64_t offset, const 
 // These two are out of line, with a dispatch of their own, so that the many places that move a run
 // do not each carry a copy of all conversions.
 template <class A>
-__attribute__((noinline)) void load_span(const Operand& from, int64_t offset, int64_t stride,
-                                         int64_t n, A* to) {
+__attribute__((noinline)) void load_runs(const Operand& from, const Runs& runs, A* to) {
   if constexpr (sizeof(A) == sizeof(float))
-    if (from.dtype == DType::kFloat16 && stride == 1 && half::has_instructions())
-      return half::load(static_cast<const Float16*>(from.data) + offset, n, to);
-  simd::run(
-      [&] { with_floating_pointer(from, offset, [&](auto* p) { load_as(p, stride, n, to); }); });
+    if (from.dtype == DType::kFloat16 && half::has_instructions())
+      return runs.for_each([&](int64_t i, int64_t offset) {
+        half::load(static_cast<const Float16*>(from.data) + offset, runs.stride, runs.length,
+                   to + i);
+      });
+  simd::run([&] {
+    with_floating_pointer(from, 0, [&](auto* p) {
+      runs.for_each([&](int64_t i, int64_t offset) {
+        load_as(p + offset, runs.stride, runs.length, to + i);
+      });
+    });
+  });
 }
 
 template <class A>
-__attribute__((noinline)) void store_span(const A* from, int64_t n, const Operand& to,
-                                          int64_t offset, int64_t stride) {
+__attribute__((noinline)) void store_runs(const A* from, const Operand& to, const Runs& runs) {
   if constexpr (sizeof(A) == sizeof(float))
-    if (to.dtype == DType::kFloat16 && stride == 1 && half::has_instructions())
-      return half::store(from, n, static_cast<Float16*>(to.data) + offset);
-  simd::run(
-      [&] { with_floating_pointer(to, offset, [&](auto* p) { store_as(from, n, p, stride); }); });
+    if (to.dtype == DType::kFloat16 && half::has_instructions())
+      return runs.for_each([&](int64_t i, int64_t offset) {
+        half::store(from + i, runs.length, static_cast<Float16*>(to.data) + offset, runs.stride);
+      });
+  simd::run([&] {
+    with_floating_pointer(to, 0, [&](auto* p) {
+      runs.for_each([&](int64_t i, int64_t offset) {
+        store_as(from + i, runs.length, p + offset, runs.stride);
+      });
+    });
+  });
+}
+
+template <class A>
+inline void load_span(const Operand& from, int64_t offset, int64_t stride, int64_t n, A* to) {
+  load_runs(from, Runs::one(offset, stride, n), to);
+}
+
+template <class A>
+inline void store_span(const A* from, int64_t n, const Operand& to, int64_t offset,
+                       int64_t stride) {
+  store_runs(from, to, Runs::one(offset, stride, n));
 }
 
 template <class A, class Storage>
