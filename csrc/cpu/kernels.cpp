@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "rows/parts.h"
 #include "rows/row_kernels.h"
 #include "vector/simd.h"
 #include "vector/span.h"
@@ -26,14 +27,6 @@ void with_accumulation_type(const Problem& p, const F& f) {
     f(double{});
   else
     f(float{});
-}
-
-template <class Work>
-void for_tiles(const Tiling& tiling, const Threads& threads, const Work& work) {
-  if (tiling.count > tiling.grain)
-    threads.run(tiling.count, tiling.grain, work);
-  else if (tiling.count > 0)
-    work(0, tiling.count);
 }
 
 std::vector<TargetScan> scan_targets(const Problem& p, const Threads& threads, bool weighs) {
@@ -107,10 +100,7 @@ void forward(Problem& p, const Threads& threads) {
   with_accumulation_type(p, [&](auto zero) {
     using A = decltype(zero);
     if (shares) return forward_shared<A>(p, tiling, threads, tile_losses.data());
-    for_tiles(tiling, threads, [&](int64_t begin, int64_t end) {
-      forward_tiles<A>(p, tiling, begin, end, tile_losses.data(),
-                       scans_along ? scans.data() : nullptr);
-    });
+    forward_tiles<A>(p, tiling, threads, tile_losses.data(), scans_along ? scans.data() : nullptr);
   });
   if (scans_along) p.known.denominator = denominator_for(p, counted_weight(p, scans));
   if (p.totals) *p.totals = p.known;
@@ -126,8 +116,7 @@ void backward(Problem& p, const Threads& threads) {
   with_accumulation_type(p, [&](auto zero) {
     using A = decltype(zero);
     if (shares_rows(p, threads)) return backward_shared<A>(p, tiling, threads);
-    for_tiles(tiling, threads,
-              [&](int64_t begin, int64_t end) { backward_tiles<A>(p, tiling, begin, end); });
+    backward_tiles<A>(p, tiling, threads);
   });
 }
 
