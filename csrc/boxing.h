@@ -4,8 +4,10 @@
 // as many places of the stack as the list in options.h has lines.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
+#include <memory>
 #include <tuple>
 #include <type_traits>
 
@@ -32,6 +34,24 @@ struct Unboxed<OptionArguments> {
     return {FCE_FOR_OPTIONS(FCE_TAKE_TENSOR, FCE_TAKE_TENSOR, FCE_TAKE_NUMBER, FCE_TAKE_TYPE)};
   }
 };
+
+struct DeleteHandle {
+  void operator()(AtenTensorOpaque* handle) const { aoti_torch_delete_tensor_object(handle); }
+};
+
+// A tensor as the dispatcher takes it. What overwrites an argument makes that of its result first:
+// no lack of memory may come between a gradient that is written and the caller.
+using Handle = std::unique_ptr<AtenTensorOpaque, DeleteHandle>;
+
+inline Handle handle_of(const Tensor& tensor) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor.get(), &handle));
+  return Handle(handle);
+}
+
+inline void put_results(StableIValue* stack, Handle result) {
+  *stack = torch::stable::detail::from(result.release());
+}
 
 template <class... Results>
 void put_results(StableIValue* stack, const std::tuple<Results...>& results) {

@@ -77,11 +77,20 @@ class Operators {
       builder.set_totals(*totals);
     }
 
-    Tensor run(const OptionalTensor& grad) {
+    Tensor make_loss() {
       Tensor loss = empty(reduces ? Sizes() : builder.row_sizes(), loss_dtype, input);
       builder.set_loss(loss);
+      return loss;
+    }
+
+    void compute(const OptionalTensor& grad) {
       if (grad) builder.set_grad(*grad);
       Backend(input).forward(builder.build());
+    }
+
+    Tensor run(const OptionalTensor& grad) {
+      Tensor loss = make_loss();
+      compute(grad);
       return loss;
     }
 
@@ -129,7 +138,7 @@ class Operators {
     return {loss, *call.stats, *call.totals, grad};
   }
 
-  static Tensor forward_grad_(const Tensor& input, const Tensor& target,
+  static Handle forward_grad_(const Tensor& input, const Tensor& target,
                               const OptionalTensor& grad_output, const OptionArguments& options) {
     check_overwritable(input, target, options);
     Forward call(input, target, options);
@@ -137,7 +146,9 @@ class Operators {
       check_apart(input, *grad_output);
       call.builder.set_grad_output(*grad_output);
     }
-    return call.run(input);
+    Handle loss = handle_of(call.make_loss());
+    call.compute(input);
+    return loss;
   }
 
   static Tensor backward(const Tensor& input, const Tensor& target, const Tensor& stats,
@@ -150,15 +161,16 @@ class Operators {
     return grad;
   }
 
-  static Tensor backward_(const Tensor& input, const Tensor& target, const Tensor& stats,
+  static Handle backward_(const Tensor& input, const Tensor& target, const Tensor& stats,
                           const Tensor& totals, const Tensor& grad_output,
                           const OptionArguments& options) {
     check_overwritable(input, target, options);
     for (const Tensor* read : {&grad_output, &stats, &totals}) check_apart(input, *read);
     Backward call(input, target, stats, totals, grad_output, options);
     call.builder.set_grad(input);
+    Handle result = handle_of(input);
     call.backend.backward(call.builder.build());
-    return input;
+    return result;
   }
 
   static Tensor backward_target(const Tensor& input, const Tensor& target, const Tensor& stats,
@@ -182,22 +194,24 @@ class Operators {
     return scale_grad;
   }
 
-  static Tensor rescale_(const Tensor& grad, const Tensor& grad_output, const Tensor& input,
+  static Handle rescale_(const Tensor& grad, const Tensor& grad_output, const Tensor& input,
                          const Tensor& target, const Tensor& stats, const Tensor& totals,
                          const OptionArguments& options) {
-    if (Backend::is_known_to_be_one(scalar_of(grad_output, grad))) return grad;
+    Handle result = handle_of(grad);
+    if (Backend::is_known_to_be_one(scalar_of(grad_output, grad))) return result;
     Backward call(input, target, stats, totals, grad_output, options);
     call.builder.set_grad(grad);
     call.backend.rescale(call.builder.build());
-    return grad;
+    return result;
   }
 
-  static Tensor scale_(const Tensor& grad, const Tensor& grad_output) {
+  static Handle scale_(const Tensor& grad, const Tensor& grad_output) {
+    Handle result = handle_of(grad);
     const Operand factor = scalar_of(grad_output, grad);
-    if (grad.numel() == 0 || Backend::is_known_to_be_one(factor)) return grad;
+    if (grad.numel() == 0 || Backend::is_known_to_be_one(factor)) return result;
     check_apart(grad, grad_output);
     Backend(grad).scale(elements_of(grad), factor);
-    return grad;
+    return result;
   }
 };
 

@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "rows/parts.h"
 #include "rows/row_kernels.h"
-#include "stack.h"
 #include "vector/simd.h"
 #include "vector/span.h"
 #include "vector/sum.h"
@@ -27,17 +27,6 @@ void with_accumulation_type(const Problem& p, const F& f) {
     f(double{});
   else
     f(float{});
-}
-
-template <class Work>
-void for_tiles(const Tiling& tiling, const Threads& threads, const Work& work) {
-  const auto with_room = [&](int64_t begin, int64_t end) {
-    with_stack_room([&] { work(begin, end); });
-  };
-  if (tiling.count > tiling.grain)
-    threads.run(tiling.count, tiling.grain, with_room);
-  else if (tiling.count > 0)
-    with_room(0, tiling.count);
 }
 
 std::vector<TargetScan> scan_targets(const Problem& p, const Threads& threads, bool weighs) {
@@ -127,10 +116,7 @@ void forward(Problem& p, const Threads& threads) {
   with_accumulation_type(p, [&](auto zero) {
     using A = decltype(zero);
     if (shares) return forward_shared<A>(p, tiling, threads, tile_losses.data());
-    for_tiles(tiling, threads, [&](int64_t begin, int64_t end) {
-      forward_tiles<A>(p, tiling, begin, end, tile_losses.data(),
-                       scans_along ? scans.data() : nullptr);
-    });
+    forward_tiles<A>(p, tiling, threads, tile_losses.data(), scans_along ? scans.data() : nullptr);
   });
   if (scans_along) find_denominators(p, add_scans(p, scans));
   if (p.totals) *p.totals = p.known;
@@ -146,19 +132,15 @@ void backward(Problem& p, const Threads& threads) {
   with_accumulation_type(p, [&](auto zero) {
     using A = decltype(zero);
     if (shares_rows(p, threads)) return backward_shared<A>(p, tiling, threads);
-    for_tiles(tiling, threads,
-              [&](int64_t begin, int64_t end) { backward_tiles<A>(p, tiling, begin, end); });
+    backward_tiles<A>(p, tiling, threads);
   });
 }
 
 void backward_target(Problem& p, const Threads& threads) {
   begin_backward(p, threads);
   const Tiling tiling = row_tiling(p);
-  with_accumulation_type(p, [&](auto zero) {
-    for_tiles(tiling, threads, [&](int64_t begin, int64_t end) {
-      backward_target_tiles<decltype(zero)>(p, tiling, begin, end);
-    });
-  });
+  with_accumulation_type(
+      p, [&](auto zero) { backward_target_tiles<decltype(zero)>(p, tiling, threads); });
 }
 
 void backward_logit_scale(Problem& p, const Threads& threads) {
@@ -166,9 +148,7 @@ void backward_logit_scale(Problem& p, const Threads& threads) {
   const Tiling tiling = row_tiling(p);
   std::vector<double> tile_sums(tiling.count);
   with_accumulation_type(p, [&](auto zero) {
-    for_tiles(tiling, threads, [&](int64_t begin, int64_t end) {
-      backward_scale_tiles<decltype(zero)>(p, tiling, begin, end, tile_sums.data());
-    });
+    backward_scale_tiles<decltype(zero)>(p, tiling, threads, tile_sums.data());
   });
   CompensatedSum sum;
   for (const double part : tile_sums) sum.add(part);

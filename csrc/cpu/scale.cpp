@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "kernels.h"
+#include "rows/parts.h"
 #include "vector/simd.h"
 #include "vector/span.h"
 
@@ -47,7 +48,7 @@ void scale(const Elements& e, double factor, const Threads& threads) {
   constexpr int64_t kGrainBlocks = 16;
   int64_t blocks = blocks_per_run(e);
   for (int d = 0; d < e.dims - 1; d++) blocks *= e.sizes[d];
-  threads.run(blocks, kGrainBlocks, [&](int64_t begin, int64_t end) {
+  run_parts(threads, blocks, kGrainBlocks, [&](int64_t begin, int64_t end) {
     if (e.dtype == DType::kFloat64)
       scale_as<double>(e, factor, begin, end);
     else

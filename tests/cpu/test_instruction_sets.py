@@ -14,10 +14,10 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from support.compiled import cpu_flags
 from support.grids import (
     DTYPES,
     MODES,
@@ -128,13 +128,6 @@ def in_a_process(capability):
     result = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
-
-
-def cpu_flags():
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return set(line.split())
-    return set()
 
 
 @pytest.mark.skipif(

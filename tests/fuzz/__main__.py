@@ -1,5 +1,7 @@
 """Looks for calls with a wrong answer, as long as it is told to: `make fuzz SECONDS=600 SEED=1`.
 
+With --cases it makes as many of each kind, however long that takes.
+
 Hypothesis draws the cases and makes those that fail as small as it can. They run in a process of
 their own, which leaves the text of each behind before it runs, so that a crash has a case as well.
 What fails is printed as a program; the exit code is 1.
@@ -33,6 +35,7 @@ OURS = {
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--cases", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=sorted(CASES))
     asked = parser.parse_args()
@@ -58,7 +61,13 @@ def work(asked: argparse.Namespace, note) -> int:
     kinds = [asked.only] if asked.only else list(CASES)
     counts, ends = dict.fromkeys(kinds, 0), time.monotonic() + asked.seconds
     turn = asked.seed * 1_000_003  # another seed has other batches
-    while time.monotonic() < ends:
+
+    def is_more_wanted():
+        if asked.cases is None:
+            return time.monotonic() < ends
+        return min(counts.values()) < asked.cases
+
+    while is_more_wanted():
         for kind in kinds:
             case, error = failing(kind, turn, note, counts)
             if error is not None:

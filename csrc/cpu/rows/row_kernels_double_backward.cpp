@@ -3,10 +3,9 @@
 
 namespace fused_ce::cpu {
 
-template void backward_tiles<double>(const Problem&, const Tiling&, int64_t, int64_t);
-template void backward_target_tiles<double>(const Problem&, const Tiling&, int64_t, int64_t);
-template void backward_scale_tiles<double>(const Problem&, const Tiling&, int64_t, int64_t,
-                                           double*);
+template void backward_tiles<double>(const Problem&, const Tiling&, const Threads&);
+template void backward_target_tiles<double>(const Problem&, const Tiling&, const Threads&);
+template void backward_scale_tiles<double>(const Problem&, const Tiling&, const Threads&, double*);
 template void backward_shared<double>(const Problem&, const Tiling&, const Threads&);
 
 }  // namespace fused_ce::cpu

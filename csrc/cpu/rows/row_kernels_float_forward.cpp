@@ -3,7 +3,7 @@
 
 namespace fused_ce::cpu {
 
-template void forward_tiles<float>(const Problem&, const Tiling&, int64_t, int64_t, double*,
+template void forward_tiles<float>(const Problem&, const Tiling&, const Threads&, double*,
                                    TargetScan*);
 template void forward_shared<float>(const Problem&, const Tiling&, const Threads&, double*);
 

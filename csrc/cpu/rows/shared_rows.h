@@ -13,6 +13,7 @@
 
 #include "../stack.h"
 #include "../vector/simd.h"
+#include "parts.h"
 #include "row_kernel.h"
 
 namespace fused_ce::cpu {
@@ -21,7 +22,11 @@ template <class A, simd::Level kLevel>
 class SharedRows {
  public:
   SharedRows(const Problem& p, const Tiling& tiling, const Threads& threads)
-      : p_(p), tiling_(tiling), threads_(threads), blocks_(tiling.count * blocks_of(p)) {
+      : p_(p),
+        tiling_(tiling),
+        threads_(threads),
+        kernels_(p, tiling),
+        blocks_(tiling.count * blocks_of(p)) {
     for (int64_t t = 0; t < tiling.count; t++)
       leaders_.push_back(std::make_unique<RowKernel<A, kLevel>>(p, tiling));
   }
@@ -66,23 +71,24 @@ class SharedRows {
   template <class Use>
   void for_pieces(const Use& use) {
     const int64_t per_row = (p_.classes + kPiece - 1) / kPiece;
-    threads_.run(tiling_.count * per_row, 1, [&](int64_t begin, int64_t end) {
-      with_stack_room([&] {
-        simd::run_as<kLevel>([&] {
-          RowKernel<A, kLevel> kernel(p_, tiling_);
-          for (int64_t i = begin; i < end; i++) {
-            const int64_t t = i / per_row, first = i % per_row * kPiece;
-            kernel.join(*leaders_[t]);
-            use(kernel, t, first, std::min(first + kPiece, p_.classes));
-          }
-        });
+    const auto use_pieces = [&](RowKernel<A, kLevel>& kernel, int64_t begin, int64_t end) {
+      simd::run_as<kLevel>([&] {
+        for (int64_t i = begin; i < end; i++) {
+          const int64_t t = i / per_row, first = i % per_row * kPiece;
+          kernel.join(*leaders_[t]);
+          use(kernel, t, first, std::min(first + kPiece, p_.classes));
+        }
       });
+    };
+    run_parts(threads_, tiling_.count * per_row, 1, [&](int64_t begin, int64_t end) {
+      kernels_.lend([&](RowKernel<A, kLevel>& kernel) { use_pieces(kernel, begin, end); });
     });
   }
 
   const Problem& p_;
   const Tiling& tiling_;
   const Threads& threads_;
+  Kernels<RowKernel<A, kLevel>> kernels_;
   std::vector<std::unique_ptr<RowKernel<A, kLevel>>> leaders_;
   std::vector<BlockSums<A>> blocks_;
 };
