@@ -327,7 +327,10 @@ def _extended(
     rows = row_shape(input.shape)
     given = given.checked(options, target.is_floating_point(), rows)
     if extensions.composes(given, options, target):
-        return _by_reference(input, target, options, given, extensions.COMPOSED)
+        loss = _by_reference(input, target, options, given, extensions.COMPOSED)
+        if fallback.is_on:
+            fallback.warn("cross_entropy", extensions.COMPOSED)
+        return loss
     if requires_grad(given.denominator) or requires_grad(given.sample_weight):
 
         def without(options: Options, given: Extensions) -> Tensor:

@@ -794,6 +794,16 @@ def test_exported_program_has_the_gradient(grad, strict):
     torch.testing.assert_close(grads["layer.bias"], layer.bias.grad)
 
 
+def test_exported_program_has_every_option():
+    options = {"z_loss": 0.1, "logit_scale": 0.5, "softcap": 4.0, "on_all_ignored": "zero"}
+    program, module, (x, y) = exported(**options)
+    logits = 4.0 * torch.tanh(0.5 * module.layer(x) / 4.0)
+    expected = F.cross_entropy(logits, y) + 0.1 * logits.logsumexp(1).square().mean()
+    torch.testing.assert_close(program.module()(x, y), expected)
+    nothing = program.module()(x, torch.full_like(y, -100))
+    assert nothing == 0
+
+
 def test_exported_program_can_be_saved():
     program, module, (x, y) = exported(reduction="sum")
     file = io.BytesIO()

@@ -4,6 +4,8 @@ write for them in plain torch, in float64.
 The formula below is written from the options' definitions and shares nothing with the package.
 """
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -578,3 +580,38 @@ def test_a_module_takes_options_at_each_call_and_learns_its_scale(as_parameter):
     torch.testing.assert_close(loss, expected)
     with pytest.raises(TypeError, match="unexpected keyword argument 'sampleweight'"):
         criterion(input, target, sampleweight=weight)
+
+
+class Overriding(torch.Tensor):
+    """As a library's tensor that has torch's functions pass through it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_what_the_kernels_cannot_take_has_every_option_and_says_so():
+    input, target = torch.randn(4, 5), torch.arange(4)
+    options = {**ALL, "reduction": "sum", "sample_weight": torch.rand(4)}
+    expected_loss = composed(input, target, **options)
+    with fused_ce.warn_on_fallback(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for given in (input.as_subclass(Overriding), input.to_sparse().to_dense()):
+            found = fused_ce.cross_entropy(given, target, **options)
+            torch.testing.assert_close(found.as_subclass(torch.Tensor), expected_loss)
+        weight = torch.rand(5, requires_grad=True)
+        fused_ce.cross_entropy(input, input.softmax(1), weight, **options)
+        fused_ce.cross_entropy(
+            input, target, torch.rand(5), sample_weight=torch.rand(4, requires_grad=True)
+        )
+    reasons = [str(warning.message).partition(": ")[2] for warning in caught]
+    assert len(reasons) == 3 and "overrides __torch_function__" in reasons[0]
+    assert "denominator or sample_weight requires grad" in reasons[2]
+
+
+def test_autocast_leaves_a_float32_loss_of_every_option():
+    input, target = torch.randn(4, 5).bfloat16(), torch.arange(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fused_ce.cross_entropy(input, target, **ALL)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, composed(input.float(), target, **ALL))
