@@ -57,7 +57,8 @@ from bench.demo import program
 program.measure_peak = lambda *call: None
 sys.exit(program.main())
 """
-    options = ("--linear", "--steps", "20", "--out", str(tmp_path))
+    # The first update is what makes the curves part, so the second step shows it.
+    options = ("--linear", "--steps", "4", "--out", str(tmp_path))
     assert "LM head: the curves part" in run("-c", program, *options, ends_with=1)
 
 
