@@ -37,6 +37,7 @@ from torch.library import opcheck
 
 import fused_ce
 from fused_ce import ops
+from fused_ce.fakes import row_shape
 from fused_ce.options import MEAN, SUM, Options
 
 
@@ -566,9 +567,13 @@ def operator_calls(shape, layout, kind, reduction, dtype):
         weight=torch.rand(5).to(dtype),
         denominator=torch.tensor(7.0).to(dtype) if reduction == MEAN else None,
         logit_scale=torch.tensor(1.5).to(dtype),
+        sample_weight=torch.rand(row_shape(input.shape)).to(dtype),
         reduction=reduction,
         label_smoothing=0.1,
         softcap=4.0,
+        z_loss=0.1,
+        on_all_ignored=1,
+        on_out_of_range=1,
         loss_dtype=dtype,
     )
     problem = (input, target, *options)
@@ -581,6 +586,7 @@ def operator_calls(shape, layout, kind, reduction, dtype):
     yield ops.forward_grad, (input, target)  # an operator's own options
     way_back = (input, target, stats, totals, incoming, *options)
     yield ops.backward, way_back
+    yield ops.backward_logit_scale, way_back
     yield ops.graph_backward, way_back
     if kind == "probability":
         yield ops.backward_target, way_back
@@ -648,7 +654,7 @@ def test_fake_kernel_keeps_the_device(reduction):
             assert tensor.is_cuda
         assert loss.shape == ((2, 3) if reduction == 0 else ())
         assert (stats.shape, stats.dtype) == ((2, 2 * 3), torch.float32)
-        assert (totals.shape, totals.dtype) == ((2,), torch.float64)
+        assert (totals.shape, totals.dtype) == ((3,), torch.float64)
 
 
 def test_graph_need_not_break_to_ask_what_a_device_lacks():

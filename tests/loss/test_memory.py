@@ -107,7 +107,7 @@ def test_autocast_makes_no_float_copy_of_the_logits(extra_memory, call):
     extra, rows = extra_memory(call)
     logits = AUTOCAST[call][2]
     assert extra <= logits * LOGITS + PER_ROW * rows + SLACK
-    assert extra > logits * (LOGITS - SLACK)  # the measurement sees what there is
+    assert extra >= logits * (LOGITS - SLACK)  # the measurement sees what there is
 
 
 class Layer(torch.autograd.Function):

@@ -93,7 +93,7 @@ def test_the_gradient_in_forward_is_that_for_the_incoming_one(shape, dtype, kind
 @pytest.mark.parametrize(
     "denominator, reduction, message",
     [
-        (torch.ones(2), MEAN, "denominator must hold one value"),
+        (torch.ones(3), MEAN, "denominator must hold one value or two"),
         (torch.ones((), dtype=torch.int64), MEAN, "denominator must be of a floating type"),
         (torch.ones(()), SUM, "goes with the reduction 1"),
         (torch.ones(()), NONE, "goes with the reduction 1"),

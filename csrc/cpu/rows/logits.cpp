@@ -12,19 +12,21 @@ LogitMap<A> logit_map(const Problem& p) {
   return {scale.data ? load_value<A>(scale, 0) : A(1), static_cast<A>(p.options.softcap)};
 }
 
-// A loop of its own: what follows a tanh, GCC 12 moves into branches within it, and then vectorises
-// neither.
+// With a dispatch of its own: in a function with another loop GCC 12 moves what follows a tanh into
+// branches within it, and vectorises neither.
 template <class A>
-inline void find_tanhs(const LogitMap<A>& map, const A* logits, int64_t n, A* to) {
+void find_tanhs(const LogitMap<A>& map, const A* logits, int64_t n, A* to) {
+  simd::run([=] {
 #pragma omp simd
-  for (int64_t i = 0; i < n; i++) to[i] = math::tanh(map.part_of_cap(logits[i]));
+    for (int64_t i = 0; i < n; i++) to[i] = math::tanh(map.part_of_cap(logits[i]));
+  });
 }
 
 template <class A>
 void map_logits(const LogitMap<A>& map, const A* logits, int64_t n, A* mapped) {
+  if (map.bends()) find_tanhs(map, logits, n, mapped);
   simd::run([=] {
     if (map.bends()) {
-      find_tanhs(map, logits, n, mapped);
 #pragma omp simd
       for (int64_t i = 0; i < n; i++) mapped[i] = map.bent(mapped[i]).logit;
     } else {
@@ -36,8 +38,8 @@ void map_logits(const LogitMap<A>& map, const A* logits, int64_t n, A* mapped) {
 
 template <class A>
 void map_logits(const LogitMap<A>& map, const A* logits, int64_t n, A* mapped, A* slopes) {
+  find_tanhs(map, logits, n, mapped);
   simd::run([=] {
-    find_tanhs(map, logits, n, mapped);
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
       const auto [logit, slope] = map.bent(mapped[i]);

@@ -58,11 +58,12 @@ class RowKernel {
         batch_(p, tiling.tile_rows),
         smoothing_(p.options.label_smoothing, p.classes),
         adjacent_(p.input.class_stride == 1),
-        terms_in_grad_(is_direct<A>(p.grad, p.grad.class_stride) && !p.maps_logits()),
-        keeps_terms_(terms_in_grad_ ||
-                     (p.grad.data && p.classes <= kMaxScratch && !batch_.map.bends())),
+        grad_direct_(is_direct<A>(p.grad, p.grad.class_stride)),
+        keeps_terms_((grad_direct_ && !batch_.map.bends()) ||
+                     (p.grad.data && p.classes <= kMaxScratch)),
         group_(std::max<int64_t>(1, kGroupElements / std::max<int64_t>(1, p.classes))),
-        terms_(keeps_terms_ && !terms_in_grad_ ? p.classes * tiling.tile_rows : 0),
+        terms_(keeps_terms_ && !grad_direct_ ? p.classes * tiling.tile_rows : 0),
+        kept_slopes_(keeps_terms_ && batch_.map.bends() ? p.classes * tiling.tile_rows : 0),
         buffers_((batch_.map.bends() ? 3 : 2) * kBuffer),
         buffer_(buffers_.data()),
         coefficients_(buffer_ + kBuffer),
@@ -175,10 +176,10 @@ class RowKernel {
   static constexpr auto exp_of_double = [](double x) { return math::exp_nonpositive(x); };
   void rewrite_gradient(int64_t r, int64_t first, int64_t last) {
     const A factor = static_cast<A>(batch_.exp_factor[r]), max = batch_.max[r];
-    write_blocks(r, first, last, [&](int64_t b, int64_t n) {
+    write_blocks<false>(r, first, last, [&](int64_t b, int64_t n) {
       const A* x = read_logits_and_slopes(r, b, n, buffer_);
       if constexpr (kAvx512) {
-        A* e = terms_in_grad_ ? term_block(r, b) : buffer_;
+        A* e = grad_direct_ ? grad_block(r, b) : buffer_;
         avx512::exp_differences(x, max, n, e);
         return [=](int64_t i) { return factor * e[i]; };
       } else {
@@ -216,6 +217,16 @@ class RowKernel {
     return buffer;
   }
 
+  // To where the terms will be; their slopes are kept as long.
+  const A* read_logits_for_terms(int64_t r, int64_t b, int64_t n) {
+    A* to = term_block(r, b);
+    if (kept_slopes_.empty()) return read_logits(r, b, n, to);
+    map_logits(batch_.map, read_unmapped(r, b, n, to), n, to, kept_slopes(r, b));
+    return to;
+  }
+
+  A* kept_slopes(int64_t r, int64_t b) { return kept_slopes_.data() + r * p_.classes + b; }
+
   const A* read_unmapped(int64_t r, int64_t b, int64_t n, A* buffer) const {
     return read_span<A>(p_.input, at(input_, p_.input, r, b), p_.input.class_stride, n, buffer);
   }
@@ -228,9 +239,11 @@ class RowKernel {
 
   // Where the terms of a block are kept, or the buffer where they are not.
   A* term_block(int64_t r, int64_t b) {
-    if (terms_in_grad_) return static_cast<A*>(p_.grad.data) + grad_.at(r) + b;
-    return keeps_terms_ ? terms_.data() + r * p_.classes + b : buffer_ + r % group_ * p_.classes;
+    if (!keeps_terms_) return buffer_ + r % group_ * p_.classes;
+    return grad_direct_ ? grad_block(r, b) : terms_.data() + r * p_.classes + b;
   }
+
+  A* grad_block(int64_t r, int64_t b) { return static_cast<A*>(p_.grad.data) + grad_.at(r) + b; }
 
   // Calls use(i, n) for the chunks of a block; n is a constant for all but the last.
   template <class Use>
@@ -246,9 +259,11 @@ class RowKernel {
     const A* x[kGroupElements];
     for (int64_t first = 0; first < batch_.size; first += group_) {
       const int64_t last = std::min(first + group_, batch_.size);
+      // In place, mapped logits come to be where they were.
+      if (p_.maps_logits()) batch_.read_target_logits(tile, first, last);
       for (int64_t r = first; r < last; r++)
         if (is_counted(r)) x[r - first] = measure_block(r, 0, p_.classes, *row_blocks(r));
-      batch_.read_target_logits(tile, first, last);
+      if (!p_.maps_logits()) batch_.read_target_logits(tile, first, last);
       for (int64_t r = first; r < last; r++)
         if (is_counted(r)) sum_block(r, 0, p_.classes, x[r - first], *row_blocks(r));
     }
@@ -256,7 +271,7 @@ class RowKernel {
 
   // Returns where the logits of the block are to be had as A, and finds its maximum.
   const A* measure_block(int64_t r, int64_t b, int64_t n, BlockSums<A>& sums) {
-    const A* x = read_logits(r, b, n, term_block(r, b));
+    const A* x = read_logits_for_terms(r, b, n);
     A max = -kInfinity<A>;
     for_chunks(n, [&](int64_t i, auto count) {
       const Extent<A> extent =
@@ -389,14 +404,14 @@ class RowKernel {
 
   // Writes scale (exp_factor exp(x_c - M) - a_c) block by block; term(b, n) gives the function
   // i -> exp_factor exp(x_i - M) of the block at b.
-  template <class Term>
+  template <bool kHasTerms, class Term>
   void write_blocks(int64_t r, int64_t first, int64_t last, const Term& term) {
     if (!is_counted(r)) return write_uncounted(r, first, last, p_.grad, grad_);
     const A scale = static_cast<A>(batch_.scale[r]);
     for (int64_t b = first; b < last; b += kRowBlock) {
       const int64_t n = std::min(kRowBlock, last - b);
       const auto weighted_exp = term(b, n);
-      A* out = terms_in_grad_ ? term_block(r, b) : buffer_;
+      A* out = grad_direct_ ? grad_block(r, b) : buffer_;
       if (!batch_.spreads()) {
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) out[i] = weighted_exp(i);
@@ -409,10 +424,11 @@ class RowKernel {
         });
       }
       if (batch_.map.bends()) {
+        const A* slopes = kHasTerms ? kept_slopes(r, b) : slopes_;
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) out[i] *= slopes_[i];
+        for (int64_t i = 0; i < n; i++) out[i] *= slopes[i];
       }
-      if (!terms_in_grad_)
+      if (!grad_direct_)
         store_span(out, n, p_.grad, at(grad_, p_.grad, r, b), p_.grad.class_stride);
     }
     const int64_t target = p_.probabilities ? -1 : batch_.target_class[r];
@@ -421,7 +437,7 @@ class RowKernel {
   }
 
   void scale_terms(int64_t r, const BlockSums<A>* blocks, int64_t first, int64_t last) {
-    write_blocks(r, first, last, [&](int64_t b, int64_t) {
+    write_blocks<true>(r, first, last, [&](int64_t b, int64_t) {
       const double decay = blocks[b / kRowBlock].decay(batch_.max[r], exp_of_double);
       const A factor = static_cast<A>(batch_.exp_factor[r] * decay);
       const A* e = term_block(r, b);
@@ -486,9 +502,9 @@ class RowKernel {
   const Problem& p_;
   RowBatch<A> batch_;
   const Smoothing<A> smoothing_;
-  const bool adjacent_, terms_in_grad_, keeps_terms_;
+  const bool adjacent_, grad_direct_, keeps_terms_;
   const int64_t group_;
-  const Scratch<A> terms_, buffers_;
+  const Scratch<A> terms_, kept_slopes_, buffers_;
   A *const buffer_, *const coefficients_, *const slopes_;
   std::vector<BlockSums<A>> blocks_;
   Runs input_{}, target_{}, grad_{};
