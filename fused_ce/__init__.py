@@ -4,14 +4,18 @@ from .fallback import warn_on_fallback
 from .functional import cross_entropy, explain
 from .linear import explain_linear, linear_cross_entropy
 from .modules import CrossEntropyLoss, LinearCrossEntropyLoss
+from .statistics import SoftmaxStats, explain_stats, softmax_stats
 
 __version__ = "0.1.0"
 __all__ = [
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
+    "SoftmaxStats",
     "cross_entropy",
     "explain",
     "explain_linear",
+    "explain_stats",
     "linear_cross_entropy",
+    "softmax_stats",
     "warn_on_fallback",
 ]

@@ -52,6 +52,11 @@ graph_backward_target = torch.ops.fused_ce.graph_backward_target.default
 rescale_ = torch.ops.fused_ce.rescale_.default
 scale_ = torch.ops.fused_ce.scale_.default
 check_overwritable = torch.ops.fused_ce.check_overwritable.default
+softmax_stats = torch.ops.fused_ce.softmax_stats.default
+softmax_stats_backward = torch.ops.fused_ce.softmax_stats_backward.default
+softmax_stats_backward_ = torch.ops.fused_ce.softmax_stats_backward_.default
+graph_softmax_stats = torch.ops.fused_ce.graph_softmax_stats.default
+graph_softmax_stats_backward = torch.ops.fused_ce.graph_softmax_stats_backward.default
 has_cuda_code = torch.ops.fused_ce.has_cuda_code.default
 advise_huge_pages = torch.ops.fused_ce.advise_huge_pages.default
 instruction_set = torch.ops.fused_ce.instruction_set.default
@@ -85,3 +90,9 @@ def lacking(kind: str, index: int) -> str | None:
     if not _cuda_devices[index]:
         return "there are no kernels for this GPU's architecture in this build of fused_ce"
     return None
+
+
+@constant_in_graphs
+def lacking_statistics(kind: str, index: int) -> str | None:
+    """As ``lacking``, for the row statistics, which have kernels for the CPU alone."""
+    return f"there are no kernels of row statistics for {kind}"
