@@ -13,6 +13,7 @@ from torch.library import register_fake
 from .. import ops
 from ..eligibility import transform_is_active
 from ..fakes import empty_gradient, row_shape
+from ..graph import variable
 from .reference import Settings, class_dim, gradient, reference
 
 _SETTINGS = len(Settings._fields)
@@ -74,7 +75,7 @@ class _Gradient(Function):
         input, target, *grads = ctx.saved_tensors
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            input, *grads = (None if t is None else _variable(t) for t in (input, *grads))
+            input, *grads = (None if t is None else variable(t) for t in (input, *grads))
             first = _by_reference(input, target, grads, ctx.settings, create_graph=True)
         wanted = [input, *(g for g in grads if g is not None)]
         found = iter(
@@ -85,11 +86,6 @@ class _Gradient(Function):
         return by_input, None, None, None, *by_grads, *(None,) * _SETTINGS
 
 
-def _variable(tensor: Tensor) -> Tensor:
-    """The tensor, as something that can be differentiated by."""
-    return tensor if tensor.requires_grad else tensor.detach().requires_grad_()
-
-
 def _autograd_kernel(*arguments):
     """What autograd runs in the place of the backward operator."""
     if forward_ad._current_level < 0:
@@ -98,7 +94,7 @@ def _autograd_kernel(*arguments):
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         result = _by_reference(
-            _variable(input), target, others[:3], Settings(*others[3:]), create_graph
+            variable(input), target, others[:3], Settings(*others[3:]), create_graph
         )
     # The graph was made for the strides of the operator's result.
     return empty_gradient(input).copy_(result)
