@@ -5,6 +5,7 @@ from .functional import cross_entropy, explain
 from .linear import explain_linear, linear_cross_entropy
 from .modules import CrossEntropyLoss, LinearCrossEntropyLoss
 from .statistics import SoftmaxStats, explain_stats, softmax_stats
+from .statistics.linear import explain_linear_stats, linear_softmax_stats
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "cross_entropy",
     "explain",
     "explain_linear",
+    "explain_linear_stats",
     "explain_stats",
     "linear_cross_entropy",
+    "linear_softmax_stats",
     "softmax_stats",
     "warn_on_fallback",
 ]

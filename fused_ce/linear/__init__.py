@@ -25,7 +25,7 @@ from ..options import DEFAULTS, NONE, Options
 from ..scripting import refusal
 from ..signatures import bound, takes_arguments_of
 from . import operators
-from .plan import DEVICES, Limits, Sizes, check_limits, limits_of
+from .plan import DEVICES, Limits, Sizes, check_limits, limits_of, logits_dtype
 
 
 class _Call(NamedTuple):
@@ -263,14 +263,6 @@ def _flat_target(target: Tensor, batch: tuple, classes: int, positions: list) ->
     )
 
 
-def _logits_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer takes the tensor: under autocast, that of autocast."""
-    device = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return tensor.dtype
-
-
 def _stock_reason(call: _Call) -> str | None:
     """Why the formula with all logits takes this call; None if the chunks can."""
     input, target = call.input, call.target
@@ -281,9 +273,9 @@ def _stock_reason(call: _Call) -> str | None:
             return reason
     if input.device.type not in DEVICES:
         return f"there are no kernels for {input.device.type}"
-    dtype = _logits_dtype(input)
+    dtype = logits_dtype(input)
     for tensor in layer:
-        if (tensor.device, _logits_dtype(tensor)) != (input.device, dtype):
+        if (tensor.device, logits_dtype(tensor)) != (input.device, dtype):
             return "the layer's tensors differ in device or dtype"
     if 0 in call.logits_shape[2:]:
         return "the loss has no positions"
@@ -301,7 +293,7 @@ def _raise_as_stock(call: _Call) -> None:
     one = torch.zeros((1, 1)), torch.zeros(1, dtype=torch.long)
     stock.cross_entropy(*one, call.options._replace(weight=None))
     if call.target.shape != call.logits_shape:
-        dtype, device = _logits_dtype(call.input), call.input.device
+        dtype, device = logits_dtype(call.input), call.input.device
         logits = torch.empty((), dtype=dtype, device=device).expand(call.logits_shape)
         stock.nll_loss(logits, call.target, call.options)
 
@@ -323,7 +315,7 @@ def _moment(call: _Call) -> str:
     if not any(_needs(call)):
         return "no gradient"
     # A gradient rounded to float16 may have lost what a gradient scaler was to save.
-    defers = call.options.reduction == NONE or _logits_dtype(call.input) == torch.float16
+    defers = call.options.reduction == NONE or logits_dtype(call.input) == torch.float16
     return "recomputed in backward" if defers or not call.grad_in_forward else "gradient in forward"
 
 
@@ -331,7 +323,7 @@ def _chunks(call: _Call) -> str:
     columns, features = call.linear_weight.shape
     count = call.logits_shape[0] if call.input.dim() > 1 else 1
     device = DEVICES[call.input.device.type]
-    dtype = device.computed_dtype(_logits_dtype(call.input))
+    dtype = device.computed_dtype(logits_dtype(call.input))
     classes = call.logits_shape[1 if call.input.dim() > 1 else 0]
     sizes = Sizes(count, features, classes, columns, call.input.dtype != dtype)
     rows = sizes.chunk_rows(call.limits, dtype, device)
@@ -343,7 +335,7 @@ def _chunks(call: _Call) -> str:
 
 
 def _fused(call: _Call) -> Tensor:
-    input, target, dtype = call.input, call.target, _logits_dtype(call.input)
+    input, target, dtype = call.input, call.target, logits_dtype(call.input)
     if input.dim() == 1:
         input = input.unsqueeze(0)
         target = target.reshape(1, -1) if target.is_floating_point() else target.reshape(1)
