@@ -1,4 +1,4 @@
-"""The evaluation of a text under a language model: perplexity, and whether greedy decoding gives it.
+"""The evaluation of a text under a language model: its perplexity, and whether it is greedy.
 
 An evaluation harness takes log_softmax of all logits, gathers the tokens' and compares with
 argmax; fused_ce.linear_softmax_stats has both from the hidden states, and no logits exist as a
