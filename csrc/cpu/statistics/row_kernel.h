@@ -79,7 +79,6 @@ class StatisticsRowKernel {
   const A* read_logits(int64_t r, int64_t b, bool with_slopes = false) {
     const int64_t stride = p_.input.class_stride, n = block_size(b);
     const int64_t offset = input_.at(r) + b * stride;
-    if (stride == 1) prefetch(p_.input, offset + kBlock, n);
     const A* x = read_span<A>(p_.input, offset, stride, n, buffer_);
     if (!batch_.map.bends()) return x;
     if (with_slopes)
@@ -89,6 +88,11 @@ class StatisticsRowKernel {
     return buffer_;
   }
 
+  // Of the next block, while a chunk of this one is computed.
+  void prefetch_next(int64_t r, int64_t b, int64_t i, int64_t count) const {
+    if (p_.input.class_stride == 1) prefetch(p_.input, input_.at(r) + b + i + kBlock, count);
+  }
+
   template <bool kGaps>
   void reduce(int64_t r) {
     StatisticsSums<A, double> row;
@@ -96,7 +100,7 @@ class StatisticsRowKernel {
     for (int64_t b = 0; b < p_.classes; b += kBlock) {
       const int64_t n = block_size(b);
       const A* x = read_logits(r, b);
-      const StatisticsSums<A, double> block = sum_block<kGaps>(x, n);
+      const StatisticsSums<A, double> block = sum_block<kGaps>(r, b, x, n);
       if (wants_argmax_ && block.max > row.max) first = b + (std::find(x, x + n, block.max) - x);
       row.merge(block, static_cast<double>(batch_.factor), exp_of_double);
     }
@@ -115,7 +119,7 @@ class StatisticsRowKernel {
   }
 
   template <bool kGaps>
-  StatisticsSums<A, double> sum_block(const A* x, int64_t n) const {
+  StatisticsSums<A, double> sum_block(int64_t r, int64_t b, const A* x, int64_t n) const {
     A minima[kBlock / kChunk], maxima[kBlock / kChunk];
     StatisticsSums<A, double> block;
     for_chunks(n, [&](int64_t i, auto count) {
@@ -125,6 +129,7 @@ class StatisticsRowKernel {
     const A base = base_of(block.max);
     for_chunks(n, [&](int64_t i, auto count) {
       const A gap = kTells ? base - minima[i / kChunk] : A(0);
+      prefetch_next(r, b, i, count);
       with_normality<A, kLevel>(gap, batch_.factor, [&](auto is_normal) {
         block.add(maxima[i / kChunk] == base
                       ? sum_chunk<is_normal, true, kGaps>(x + i, count, base)
@@ -186,7 +191,7 @@ class StatisticsRowKernel {
         continue;
       }
       A* out = grad_direct_ ? static_cast<A*>(p_.grad.data) + offset : out_;
-      write_block(r, read_logits(r, b, true), n, out);
+      write_block(r, b, read_logits(r, b, true), n, out);
       if (batch_.map.bends()) {
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) out[i] *= slopes_[i];
@@ -197,21 +202,27 @@ class StatisticsRowKernel {
       store_value(batch_.target_grad[r], p_.grad, grad_.at(r) + batch_.target_class[r] * stride);
   }
 
-  void write_block(int64_t r, const A* x, int64_t n, A* out) const {
+  void write_block(int64_t r, int64_t b, const A* x, int64_t n, A* out) const {
+    for_chunks(n, [&](int64_t first, auto count) {
+      prefetch_next(r, b, first, count);
+      write_chunk(r, x + first, count, out + first);
+    });
+  }
+
+  template <class Count>
+  void write_chunk(int64_t r, const A* x, Count n, A* out) const {
     const A max = batch_.max[r], factor = batch_.factor;
     const StatisticsGradient<A> gradient(batch_.constant[r], batch_.by_difference[r]);
     if constexpr (kAvx512) {
       avx512::write_gradients(x, max, factor, gradient.constant, gradient.by_difference, n, out);
     } else {
-      for_chunks(n, [&](int64_t first, auto count) {
-        const A gap = kTells ? max - min_of(x + first, count) : A(0);
-        with_normality<A, kLevel>(gap, factor, [&](auto is_normal) {
+      const A gap = kTells ? max - min_of(x, n) : A(0);
+      with_normality<A, kLevel>(gap, factor, [&](auto is_normal) {
 #pragma omp simd
-          for (int64_t i = first; i < first + count; i++) {
-            const Term<A> term = term_of<is_normal>(x[i], max, factor);
-            out[i] = gradient.at(term.difference, term.e);
-          }
-        });
+        for (int64_t i = 0; i < n; i++) {
+          const Term<A> term = term_of<is_normal>(x[i], max, factor);
+          out[i] = gradient.at(term.difference, term.e);
+        }
       });
     }
   }
