@@ -1,7 +1,7 @@
 """Measures the row statistics: all providers of a case in one process, the memory of each in one of
 its own."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -80,20 +80,14 @@ def notices(cases: Sequence[Rows]) -> int:
     return len(cases) * (2 * len(PROVIDERS) + 1)
 
 
-def measure(
-    cases: Iterable[Rows], device: Device, effort: Effort, notice: Notice
-) -> list[StatisticsFigures]:
-    figures = []
-    for case in cases:
-        try:
-            found = process.call(time_here, case, device, effort, notice=notice)
-        except process.Failed as failure:
-            reason = str(failure)
-            found = [StatisticsFigures(name, case=case, reason=reason) for name in PROVIDERS]
-        for of_provider in found:
-            notice(f"{case.name}: memory of {of_provider.provider}")
-            if of_provider.samples:
-                name = of_provider.provider
-                common.measure_peaks(make_subjects, case, name, device, [of_provider])
-        figures += found
+def measure(case: Rows, device: Device, effort: Effort, notice: Notice) -> list[StatisticsFigures]:
+    try:
+        figures = process.call(time_here, case, device, effort, notice=notice)
+    except process.Failed as failure:
+        reason = str(failure)
+        return [StatisticsFigures(name, case=case, reason=reason) for name in PROVIDERS]
+    for found in figures:
+        notice(f"{case.name}: memory of {found.provider}")
+        if found.samples:
+            common.measure_peaks(make_subjects, case, found.provider, device, [found])
     return figures

@@ -43,8 +43,11 @@ def run(
     cases = QUICK if args.quick else CASES
     if args.dtype:
         cases = list(dict.fromkeys(replace(case, dtype=args.dtype) for case in cases))
+    figures = []
     with progress(console, measure.notices(cases)) as notice:
-        figures = measure.measure(cases, DEVICES[args.device], effort, notice)
+        for case in cases:
+            figures += measure.measure(case, DEVICES[args.device], effort, notice)
+            yield figures  # a run that is stopped leaves what it has measured
     console.print(table_of(figures))
     print_reasons(console, figures)
     yield figures
