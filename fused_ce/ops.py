@@ -90,9 +90,3 @@ def lacking(kind: str, index: int) -> str | None:
     if not _cuda_devices[index]:
         return "there are no kernels for this GPU's architecture in this build of fused_ce"
     return None
-
-
-@constant_in_graphs
-def lacking_statistics(kind: str, index: int) -> str | None:
-    """As ``lacking``, for the row statistics, which have kernels for the CPU alone."""
-    return f"there are no kernels of row statistics for {kind}"

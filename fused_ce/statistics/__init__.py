@@ -232,7 +232,7 @@ def _reason(input: Tensor, target: Tensor | None, settings: Settings) -> str | N
             return reason
     reason = recording_reason()
     if reason is None and not input.is_cpu:
-        reason = ops.lacking_statistics(input.device.type, input.get_device())
+        reason = ops.lacking(input.device.type, input.get_device())
     if reason is not None:
         return reason
     if input.dtype not in LOGIT_DTYPES:

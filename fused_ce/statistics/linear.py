@@ -201,7 +201,7 @@ def _reason(call: _Call) -> str | None:
     reason = recording_reason()
     input = call.input
     if reason is None and not input.is_cpu:
-        reason = ops.lacking_statistics(input.device.type, input.get_device())
+        reason = ops.lacking(input.device.type, input.get_device())
     if reason is not None:
         return reason
     dtype = logits_dtype(input)

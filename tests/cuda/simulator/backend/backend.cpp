@@ -7,6 +7,7 @@
 
 #include "../../../../csrc/cuda/kernels.h"
 #include "../../../../csrc/operators.h"
+#include "../../../../csrc/statistics_operators.h"
 #include "../engine.h"
 
 namespace fused_ce::cuda {
@@ -35,6 +36,12 @@ class Simulated {
   void backward(Problem& p) { cuda::backward(p, kDevice, When::kAlways, nullptr); }
   void rescale(Problem& p) { cuda::backward(p, kDevice, When::kUnlessGradOutputIsOne, nullptr); }
   void backward_target(Problem& p) { cuda::backward_target(p, kDevice, nullptr); }
+  void find_statistics(Problem& p, const Statistics& s) {
+    cuda::find_statistics(p, s, kDevice, nullptr);
+  }
+  void find_statistics_gradient(Problem& p, const Statistics& s) {
+    cuda::find_statistics_gradient(p, s, kDevice, nullptr);
+  }
   void scale(const Elements& elements, const Operand& factor) {
     cuda::scale(elements, factor, kDevice, nullptr);
   }
@@ -55,6 +62,7 @@ std::string instruction_set() { return "simulator"; }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) {
   fused_ce::register_operators<fused_ce::cuda::Simulated>(m);
+  fused_ce::register_statistics<fused_ce::cuda::Simulated>(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {
