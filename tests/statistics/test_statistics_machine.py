@@ -42,6 +42,13 @@ CALLS = {
 }
 
 
+# Each takes a second; the others are variations of these.
+OFTEN = ("contiguous", "rows side by side", "no grad")
+
+# One program measures all.
+pytestmark = pytest.mark.xdist_group("memory of the row statistics")
+
+
 @pytest.fixture(scope="module")
 def extra_memory():
     measurements = Measurements(__file__)
@@ -50,7 +57,10 @@ def extra_memory():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    "call",
+    [pytest.param(c, marks=() if c in OFTEN else pytest.mark.slow) for c in CALLS],
+)
 def test_no_more_than_the_gradient_and_a_few_numbers_a_row_are_allocated(extra_memory, call):
     extra, logits = extra_memory(call), LOGITS * CALLS[call][3]
     assert extra <= logits + RESULTS * ROWS + SLACK
