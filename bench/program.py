@@ -31,9 +31,20 @@ from bench.loss.record import Record
 from bench.loss.run import run as run_cases
 from bench.scaling.measure import PROVIDERS as SIZE_PROVIDERS
 from bench.scaling.run import run as run_sizes
+from bench.statistics.measure import StatisticsFigures
+from bench.statistics.providers import PROVIDERS as STATISTICS_PROVIDERS
+from bench.statistics.run import run as run_statistics
 
 QUICK = Effort(seconds=0, least=2, most=2)
-RUNS = {"bench": run_cases, "linear": run_heads, "scaling": run_sizes, "against": run_builds}
+RUNS = {
+    "bench": run_cases,
+    "linear": run_heads,
+    "statistics": run_statistics,
+    "scaling": run_sizes,
+    "against": run_builds,
+}
+# Of the kinds that have providers of their own.
+OWN_PROVIDERS = {"linear": HEAD_PROVIDERS, "statistics": STATISTICS_PROVIDERS}
 
 
 def parse(command_line: Sequence[str] | None) -> argparse.Namespace:
@@ -80,6 +91,11 @@ def parse(command_line: Sequence[str] | None) -> argparse.Namespace:
         help="instead of the cases: heads of language models, and linear_cross_entropy",
     )
     parser.add_argument(
+        "--statistics",
+        action="store_true",
+        help="instead of the cases: log-probability and entropy, of logits and of a head",
+    )
+    parser.add_argument(
         "--against",
         type=Path,
         metavar="FOLDER",
@@ -95,11 +111,15 @@ def parse(command_line: Sequence[str] | None) -> argparse.Namespace:
         parser.error(missing)
     if args.scaling and args.cases:
         parser.error("--scaling has sizes of its own; leave --cases out")
-    if args.linear and (args.cases or args.providers != list(default) or args.scaling):
-        parser.error("--linear has sizes and providers of its own; leave the others' options out")
+    others = args.cases or args.providers != list(default) or args.scaling
+    for kind in OWN_PROVIDERS:
+        if getattr(args, kind) and (others or args.kind != kind):
+            parser.error(
+                f"--{kind} has sizes and providers of its own; leave the others' options out"
+            )
     table = TABLES[args.device]
     if args.against:
-        if args.scaling or args.linear:
+        if args.scaling or args.kind in OWN_PROVIDERS:
             parser.error("--against measures heads with its cases; name them in --cases")
         args.against = args.against.resolve()
         if not (args.against / "fused_ce" / "_C.so").exists():
@@ -129,12 +149,12 @@ def main(command_line: Sequence[str] | None = None) -> int:
         facts["against"] = commit(args.against)
     start, records = perf_counter(), []
 
-    def write(records: Sequence[Record | HeadFigures | Comparison]) -> None:
+    def write(records: Sequence[Record | HeadFigures | StatisticsFigures | Comparison]) -> None:
         data = {
             "kind": args.kind,
             "machine": facts,
             "effort": asdict(effort),
-            "providers": list(HEAD_PROVIDERS) if args.linear else args.providers,
+            "providers": list(OWN_PROVIDERS.get(args.kind, args.providers)),
             "seconds": round(perf_counter() - start, 1),
             "cases": [record.as_data() for record in records],
         }

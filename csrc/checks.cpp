@@ -227,10 +227,15 @@ Operand scalar_of(const Tensor& grad_output, const Tensor& grad) {
   return single_operand(value, "grad_output");
 }
 
-ProblemBuilder::ProblemBuilder(const Tensor& input_tensor, const Tensor& target_tensor,
-                               const OptionArguments& given) {
+ProblemBuilder::ProblemBuilder(const Tensor& input, const Tensor& target,
+                               const OptionArguments& given)
+    : ProblemBuilder(input, given) {
+  set_target(target);
+}
+
+ProblemBuilder::ProblemBuilder(const Tensor& input_tensor, const OptionArguments& given) {
   Problem& p = problem_;
-  const Facts input(input_tensor), target(target_tensor);
+  const Facts input(input_tensor);
   device_type_ = input.device_type;
   device_index_ = input.device_index;
   FCE_CHECK(input.dim() >= 1 && input.dim() <= kMaxRowDims + 1,
@@ -248,19 +253,6 @@ ProblemBuilder::ProblemBuilder(const Tensor& input_tensor, const Tensor& target_
   }
   set_class_operand(p.input, input, "input");
   stats_dtype_ = p.accumulates_in_double() ? ScalarType::Double : ScalarType::Float;
-
-  check_device(target, "target");
-  p.probabilities = is_floating(dtype_of(target.type).value_or(DType::kInt64));
-  if (p.probabilities) {
-    set_class_operand(p.target, target, "target");
-  } else {
-    checked_dtype(target, false, "target");
-    // An unbatched input also takes a target of shape [1].
-    if (class_dim_ == 0 && target.dim() == 1 && target.numel == 1)
-      p.target = single_operand(target, "target");
-    else
-      set_row_operand(p.target, target, "target");
-  }
 
 #define FCE_COPY_NUMBER(type, schema_type, name, value) p.options.name = given.name;
   FCE_FOR_OPTIONS(FCE_NOTHING, FCE_NOTHING, FCE_COPY_NUMBER, FCE_NOTHING)
@@ -295,8 +287,30 @@ void ProblemBuilder::check_numbers() const {
   };
   check_factor(o.z_loss, "z_loss");
   check_factor(o.focal_gamma, "focal_gamma");
+  check_focal();
+}
+
+void ProblemBuilder::check_focal() const {
   FCE_CHECK(!problem_.is_focal() || !(problem_.probabilities || problem_.is_smoothed()),
             "focal_gamma goes with class indices and no label_smoothing");
+}
+
+void ProblemBuilder::set_target(const Tensor& tensor) {
+  Problem& p = problem_;
+  const Facts target(tensor);
+  check_device(target, "target");
+  p.probabilities = is_floating(dtype_of(target.type).value_or(DType::kInt64));
+  if (p.probabilities) {
+    check_focal();
+    set_class_operand(p.target, target, "target");
+  } else {
+    checked_dtype(target, false, "target");
+    // An unbatched input also takes a target of shape [1].
+    if (class_dim_ == 0 && target.dim() == 1 && target.numel == 1)
+      p.target = single_operand(target, "target");
+    else
+      set_row_operand(p.target, target, "target");
+  }
 }
 
 void ProblemBuilder::set_weight(const Tensor& tensor) {
@@ -436,11 +450,21 @@ void ProblemBuilder::set_grad_output(const Tensor& tensor) {
   }
 }
 
+void ProblemBuilder::add_rows(Operand& operand, const Tensor& tensor, const char* name) {
+  const Facts rows(tensor);
+  check_device(rows, name);
+  FCE_CHECK(dtype_of(rows.type), std::string(name) + " must be of a type that the kernels know");
+  set_row_operand(operand, rows, name);
+  added_.push_back(&operand);
+}
+
 Problem& ProblemBuilder::build() {
   Problem& p = problem_;
   const Problem logical = p;  // row dimensions still in the input's order
   const auto from = operands(logical);
   const auto to = operands(p);
+  std::vector<Operand> added;
+  for (const Operand* operand : added_) added.push_back(*operand);
 
   std::array<int, kMaxRowDims> order;
   int* end = order.data();
@@ -458,13 +482,18 @@ Problem& ProblemBuilder::build() {
     bool merges = dims > 0;
     for (size_t i = 0; i < to.size(); i++)
       merges &= dims > 0 && to[i]->row_strides[dims - 1] == from[i]->row_strides[d] * size;
+    for (size_t i = 0; i < added.size(); i++)
+      merges &= dims > 0 && added_[i]->row_strides[dims - 1] == added[i].row_strides[d] * size;
     if (!merges) dims++;
     p.row_sizes[dims - 1] = merges ? p.row_sizes[dims - 1] * size : size;
     for (size_t i = 0; i < to.size(); i++) to[i]->row_strides[dims - 1] = from[i]->row_strides[d];
+    for (size_t i = 0; i < added.size(); i++)
+      added_[i]->row_strides[dims - 1] = added[i].row_strides[d];
   }
   if (dims == 0) {  // one row: any stride is right, and 1 lets the kernels use it directly
     p.row_sizes[0] = 1;
     for (Operand* operand : to) operand->row_strides[0] = 1;
+    for (Operand* operand : added_) operand->row_strides[0] = 1;
     dims = 1;
   }
   p.row_dims = dims;
@@ -482,6 +511,7 @@ Problem& ProblemBuilder::build() {
     };
     put_last(p.row_sizes);
     for (Operand* operand : to) put_last(operand->row_strides);
+    for (Operand* operand : added_) put_last(operand->row_strides);
   }
   return p;
 }

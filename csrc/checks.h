@@ -11,6 +11,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "problem.h"
 
@@ -42,7 +43,9 @@ class ProblemBuilder {
   ProblemBuilder(const Tensor& input,   // [N, C, ...]
                  const Tensor& target,  // [N, ...] or [N, C, ...]
                  const OptionArguments& options);
+  ProblemBuilder(const Tensor& input, const OptionArguments& options);  // without targets
 
+  void set_target(const Tensor& target);            // as above
   void set_grad(const Tensor& grad);                // [N, C, ...]
   void set_target_grad(const Tensor& target_grad);  // [N, C, ...]
   void set_scale_grad(const Tensor& scale_grad);    // []
@@ -50,6 +53,10 @@ class ProblemBuilder {
   void set_stats(const Tensor& stats);              // stats_sizes()
   void set_totals(const Tensor& totals);            // [3]
   void set_grad_output(const Tensor& grad_output);  // [N, ...] or []
+
+  // Of a floating type unless it is to be written as another. The operand, which belongs to the
+  // caller, is laid out by build() along with the others.
+  void add_rows(Operand& operand, const Tensor& tensor, const char* name);  // [N, ...]
 
   // Sizes of the row dimensions, in the input's order.
   Sizes row_sizes() const { return {row_sizes_.data(), static_cast<size_t>(row_dims_)}; }
@@ -66,6 +73,7 @@ class ProblemBuilder {
   void set_weight(const Tensor& weight);
   void set_sample_weight(const Tensor& weight);
   void check_numbers() const;
+  void check_focal() const;
   Values values_of(std::optional<Tensor>& tensor, int64_t most, const char* name) const;
   Values values_of(std::optional<Tensor>& tensor, const Facts& facts, ScalarType dtype,
                    const char* name) const;
@@ -75,6 +83,7 @@ class ProblemBuilder {
   void check_device(const Facts& tensor, const char* name) const;
 
   Problem problem_;
+  std::vector<Operand*> added_;         // with a number for each row, beside those of the problem
   int32_t device_type_, device_index_;  // of the input
   int64_t class_dim_ = 0;
   Sizes sizes_;                                 // of the input

@@ -51,16 +51,6 @@ template <class Backend>
 class Operators {
   using OptionalTensor = std::optional<Tensor>;
 
-  // With the strides of a dense tensor, else contiguous: what autograd keeps as a leaf's .grad.
-  static Tensor empty_gradient(const Tensor& like) {
-    const Sizes sizes = like.sizes();
-    const ScalarType dtype = like.scalar_type();
-    Tensor grad = is_dense(like) ? empty_strided(sizes, like.strides(), dtype, like)
-                                 : empty(sizes, dtype, like);
-    Backend::prepare(grad);
-    return grad;
-  }
-
   // One call of any forward operator: which of the outputs are wanted, and where they are.
   struct Forward {
     Forward(const Tensor& input, const Tensor& target, const OptionArguments& options)
@@ -116,6 +106,16 @@ class Operators {
   };
 
  public:
+  // With the strides of a dense tensor, else contiguous: what autograd keeps as a leaf's .grad.
+  static Tensor empty_gradient(const Tensor& like) {
+    const Sizes sizes = like.sizes();
+    const ScalarType dtype = like.scalar_type();
+    Tensor grad = is_dense(like) ? empty_strided(sizes, like.strides(), dtype, like)
+                                 : empty(sizes, dtype, like);
+    Backend::prepare(grad);
+    return grad;
+  }
+
   static Tensor forward(const Tensor& input, const Tensor& target, const OptionArguments& options) {
     return Forward(input, target, options).run(std::nullopt);
   }

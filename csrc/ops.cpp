@@ -16,6 +16,14 @@
   "Tensor target, Tensor stats, Tensor totals, Tensor grad_output" FCE_OPTIONS_SCHEMA
 #define FCE_STATS "Tensor loss, Tensor stats, Tensor totals"
 
+#define FCE_ROW_STATISTICS                                                             \
+  "Tensor input, Tensor? target, float temperature, float softcap, int ignore_index, " \
+  "bool entropy, bool argmax, bool keep_stats) -> (Tensor log_prob, Tensor entropy, "  \
+  "Tensor logsumexp, Tensor argmax, Tensor stats)"
+#define FCE_ROW_STATISTICS_BACKWARD                                                             \
+  "Tensor? target, Tensor entropy, Tensor stats, Tensor? grad_log_prob, Tensor? grad_entropy, " \
+  "Tensor? grad_logsumexp, float temperature, float softcap, int ignore_index"
+
 STABLE_TORCH_LIBRARY(fused_ce, m) {
   m.def("forward(Tensor input, " FCE_FORWARD ") -> Tensor");
   m.def("forward_stats(Tensor input, " FCE_FORWARD ") -> (" FCE_STATS ")");
@@ -39,6 +47,15 @@ STABLE_TORCH_LIBRARY(fused_ce, m) {
       "Tensor totals" FCE_OPTIONS_SCHEMA ") -> Tensor(a!)");
   // grad *= grad_output. Nothing is done when grad_output is 1.
   m.def("scale_(Tensor(a!) grad, Tensor grad_output) -> Tensor(a!)");
+  // Of every row the log-probability of its target, the entropy, the logsumexp and the index of the
+  // largest logit, in float32 or for float64 logits in float64, and `stats` for the backward:
+  // [2, rows], as above. What is not asked for has no elements. Logits are divided by the
+  // temperature, then capped.
+  m.def("softmax_stats(" FCE_ROW_STATISTICS);
+  m.def("softmax_stats_backward(Tensor input, " FCE_ROW_STATISTICS_BACKWARD ") -> Tensor");
+  m.def("softmax_stats_backward_(Tensor(a!) input, " FCE_ROW_STATISTICS_BACKWARD ") -> Tensor(a!)");
+  m.def("graph_softmax_stats(" FCE_ROW_STATISTICS);
+  m.def("graph_softmax_stats_backward(Tensor input, " FCE_ROW_STATISTICS_BACKWARD ") -> Tensor");
   // Raises unless the logits may be overwritten.
   m.def("check_overwritable(Tensor input, " FCE_FORWARD ") -> ()");
   // For memory that nobody has touched yet; of no effect where it is not the CPU's, or small.

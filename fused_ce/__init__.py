@@ -4,14 +4,21 @@ from .fallback import warn_on_fallback
 from .functional import cross_entropy, explain
 from .linear import explain_linear, linear_cross_entropy
 from .modules import CrossEntropyLoss, LinearCrossEntropyLoss
+from .statistics import SoftmaxStats, explain_stats, softmax_stats
+from .statistics.linear import explain_linear_stats, linear_softmax_stats
 
 __version__ = "0.1.0"
 __all__ = [
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
+    "SoftmaxStats",
     "cross_entropy",
     "explain",
     "explain_linear",
+    "explain_linear_stats",
+    "explain_stats",
     "linear_cross_entropy",
+    "linear_softmax_stats",
+    "softmax_stats",
     "warn_on_fallback",
 ]

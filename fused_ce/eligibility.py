@@ -18,8 +18,8 @@ INVALID = "the kernels do not know these arguments, which stock takes or refuses
 OVERRIDDEN = "an argument overrides __torch_function__"
 _STRIDED = torch.strided
 _HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
-_LOGIT_DTYPES = frozenset({torch.float32, torch.float64}) | _HALF_DTYPES
-_MAX_DIMS = 25  # kMaxRowDims and the class dimension
+LOGIT_DTYPES = frozenset({torch.float32, torch.float64}) | _HALF_DTYPES
+MAX_DIMS = 25  # kMaxRowDims and the class dimension
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
@@ -89,22 +89,30 @@ def stock_reason_of_logits(
         reason = foreign(weight, "weight")
         if reason is not None:
             return reason
+    reason = recording_reason()
+    if reason is not None:
+        return reason
+    if not device_of.is_cpu:
+        reason = ops.lacking(device_of.device.type, device_of.get_device())
+        if reason is not None:
+            return reason
+    if dtype not in LOGIT_DTYPES:
+        return f"there are no kernels for {dtype} logits"
+    if _is_invalid(device_of, shape, dtype, target, weight, ignore_index, label_smoothing):
+        return INVALID
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        return "the weight requires grad"
+    return None
+
+
+def recording_reason() -> str | None:
+    """Which transform or recording is under way that must see torch's own operations, if any."""
     if transform_is_active():
         return "a torch.func transform or forward-mode differentiation is active"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is recording"
     if torch.compiler._is_exporting_flag:  # is_exporting() holds in any graph of torch 2.10
         return "torch.export is recording"
-    if not device_of.is_cpu:
-        reason = ops.lacking(device_of.device.type, device_of.get_device())
-        if reason is not None:
-            return reason
-    if dtype not in _LOGIT_DTYPES:
-        return f"there are no kernels for {dtype} logits"
-    if _is_invalid(device_of, shape, dtype, target, weight, ignore_index, label_smoothing):
-        return INVALID
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        return "the weight requires grad"
     return None
 
 
@@ -127,7 +135,7 @@ def _is_invalid(device_of, shape, dtype, target, weight, ignore_index, label_smo
     """Whether stock might refuse the call. The range of the targets is checked by the operators."""
     target_shape, target_dtype = target.shape, target.dtype
     dims = len(shape)
-    if not 0 < dims <= _MAX_DIMS:
+    if not 0 < dims <= MAX_DIMS:
         return True
     if type(ignore_index) is not int or not _INT64_MIN <= ignore_index <= _INT64_MAX:
         return True
@@ -139,7 +147,7 @@ def _is_invalid(device_of, shape, dtype, target, weight, ignore_index, label_smo
     if classes == 0:
         return True
     if target_shape == shape:
-        if target_dtype not in _LOGIT_DTYPES or ignore_index >= 0:
+        if target_dtype not in LOGIT_DTYPES or ignore_index >= 0:
             return True
     elif target_dtype not in INDEX_DTYPES:
         return True
@@ -152,7 +160,7 @@ def _is_invalid(device_of, shape, dtype, target, weight, ignore_index, label_smo
         return True
     if weight is None:
         return False
-    if _is_elsewhere(weight, device_of) or weight.dtype not in _LOGIT_DTYPES:
+    if _is_elsewhere(weight, device_of) or weight.dtype not in LOGIT_DTYPES:
         return True
     if weight.shape != (classes,):
         return True
@@ -178,7 +186,7 @@ def _computed_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
 
 def loss_dtype(dtype: torch.dtype, target: Tensor, weight: Tensor | None) -> torch.dtype | None:
     """The loss's dtype for logits of this one, or None where it is the logits' own."""
-    probabilities = target.dtype in _LOGIT_DTYPES
+    probabilities = target.dtype in LOGIT_DTYPES
     if not probabilities and dtype not in _HALF_DTYPES:
         return None
     device = target.device.type

@@ -83,7 +83,7 @@ class _Gradient(Function):
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             variables = input, target, grad_output = [
-                _variable(t) for t in (input, target, grad_output)
+                variable(t) for t in (input, target, grad_output)
             ]
             first = _by_stock(ctx.of_target, *variables, options, create_graph=True)
         wanted = [t for t in (input, target, grad_output) if t.is_floating_point()]
@@ -105,7 +105,7 @@ def _autograd_kernel(operator):
         of_target = operator is ops.graph_backward_target
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            input, target = map(_variable, (input, target))
+            input, target = map(variable, (input, target))
             gradient = _by_stock(of_target, input, target, *others, create_graph)
         # The graph was made for the strides of the operator's result.
         return empty_gradient(target if of_target else input).copy_(gradient)
@@ -113,11 +113,14 @@ def _autograd_kernel(operator):
     return kernel
 
 
-def _variable(tensor: Tensor) -> Tensor:
-    """The tensor, as something that can be differentiated by."""
-    if tensor.requires_grad or not tensor.is_floating_point():
+def variable(tensor: Tensor) -> Tensor:
+    """The tensor, as something that can be differentiated by.
+
+    And no further: what arrives for a loss may itself come from the logits.
+    """
+    if not tensor.is_floating_point():
         return tensor
-    return tensor.detach().requires_grad_()
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
 
 
 torch.library.register_autograd("fused_ce::graph_forward", _backward, setup_context=_save_forward)

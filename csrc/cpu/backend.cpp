@@ -5,7 +5,9 @@
 #include <string>
 
 #include "../operators.h"
+#include "../statistics_operators.h"
 #include "kernels.h"
+#include "statistics/statistics.h"
 #include "vector/huge_pages.h"
 #include "vector/span.h"
 
@@ -28,6 +30,11 @@ class Cpu {
   void rescale(Problem& p) { backward(p); }
   void backward_target(Problem& p) { cpu::backward_target(p, kThreads); }
   void backward_logit_scale(Problem& p) { cpu::backward_logit_scale(p, kThreads); }
+
+  void find_statistics(Problem& p, const Statistics& s) { cpu::find_statistics(p, s, kThreads); }
+  void find_statistics_gradient(Problem& p, const Statistics& s) {
+    cpu::find_statistics_gradient(p, s, kThreads);
+  }
 
   void scale(const Elements& elements, const Operand& factor) {
     cpu::scale(elements, load_value<double>(factor, 0), kThreads);
@@ -52,7 +59,10 @@ std::string instruction_set_cpu() { return instruction_set(); }
 
 }  // namespace fused_ce::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) { fused_ce::register_operators<fused_ce::cpu::Cpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) {
+  fused_ce::register_operators<fused_ce::cpu::Cpu>(m);
+  fused_ce::register_statistics<fused_ce::cpu::Cpu>(m);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {
   m.impl("check_overwritable", &fused_ce::boxed<&fused_ce::check_overwritable>);

@@ -93,11 +93,15 @@ bool shares_rows(const Problem& p, const Threads& threads) {
 
 // What a backward needs to know before it writes: that the targets are in range.
 void begin_backward(Problem& p, const Threads& threads) {
-  if (!p.probabilities && !p.allows_bad_targets()) check_range(scan_targets(p, threads, false));
+  if (!p.probabilities && !p.allows_bad_targets()) check_targets(p, threads);
   p.known = *p.totals;
 }
 
 }  // namespace
+
+void check_targets(const Problem& p, const Threads& threads) {
+  check_range(scan_targets(p, threads, false));
+}
 
 void forward(Problem& p, const Threads& threads) {
   const Tiling tiling = row_tiling(p);

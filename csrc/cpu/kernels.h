@@ -21,6 +21,9 @@ void backward_target(Problem& p, const Threads& threads);
 // The gradient with respect to the factor of all logits.
 void backward_logit_scale(Problem& p, const Threads& threads);
 
+// Raises std::out_of_range for a target that is no class; they must be indices.
+void check_targets(const Problem& p, const Threads& threads);
+
 // Multiplies elements by a factor. A zero stays one, even times nan: it may be the gradient of an
 // ignored row.
 void scale(const Elements& elements, double factor, const Threads& threads);

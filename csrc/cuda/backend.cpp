@@ -11,6 +11,7 @@
 #include <mutex>
 
 #include "../operators.h"
+#include "../statistics_operators.h"
 #include "device/architecture.h"
 #include "kernels.h"
 
@@ -92,6 +93,16 @@ class Cuda {
     check(cudaGetLastError());
   }
 
+  void find_statistics(Problem& p, const Statistics& s) {
+    cuda::find_statistics(p, s, *device_, stream_);
+    check(cudaGetLastError());
+  }
+
+  void find_statistics_gradient(Problem& p, const Statistics& s) {
+    cuda::find_statistics_gradient(p, s, *device_, stream_);
+    check(cudaGetLastError());
+  }
+
   void scale(const Elements& elements, const Operand& factor) {
     cuda::scale(elements, factor, *device_, stream_);
     check(cudaGetLastError());
@@ -136,6 +147,7 @@ bool has_code_for(int64_t index) {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CUDA, m) {
   fused_ce::register_operators<fused_ce::cuda::Cuda>(m);
+  fused_ce::register_statistics<fused_ce::cuda::Cuda>(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {

@@ -10,6 +10,7 @@
 #include <cstddef>
 
 #include "../problem.h"
+#include "../statistics_problem.h"
 
 namespace fused_ce::cuda {
 
@@ -41,6 +42,14 @@ void backward_target(const Problem& p, const Device& device, Stream stream);
 
 // The gradient with respect to the factor of all logits.
 void backward_logit_scale(const Problem& p, const Device& device, void* workspace, Stream stream);
+
+// What `s` and the row statistics of `p` have memory for; see statistics_problem.h. A target out of
+// range is a device-side assertion.
+void find_statistics(const Problem& p, const Statistics& s, const Device& device, Stream stream);
+
+// p.grad from the logits, the row statistics and what arrives; it may be the logits' memory.
+void find_statistics_gradient(const Problem& p, const Statistics& s, const Device& device,
+                              Stream stream);
 
 // Multiplies every element by *factor, a device scalar, unless that is 1. A zero stays one, even
 // times nan: it may be the gradient of an ignored row.

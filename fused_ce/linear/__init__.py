@@ -25,7 +25,7 @@ from ..options import DEFAULTS, NONE, Options
 from ..scripting import refusal
 from ..signatures import bound, takes_arguments_of
 from . import operators
-from .plan import DEVICES, Limits, Sizes, check_limits, limits_of
+from .plan import DEVICES, Limits, Sizes, check_limits, limits_of, logits_dtype
 from .targets import example, flattened, of_one_dimension
 
 
@@ -304,14 +304,6 @@ def _flat_target(target: Tensor, batch: tuple, classes: int, positions: list) ->
     )
 
 
-def _logits_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer takes the tensor: under autocast, that of autocast."""
-    device = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return tensor.dtype
-
-
 def _stock_reason(call: _Call) -> str | None:
     """Why the formula with all logits takes this call; None if the chunks can."""
     input, target = call.input, call.target
@@ -324,9 +316,9 @@ def _stock_reason(call: _Call) -> str | None:
             return reason
     if input.device.type not in DEVICES:
         return f"there are no kernels for {input.device.type}"
-    dtype = _logits_dtype(input)
+    dtype = logits_dtype(input)
     for tensor in layer:
-        if (tensor.device, _logits_dtype(tensor)) != (input.device, dtype):
+        if (tensor.device, logits_dtype(tensor)) != (input.device, dtype):
             return "the layer's tensors differ in device or dtype"
     if 0 in call.logits_shape[2:]:
         return "the loss has no positions"
@@ -350,7 +342,7 @@ def _raise_as_stock(call: _Call) -> None:
     stock.cross_entropy(*one, call.options._replace(weight=None))
     target = example(call.target, len(call.input)) if call.is_batched else call.target
     if target.shape != call.logits_shape:
-        dtype, device = _logits_dtype(call.input), call.input.device
+        dtype, device = logits_dtype(call.input), call.input.device
         logits = torch.empty((), dtype=dtype, device=device).expand(call.logits_shape)
         stock.nll_loss(logits, target, call.options)
 
@@ -372,7 +364,7 @@ def _moment(call: _Call) -> str:
     if not any(_needs(call)):
         return "no gradient"
     # A gradient rounded to float16 may have lost what a gradient scaler was to save.
-    defers = call.options.reduction == NONE or _logits_dtype(call.input) == torch.float16
+    defers = call.options.reduction == NONE or logits_dtype(call.input) == torch.float16
     return "recomputed in backward" if defers or not call.grad_in_forward else "gradient in forward"
 
 
@@ -380,7 +372,7 @@ def _chunks(call: _Call) -> str:
     columns, features = call.linear_weight.shape
     count = call.logits_shape[0] if call.input.dim() > 1 else 1
     device = DEVICES[call.input.device.type]
-    dtype = device.computed_dtype(_logits_dtype(call.input))
+    dtype = device.computed_dtype(logits_dtype(call.input))
     classes = call.logits_shape[1 if call.input.dim() > 1 else 0]
     copies = call.is_batched and len(call.target) != count
     copied = call.target.dtype.itemsize if copies else 0
@@ -400,13 +392,13 @@ def _fused(call: _Call) -> Tensor:
         def without(options: Options, given: Extensions) -> Tensor:
             return _fused(call._replace(options=options, given=given))
 
-        dtype = _logits_dtype(call.input)
+        dtype = logits_dtype(call.input)
         return extensions.weighed(given, call.options, call.target, dtype, without)
     if requires_grad(given.logit_scale):
         call = _scaled(call)
         given = call.given
     extensions.check_targets(given, call.options, call.target, call.logits_shape)
-    input, target, dtype = call.input, call.target, _logits_dtype(call.input)
+    input, target, dtype = call.input, call.target, logits_dtype(call.input)
     if input.dim() == 1:
         input = input.unsqueeze(0)
         target = target.reshape(1, -1) if target.is_floating_point() else target.reshape(1)

@@ -4,6 +4,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..fallback import callers_frame, warn_at
 
@@ -32,6 +33,14 @@ DEVICES = {
     "cpu": Device(64 << 20, 256, False, {torch.float16: torch.float32}, True),
     "cuda": Device(1 << 30, 2048, True, {}, False),
 }
+
+
+def logits_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer takes the tensor: under autocast, that of autocast."""
+    device = tensor.device.type
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
 
 
 class Limits(NamedTuple):

@@ -384,6 +384,19 @@ def test_double_backward_through_a_graph_is_right_or_refused(backend, reduction)
     torch.testing.assert_close(*outcomes)
 
 
+def test_double_backward_of_what_is_made_of_a_graphs_loss():
+    # What arrives for the loss comes from the logits then, and has a derivative of its own.
+    values, target = problem()
+    outcomes = []
+    for run in (compiled(fused_ce.cross_entropy, "eager"), F.cross_entropy):
+        leaf = values.clone().requires_grad_()
+        loss = run(leaf, target, reduction="none").square().sum()
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        gradient.cos().sum().backward()
+        outcomes.append(leaf.grad)
+    torch.testing.assert_close(*outcomes)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize(
     "kind, layout, wanted",

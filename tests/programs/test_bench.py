@@ -432,3 +432,18 @@ def test_traffic_counts_each_tensor_once():
     assert weighted.traffic(FORWARD) == logits + target + 10 * 4
     probabilities = LossTensors(cases.Case((8, 10), probabilities=True), "cpu")
     assert probabilities.traffic(BOTH) == 3 * logits
+
+
+@pytest.mark.slow
+def test_the_row_statistics_are_measured_beside_the_composition(tmp_path):
+    printed = run("-m", "bench", "--statistics", "--quick", "--out", str(tmp_path))
+    assert "log-probability and entropy" in printed
+    data = json.loads((tmp_path / "statistics.json").read_text())
+    assert data["providers"] == ["stock", "compile", "loss", "fused"]
+    assert [case["case"]["name"] for case in data["cases"][::4]] == [
+        "64x500-fp32",
+        "64x500-head-16-bf16",
+    ]
+    for case in data["cases"]:
+        assert not case["reason"], case
+        assert case["median_ms"] > 0 and case["times_as_fast_as_stock"] > 0

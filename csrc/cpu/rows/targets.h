@@ -36,6 +36,10 @@ inline bool in_range(const Problem& p, int64_t index) {
   return static_cast<uint64_t>(index) < static_cast<uint64_t>(p.classes);
 }
 
+inline bool is_counted(const Problem& p, int64_t index) {
+  return index != p.options.ignore_index && in_range(p, index);
+}
+
 // What the rows that count add up to, of one tile or of all.
 struct TargetScan {
   double weights = 0.0;         // of the samples, times those of their classes

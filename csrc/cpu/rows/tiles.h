@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <limits>
 
 #include "../../problem.h"
 #include "../vector/runs.h"
@@ -39,7 +40,9 @@ inline int64_t outer_rows(const Problem& p) {
   return p.row_dims > 1 ? p.row_sizes[p.row_dims - 2] : 1;
 }
 
-inline Tiling make_tiling(const Problem& p, int64_t tile_rows, int64_t work_per_row) {
+// Of at most so many runs, for kernels that take each row's place to be a stride from the last.
+inline Tiling make_tiling(const Problem& p, int64_t tile_rows, int64_t work_per_row,
+                          int64_t most_runs = std::numeric_limits<int64_t>::max()) {
   constexpr int64_t kGrainWork = 32768;
   Tiling t;
   const int64_t inner = inner_rows(p), outer = outer_rows(p);
@@ -47,10 +50,10 @@ inline Tiling make_tiling(const Problem& p, int64_t tile_rows, int64_t work_per_
   // lines.
   const bool shares_lines =
       p.row_dims > 1 && p.input.row_strides[p.row_dims - 2] < p.input.row_strides[p.row_dims - 1];
-  const int64_t least = shares_lines ? outer : 1;
+  const int64_t least = shares_lines ? std::min(outer, most_runs) : 1;
   t.run_rows =
       std::clamp<int64_t>(tile_rows / std::max<int64_t>(1, least), 1, std::max<int64_t>(1, inner));
-  t.runs = std::clamp<int64_t>(tile_rows / t.run_rows, 1, std::max<int64_t>(1, outer));
+  t.runs = std::clamp<int64_t>(tile_rows / t.run_rows, 1, std::clamp<int64_t>(outer, 1, most_runs));
   t.tile_rows = t.run_rows * t.runs;
   t.per_run = (inner + t.run_rows - 1) / t.run_rows;
   t.per_column = (outer + t.runs - 1) / t.runs;

@@ -66,6 +66,10 @@ def test_package_on_the_simulator_agrees_with_stock(package):
     run(package, TESTS / "loss", "-m", "on_simulator and not slow and not cuda")
 
 
+def test_the_row_statistics_agree_with_the_composition(package):
+    run(package, TESTS / "statistics", "-m", "on_simulator and not slow and not cuda")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "file",

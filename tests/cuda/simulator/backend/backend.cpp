@@ -7,6 +7,7 @@
 
 #include "../../../../csrc/cuda/kernels.h"
 #include "../../../../csrc/operators.h"
+#include "../../../../csrc/statistics_operators.h"
 #include "../engine.h"
 
 namespace fused_ce::cuda {
@@ -29,6 +30,12 @@ class Simulated {
   void backward_target(Problem& p) { cuda::backward_target(p, kDevice, nullptr); }
   void backward_logit_scale(Problem& p) {
     cuda::backward_logit_scale(p, kDevice, Workspace(p).pieces.data(), nullptr);
+  }
+  void find_statistics(Problem& p, const Statistics& s) {
+    cuda::find_statistics(p, s, kDevice, nullptr);
+  }
+  void find_statistics_gradient(Problem& p, const Statistics& s) {
+    cuda::find_statistics_gradient(p, s, kDevice, nullptr);
   }
   void scale(const Elements& elements, const Operand& factor) {
     cuda::scale(elements, factor, kDevice, nullptr);
@@ -61,6 +68,7 @@ std::string instruction_set() { return "simulator"; }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) {
   fused_ce::register_operators<fused_ce::cuda::Simulated>(m);
+  fused_ce::register_statistics<fused_ce::cuda::Simulated>(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {

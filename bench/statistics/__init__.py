@@ -1,0 +1,1 @@
+"""Row statistics: log-probability and entropy of logits and of heads."""

@@ -1,0 +1,106 @@
+"""The programs of examples/ run as their user runs them, and print what their text promises."""
+
+import re
+
+import pytest
+import torch
+from support.processes import ROOT, environment, finish
+
+import fused_ce
+
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+def printed_by(name):
+    done = finish(f"examples/{name}", env=environment())
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_grpo_has_the_composed_loss_and_its_policy_gains():
+    printed = printed_by("grpo_logprobs.py")
+    composed, fused = re.findall(r"loss (-?\d+\.\d+)", printed)
+    assert abs(float(composed) - float(fused)) <= 2e-6
+    assert "the gradients agree" in printed
+    gains = [float(gain) for gain in re.findall(r"gain (-?\d+\.\d+)", printed)]
+    assert abs(gains[0]) < 1e-4 and min(gains[1:]) > 0.1
+
+
+def test_perplexity_tells_the_text_that_was_learned_from_one_that_was_not():
+    printed = printed_by("perplexity.py")
+    found = re.findall(r"perplexity (\d+\.\d+), greedy: (\w+)", printed)
+    certain, likely, unknown = (float(perplexity) for perplexity, _ in found)
+    assert max(certain, likely) < 2 < unknown
+    assert [greedy for _, greedy in found] == ["True", "False", "False"]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_example_says_how_to_run_it(name):
+    assert f"`python examples/{name}`" in (ROOT / "examples" / name).read_text()
+
+
+def section(title):
+    text = (ROOT / "README.md").read_text()
+    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_readmes_calls_of_the_statistics_run():
+    hidden = torch.randn(2, 5, 8, requires_grad=True)
+    head = torch.nn.Linear(8, 30, bias=False)
+    names = {
+        "fused_ce": fused_ce,
+        "hidden": hidden,
+        "head": head,
+        "logits": head(hidden),
+        "tokens": torch.randint(0, 30, (2, 5)),
+        "advantage": torch.randn(2, 5),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", section("Log-probabilities and entropy"), re.S)
+    assert len(blocks) == 2
+    found = []
+    for block in blocks:
+        exec(block, names)
+        found.append(names["stats"])
+    torch.testing.assert_close(tuple(found[0][:3]), tuple(found[1][:3]))
+    assert hidden.grad is not None
+
+
+# What the libraries compute, written out; the temperature is theirs where they take one.
+def log_prob_of(logits, tokens):
+    return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy_of(logits):
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+INSTEAD_OF = {
+    "selective_log_softmax(": lambda x, t: log_prob_of(x, t),
+    "entropy_from_logits(": lambda x, t: entropy_of(x),
+    "selective_log_softmax_and_entropy(": lambda x, t: (log_prob_of(x, t), entropy_of(x)),
+    "`logprobs_from_logits(": lambda x, t: log_prob_of(x, t),
+    "log_probs_from_logits(": lambda x, t: log_prob_of(x / 0.7, t),
+    "lm-evaluation-harness": lambda x, t: (log_prob_of(x, t), None, x.logsumexp(-1), x.argmax(-1)),
+}
+
+
+@pytest.mark.parametrize("name", INSTEAD_OF)
+def test_the_readmes_replacement_has_the_librarys_numbers(name):
+    (row,) = (
+        line
+        for line in section("Log-probabilities and entropy").splitlines()
+        if line.startswith("| ") and name in line.split("|")[1]
+    )
+    call = row.split("|")[2].strip().strip("`")
+    logits, tokens = torch.randn(2, 5, 30), torch.randint(0, 30, (2, 5))
+    names = {"softmax_stats": fused_ce.softmax_stats, "temperature": 0.7}
+    found = eval(call, names | {"logits": logits, "tokens": tokens})
+    expected = INSTEAD_OF[name](logits, tokens)
+    if isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(found, expected)
+        return
+    assert len(found) == len(expected)
+    for value, same in zip(found, expected, strict=True):
+        if same is not None:
+            torch.testing.assert_close(value, same)
