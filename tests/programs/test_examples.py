@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.processes import ROOT, environment, finish
 
 import fused_ce
@@ -34,6 +35,14 @@ def test_perplexity_tells_the_text_that_was_learned_from_one_that_was_not():
     assert [greedy for _, greedy in found] == ["True", "False", "False"]
 
 
+def test_z_loss_and_softcap_take_the_curve_of_the_formula():
+    printed = printed_by("z_loss_softcap.py")
+    (apart,) = re.findall(r"largest relative difference: (\S+)", printed)
+    assert float(apart) < 1e-5
+    losses = [float(loss) for loss in re.findall(r"^ *\d+ +(\d\.\d+)", printed, re.M)]
+    assert len(losses) == 6 and losses[-1] < losses[0] - 1
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_example_says_how_to_run_it(name):
     assert f"`python examples/{name}`" in (ROOT / "examples" / name).read_text()
@@ -42,6 +51,18 @@ def test_every_example_says_how_to_run_it(name):
 def section(title):
     text = (ROOT / "README.md").read_text()
     return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_readmes_module_with_options_has_the_composed_loss():
+    input, target, weight = torch.randn(6, 5), torch.randint(0, 5, (6,)), torch.rand(6)
+    names = {"fused_ce": fused_ce, "torch": torch, "input": input, "target": target}
+    names |= {"weight": weight, "num_items": 4}
+    block = re.search(r"```python\n(criterion.*?)```", section("Options"), re.S)
+    exec(block[1], names)
+    logits = 30 * torch.tanh(input / 30)
+    losses = F.cross_entropy(logits, target, reduction="none")
+    losses = losses + 1e-4 * logits.logsumexp(1).square()
+    torch.testing.assert_close(names["loss"], (losses * weight).sum() / 4)
 
 
 def test_the_readmes_calls_of_the_statistics_run():
