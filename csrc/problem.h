@@ -53,6 +53,10 @@ struct Problem {
   FCE_HOST_DEVICE bool allows_bad_targets() const {
     return options.on_out_of_range == OnOutOfRange::kNan;
   }
+  // Whether a row has none of the options that its kernels are rarely asked for.
+  FCE_HOST_DEVICE bool has_plain_rows() const {
+    return options.z_loss == 0.0 && !is_focal() && !weighs_samples() && !allows_bad_targets();
+  }
   FCE_HOST_DEVICE bool maps_logits() const {
     return options.logit_scale.data || options.softcap > 0.0;
   }

@@ -145,7 +145,7 @@ def explain_linear_stats(*args: Any, **kwargs: Any) -> str:
     dtype = device.computed_dtype(logits_dtype(call.input))
     columns, features = call.linear_weight.shape
     count = len(call.input)
-    sizes = Sizes(count, features, columns, columns, call.input.dtype != dtype)
+    sizes = Sizes(count, features, columns, columns, call.input.dtype != dtype, 0)
     rows = sizes.chunk_rows(call.limits, dtype, device)
     chunks, rows = -(-count // rows), min(rows, count)
     what = f"{chunks} chunk{'s' * (chunks != 1)} of {rows} row{'s' * (rows != 1)}"

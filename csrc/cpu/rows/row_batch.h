@@ -42,8 +42,7 @@ class RowBatch {
       : map(logit_map<A>(p)),
         p_(p),
         common_(p, p.known),
-        is_plain_(p.options.z_loss == 0.0 && !p.is_focal() && !p.weighs_samples() &&
-                  !p.allows_bad_targets()),
+        is_plain_(p.has_plain_rows()),
         spreads_(p.probabilities || common_.spreads()),
         scales_vary_(std::any_of(p.grad_output.row_strides, p.grad_output.row_strides + p.row_dims,
                                  [](int64_t stride) { return stride != 0; })),

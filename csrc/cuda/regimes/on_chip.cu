@@ -7,7 +7,7 @@
 namespace fused_ce::cuda {
 
 bool on_chip_serves(const Problem& p, const Device& device) {
-  if (!is_vector_problem(p)) return false;
+  if (!is_vector_problem(p) || !p.has_plain_rows()) return false;
   bool serves = false;
   with_row_layout(p, [&](auto layout) {
     using Layout = decltype(layout);

@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(Layout::kBlock, Layout::kMinBlocks)
   float loss = 0;
   if (r < p.rows) {
     const ShortRowIndex index(p, r);
-    const RowTarget target(p, index);
+    const RowTarget target(Plain{}, p, index);
     const T* x = static_cast<const T*>(p.input.data) + index.offset(p, p.input);
     T* grad = static_cast<T*>(p.grad.data) + index.offset(p, p.grad);
     const VectorRow<T> row(x, p.classes);
@@ -128,13 +128,11 @@ __global__ void __launch_bounds__(Layout::kBlock, Layout::kMinBlocks)
 
     if (!target.is_counted) {
       // No logit is read. All threads of a cluster come here, or none.
-      const float value = target.uncounted_value(p, index);
       if (p.grad.data) {
-        for (int i = begin; i < end; i += kThreads)
-          Pack<T>::filled(value).store(grad + row.first(i));
-        if (single >= 0) grad[single] = narrow<T>(value);
+        for (int i = begin; i < end; i += kThreads) Pack<T>::filled(0).store(grad + row.first(i));
+        if (single >= 0) grad[single] = T{};
       }
-      if (leads) store_row(p, index, loss = value, LogitSums<float>{});
+      if (leads) store_row(p, index, 0.0f, LogitSums<float>{});
     } else {
       Peer::announce();
       if (leads) target.check(p);
@@ -172,16 +170,16 @@ __global__ void __launch_bounds__(Layout::kBlock, Layout::kMinBlocks)
       exchange<kSmoothed, Layout>(shared, sums);
       sums.close();
 
-      const Constants k(p);
+      const Constants k(Plain{}, p);
       if (leads) {
-        loss = row_loss(p, index, sums, target_logit, weight, k);
+        loss = unweighted_loss(sums, target_logit, weight, k);
         store_row(p, index, loss, sums);
       }
       if (p.grad.data) {
-        const double scale = row_scale(p, index, k);
+        const double scale = unweighted_scale(p, index, k);
         const float coefficient = static_cast<float>(k.smoothing.smooth);
         const RowGradient<float> gradient =
-            index_gradient(sums.max, sums.rest, target_logit, weight, scale, k);
+            index_gradient(sums.max, sums.rest, sums.max, weight, scale, k);
         const float target_value =
             target_gradient(sums.max, sums.rest, target_logit, weight, scale, k);
         if (single >= 0) {

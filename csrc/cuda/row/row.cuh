@@ -108,6 +108,10 @@ __device__ __forceinline__ double sample_weight(const Problem& p, const Index& r
   return weight.data ? load_value<double>(weight, row.offset(p, weight)) : 1.0;
 }
 
+// For kernels whose rows are plain (Problem::has_plain_rows()): what they do not ask about takes no
+// registers.
+struct Plain {};
+
 // The row's class. It is not counted where the class is the ignored one, the row has no weight, or,
 // if that is allowed, the class is none.
 struct RowTarget {
@@ -115,9 +119,13 @@ struct RowTarget {
   bool is_counted;
 
   template <class Index>
-  __device__ __forceinline__ RowTarget(const Problem& p, const Index& row)
+  __device__ __forceinline__ RowTarget(Plain, const Problem& p, const Index& row)
       : index(p.probabilities ? -1 : load_index(p.target, row.offset(p, p.target))),
-        is_counted(p.probabilities || index != p.options.ignore_index) {
+        is_counted(p.probabilities || index != p.options.ignore_index) {}
+
+  template <class Index>
+  __device__ __forceinline__ RowTarget(const Problem& p, const Index& row)
+      : RowTarget(Plain{}, p, row) {
     if (p.weighs_samples()) is_counted &= sample_weight(p, row) != 0.0;
     if (p.allows_bad_targets() && !p.probabilities) is_counted &= in_range(p);
   }
@@ -172,12 +180,14 @@ __device__ __forceinline__ double z_denominator(const Problem& p) {
 struct Constants : Common<double> {
   double inverse_denominator;
 
-  __device__ __forceinline__ explicit Constants(const Problem& p) : Common<double>(p) {
+  __device__ __forceinline__ Constants(Plain, const Problem& p) : Common<double>(p) {
     // Loaded only now: sooner, and kernels spill on compute capability 10.0.
     weight_sum = p.totals ? p.totals->weight_sum : p.known.weight_sum;
-    const double divisor = denominator(p);
-    inverse_denominator = 1.0 / divisor;
-    if (p.options.z_loss > 0.0) set_totals(p, {weight_sum, divisor, z_denominator(p)});
+    inverse_denominator = 1.0 / denominator(p);
+  }
+
+  __device__ __forceinline__ explicit Constants(const Problem& p) : Constants(Plain{}, p) {
+    if (p.options.z_loss > 0.0) set_totals(p, {weight_sum, denominator(p), z_denominator(p)});
   }
 };
 
@@ -249,20 +259,27 @@ struct Pow {
 
 // Where the target is probabilities, its logit and weight are not looked at, and the loss may be
 // wider than the logits. No loss but a focal one depends on inverse_total.
-template <bool kProbabilities = false, bool kMayFocus = false, class Index, class Sums, class A>
-__device__ __forceinline__ auto row_loss(const Problem& p, const Index& index, const Sums& sums,
-                                         A target_logit, A target_weight, const Constants& k) {
+template <bool kProbabilities = false, bool kMayFocus = false, class Sums, class A>
+__device__ __forceinline__ auto unweighted_loss(const Sums& sums, A target_logit, A target_weight,
+                                                const Constants& k) {
   const A rest = defined_rest(sums.rest, sums.max);
-  const double of_sample = sample_weight(p, index);
   if constexpr (kProbabilities) {
-    return of_sample * probability_row(sums.max, rest, sums.mass, k).loss(sums.gaps);
+    return probability_row(sums.max, rest, sums.mass, k).loss(sums.gaps);
   } else {
     const bool focuses = kMayFocus && k.focal_gamma > 0.0;
     const A inverse = focuses ? A(1) / (A(1) + rest) : A(0);
     auto row = index_row(sums.max, rest, inverse, target_logit, target_weight, k);
     if (focuses) row.focus(Pow{});
-    return static_cast<A>(of_sample) * row.loss(sums.gaps);
+    return row.loss(sums.gaps);
   }
+}
+
+template <bool kProbabilities = false, bool kMayFocus = false, class Index, class Sums, class A>
+__device__ __forceinline__ auto row_loss(const Problem& p, const Index& index, const Sums& sums,
+                                         A target_logit, A target_weight, const Constants& k) {
+  auto loss = unweighted_loss<kProbabilities, kMayFocus>(sums, target_logit, target_weight, k);
+  if (p.weighs_samples()) loss *= sample_weight(p, index);
+  return loss;
 }
 
 // The gradient of a row, from what is the same for all its classes.
@@ -328,11 +345,16 @@ __device__ __forceinline__ RowGradient<A> row_gradient(A max, A rest, double mas
 
 // What the row's gradient is multiplied by.
 template <class Index>
+__device__ __forceinline__ double unweighted_scale(const Problem& p, const Index& row,
+                                                   const Constants& k) {
+  if (!p.grad_output.data) return k.inverse_denominator;
+  return load_value<double>(p.grad_output, row.offset(p, p.grad_output)) * k.inverse_denominator;
+}
+
+template <class Index>
 __device__ __forceinline__ double row_scale(const Problem& p, const Index& row,
                                             const Constants& k) {
-  const double scale = sample_weight(p, row) * k.inverse_denominator;
-  if (!p.grad_output.data) return scale;
-  return load_value<double>(p.grad_output, row.offset(p, p.grad_output)) * scale;
+  return sample_weight(p, row) * unweighted_scale(p, row, k);
 }
 
 // By one thread of the row's.

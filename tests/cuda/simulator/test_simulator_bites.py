@@ -72,8 +72,8 @@ FAULTS = {
     ),
     "target's logit read when it may be overwritten": Fault(
         "on_chip.cuh",
-        "loss = row_loss(sums, target_logit, weight, k);",
-        "loss = row_loss(sums, widen(x[target.index]), weight, k);",
+        "loss = unweighted_loss(sums, target_logit, weight, k);",
+        "loss = unweighted_loss(sums, widen(x[target.index]), weight, k);",
         "on_chip_bfloat16",
         BLOCK,
     ),
@@ -143,8 +143,8 @@ FAULTS = {
     ),
     "gradient written beyond its row": Fault(
         "general.cuh",
-        "grad[c * p.grad.class_stride] = narrow<T>(slope * value);",
-        "grad[(c + 1) * p.grad.class_stride] = narrow<T>(slope * value);",
+        "grad[c * p.grad.class_stride] = narrow<T>(value);",
+        "grad[(c + 1) * p.grad.class_stride] = narrow<T>(value);",
         "general_forward",
         REGIMES["two reads"],
     ),
