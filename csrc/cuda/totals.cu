@@ -39,16 +39,28 @@ __device__ CountedRows add_threads(CountedRows x, Shared& shared) {
 
 template <class A>
 __device__ CountedRows add_counted_rows(const Problem& p) {
-  CountedRows counted;
+  const int64_t first = blockIdx.x * int64_t{kThreads} + threadIdx.x;
   const int64_t step = gridDim.x * int64_t{kThreads};
+  if (!p.options.weight.data && !p.weighs_samples() && !p.allows_bad_targets()) {
+    double rows = 0;
 #pragma unroll 4
-  for (int64_t r = blockIdx.x * int64_t{kThreads} + threadIdx.x; r < p.rows; r += step) {
+    for (int64_t r = first; r < p.rows; r += step) {
+      const RowTarget target(Plain{}, p, RowIndex(p, r));
+      if (!target.is_counted) continue;
+      target.check(p);
+      rows += 1.0;
+    }
+    return {rows, rows, rows};
+  }
+  CountedRows counted;
+#pragma unroll 1  // more would take more registers than there are
+  for (int64_t r = first; r < p.rows; r += step) {
     const RowIndex row(p, r);
-    const RowTarget target(p, row);
-    // A row whose class is none counts for the mean, as one of weight 1.
-    if (!target.is_counted && !target.is_no_class(p, row)) continue;
-    if (!p.allows_bad_targets() && !p.probabilities) target.check(p);
+    const RowTarget target(Plain{}, p, row);
     const double of_sample = sample_weight(p, row);
+    if (!target.is_counted || of_sample == 0.0) continue;
+    // A row whose class is none counts for the mean, as one of weight 1, where there may be such.
+    if (!p.allows_bad_targets() && !p.probabilities) target.check(p);
     counted += {of_sample * target.weight<A>(p), of_sample, 1.0};
   }
   return counted;
@@ -63,7 +75,7 @@ __device__ CountedRows add_class_weights(const Problem& p) {
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     totals_kernel(const __grid_constant__ Problem p, const __grid_constant__ TotalsWork work) {
   Shared& shared = *static_cast<Shared*>(shared_memory());
   if (gridDim.x == 1)

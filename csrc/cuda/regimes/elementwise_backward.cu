@@ -34,8 +34,9 @@ __device__ __forceinline__ float element(const Pack<T> (&packs)[kPacks], int dis
   return x;
 }
 
-template <class T, bool kSmoothed>
-__global__ void __launch_bounds__(kBlock, kResidentBlocks)
+// Rows that are not plain take more registers than four blocks of a multiprocessor have.
+template <class T, bool kSmoothed, bool kPlain>
+__global__ void __launch_bounds__(kBlock, kPlain ? kResidentBlocks : kResidentBlocks - 1)
     elementwise_backward_kernel(const __grid_constant__ Problem p, When when, Stretches stretches,
                                 const Unpacking unpacking) {
   if (when == When::kUnlessGradOutputIsOne && grad_output_is_one(p)) return;
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kBlock, kResidentBlocks)
     const int64_t r = divide(s, stretches.per_row);
     const int stretch = static_cast<int>(s - r * stretches.per_row);
     const ShortRowIndex index(p, r);
-    const RowTarget target(p, index);
+    const RowTarget target = row_target<kPlain>(p, index);
     const T* x = static_cast<const T*>(p.input.data) + index.offset(p, p.input);
     T* grad = static_cast<T*>(p.grad.data) + index.offset(p, p.grad);
     const VectorRow<T> row(x, p.classes);
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kBlock, kResidentBlocks)
     const int single = stretch == 0 ? row.single(thread, p.classes) : -1;
 
     if (!target.is_counted) {
-      const float value = target.uncounted_value(p, index);
+      const float value = kPlain ? 0.0f : target.uncounted_value(p, index);
 #pragma unroll
       for (int i = 0; i < kPacks; i++) {
         const int pack = begin + i * stretches.threads;
@@ -72,11 +73,11 @@ __global__ void __launch_bounds__(kBlock, kResidentBlocks)
       packs[i] = pack < row.packs ? Pack<T>::load(x + row.first(pack)) : Pack<T>::filled(0);
     }
     const float own = single >= 0 ? widen(x[single]) : 0.0f;
-    const Constants k(p);
+    const Constants k = constants<kPlain>(p);
     const float coefficient = static_cast<float>(k.smoothing.smooth);
     const float max = load_max<float>(p, index), rest = load_rest<float>(p, index);
     const float weight = target.weight<float>(p);
-    const double scale = row_scale(p, index, k);
+    const double scale = kPlain ? unweighted_scale(p, index, k) : row_scale(p, index, k);
     const int t = static_cast<int>(target.index);
     // Seen from the first of this thread's packs.
     const int distance = t - row.first(begin), step = stretches.threads * kPack;
@@ -122,9 +123,12 @@ void elementwise_backward(const Problem& p, const Device& device, When when, Str
   const Grid grid{backward_blocks(wanted, device, when), kBlock};
   with_vector_type(p, [&](auto zero) {
     using T = decltype(zero);
-    const auto kernel = p.is_smoothed() ? elementwise_backward_kernel<T, true>
-                                        : elementwise_backward_kernel<T, false>;
-    launch_kernel(kernel, grid, stream, p, when, stretches, Unpacking{});
+    const auto launch = [&](auto plain) {
+      const auto kernel = p.is_smoothed() ? elementwise_backward_kernel<T, true, plain>
+                                          : elementwise_backward_kernel<T, false, plain>;
+      launch_kernel(kernel, grid, stream, p, when, stretches, Unpacking{});
+    };
+    p.has_plain_rows() ? launch(std::true_type{}) : launch(std::false_type{});
   });
 }
 

@@ -191,6 +191,22 @@ struct Constants : Common<double> {
   }
 };
 
+template <bool kPlain>
+__device__ __forceinline__ Constants constants(const Problem& p) {
+  if constexpr (kPlain)
+    return Constants(Plain{}, p);
+  else
+    return Constants(p);
+}
+
+template <bool kPlain, class Index>
+__device__ __forceinline__ RowTarget row_target(const Problem& p, const Index& row) {
+  if constexpr (kPlain)
+    return RowTarget(Plain{}, p, row);
+  else
+    return RowTarget(p, row);
+}
+
 // The coefficient of every class where the target is an index and no class has a weight.
 __device__ __forceinline__ float unweighted_coefficient(const Problem& p) {
   return static_cast<float>(Smoothing<double>(p.options.label_smoothing, p.classes).smooth);
