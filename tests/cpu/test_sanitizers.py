@@ -64,9 +64,9 @@ MEMORY_FAULTS = (
         Fault(
             "gradient written beyond a row",
             "row_kernel.h",
-            "A* out = terms_in_grad_ ? term_block(r, b) : buffer_;",
-            "A* out = terms_in_grad_ ? term_block(r, b) : buffer_;"
-            + WRITE.format("out[terms_in_grad_ ? n : 0]"),
+            "A* out = grad_direct_ ? grad_block(r, b) : buffer_;",
+            "A* out = grad_direct_ ? grad_block(r, b) : buffer_;"
+            + WRITE.format("out[grad_direct_ ? n : 0]"),
             "row_kernels_float_forward",
         ),
         "heap-buffer-overflow",
@@ -109,8 +109,9 @@ MEMORY_FAULTS = (
         Fault(
             "converted weights freed before their use",
             "checks.cpp",
-            "  return {checked_data(Facts(*tensor), name), *dtype_of(dtype)};",
-            "  const Values values{checked_data(Facts(*tensor), name), *dtype_of(dtype)};\n"
+            "  return {checked_data(Facts(*tensor), name), *dtype_of(dtype), facts.numel};",
+            "  void* data = checked_data(Facts(*tensor), name);\n"
+            "  const Values values{data, *dtype_of(dtype), facts.numel};\n"
             "  tensor.reset();\n"
             "  return values;",
             "checks",
@@ -122,8 +123,8 @@ MEMORY_FAULTS = (
         Fault(
             "indices subtracted",
             "targets.h",
-            "    counted += index != ignored ? 1 : 0;",
-            "    const int64_t gap = index - ignored; counted += gap != 0 ? 1 : 0;",
+            "    const int64_t counts = index != ignored;",
+            "    const int64_t gap = index - ignored, counts = gap != 0;",
             "kernels",
         ),
         "signed integer overflow",
