@@ -132,8 +132,22 @@ MEMORY_FAULTS = (
 )
 
 
+# Of each sanitizer one that takes seconds to compile; the others are noticed in the same way.
+OFTEN = ("weights of any number taken", "indices subtracted")
+
+
+def marks_of(fault):
+    return () if fault.name in OFTEN else pytest.mark.rare
+
+
 @pytest.mark.parametrize(
-    ("kind", "fault", "noticed"), MEMORY_FAULTS, ids=[fault.name for _, fault, _ in MEMORY_FAULTS]
+    ("kind", "fault", "noticed"),
+    [
+        pytest.param(
+            *each, id=each[1].name, marks=() if each[1].name in OFTEN else pytest.mark.rare
+        )
+        for each in MEMORY_FAULTS
+    ],
 )
 def test_planted_fault_of_memory_is_noticed(kind, fault, noticed):
     done = fuzz(package(MEMORY, fault), CASES, capabilities()[0], "--only", kind)
@@ -168,12 +182,15 @@ def test_order_of_accesses_is_left_to_no_chance():
             "for (int64_t t = begin; t < end; t++) scans[0] = scans[t] =",
             "kernels",
         ),
-        Fault(
-            "threads take one kernel",
-            "parts.h",
-            "if (lock.owns_lock()) return",
-            "return",
-            "row_kernels_float_forward",
+        pytest.param(
+            Fault(
+                "threads take one kernel",
+                "parts.h",
+                "if (lock.owns_lock()) return",
+                "return",
+                "row_kernels_float_forward",
+            ),
+            marks=pytest.mark.rare,
         ),
     ],
     ids=lambda fault: fault.name,
