@@ -52,7 +52,7 @@ MEMORY_FAULTS = (
         "loss",
         Fault(
             "logit read beyond a row",
-            "row_kernel.h",
+            "rows/row_kernel.h",
             "static Extent<A> extent_of(const A* x, Count n) {",
             "static Extent<A> extent_of(const A* x, Count n) {" + READ.format("x[n]"),
             "row_kernels_float_forward",
@@ -63,7 +63,7 @@ MEMORY_FAULTS = (
         "loss",
         Fault(
             "gradient written beyond a row",
-            "row_kernel.h",
+            "rows/row_kernel.h",
             "A* out = grad_direct_ ? grad_block(r, b) : buffer_;",
             "A* out = grad_direct_ ? grad_block(r, b) : buffer_;"
             + WRITE.format("out[grad_direct_ ? n : 0]"),
