@@ -140,6 +140,7 @@ def main():
     print("without a fault")
 
 
+@pytest.mark.rare  # takes minutes; a push runs the planted one below
 @pytest.mark.slow  # for the build under the sanitizers
 def test_kernels_without_memory_write_nothing():
     done = subprocess.run(

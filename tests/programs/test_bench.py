@@ -434,6 +434,7 @@ def test_traffic_counts_each_tensor_once():
     assert probabilities.traffic(BOTH) == 3 * logits
 
 
+@pytest.mark.rare  # a push measures the loss and the heads
 @pytest.mark.slow
 def test_the_row_statistics_are_measured_beside_the_composition(tmp_path):
     printed = run("-m", "bench", "--statistics", "--quick", "--out", str(tmp_path))

@@ -64,10 +64,12 @@ def check(input, target, *, luck=2.0, **options):
     stats, grad = differentiate(ours, input, target, **options)
     same, same_grad = differentiate(composed, input, target, dim=dim, **options)
     exact, exact_grad = differentiate(composed, input.double(), target, dim=dim, **options)
+    # The maxima are those of different rows: where there is a tanh, of those that it rounded worst.
+    capped = options.get("softcap") is not None
     for name, *values in zip(FIELDS, stats, same, exact, strict=False):
         if values[1] is not None:
-            assert_as_accurate(*values, name)
-    # The maxima are those of different rows.
+            assert_as_accurate(*values, name, luck=2.0 if capped else 1.0)
+    luck = 1.5 * luck if capped else luck
     assert_as_accurate(grad, same_grad, exact_grad, "gradient", luck=luck)
     return stats, grad
 

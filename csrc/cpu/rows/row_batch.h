@@ -319,7 +319,6 @@ class RowBatch {
   // The same with every option, row by row.
   template <bool kLoss, bool kGradient>
   __attribute__((noinline)) void solve_any() {
-    const Common<A> of_loss(common_);
     for (int64_t r = 0; r < size; r++) {
       if (!is_counted(r)) {
         if (kLoss) loss_[r] = uncounted_value(r);
@@ -331,9 +330,10 @@ class RowBatch {
         if (kGradient) exp_factor[r] = row.exp_factor();
         continue;
       }
-      if (kLoss) loss_[r] = focused(index_row(r, of_loss)).loss(static_cast<A>(gaps[r]));
-      if (!kGradient) continue;
+      // In double, since a power makes more of the roundings before it.
       const IndexRow<double> row = focused(index_row(r, common_));
+      if (kLoss) loss_[r] = row.loss(gaps[r]);
+      if (!kGradient) continue;
       exp_factor[r] = (common_.spreads() ? 1.0 : scale[r]) * row.exp_factor();
       target_grad[r] = scale[r] * row.target_grad();
     }

@@ -130,7 +130,7 @@ FAULTS = {
     "ignored rows counted": Fault(
         "totals.cu",
         "if (!target.is_counted) continue;",
-        "if (!target.is_counted) counted += 1;\n    if (!target.is_counted) continue;",
+        "if (!target.is_counted) rows += 1;\n      if (!target.is_counted) continue;",
         "totals",
         TILE,
     ),
