@@ -319,17 +319,14 @@ def _extended(
 ) -> Tensor:
     """A call with options that stock does not have."""
     reason = _reason(input, target, options, given)
+    if reason is None:
+        given = given.checked(options, target.is_floating_point(), row_shape(input.shape))
+        if extensions.composes(given, options, target):
+            reason = extensions.COMPOSED
     if reason is not None:
         loss = _by_reference(input, target, options, given, reason)
         if fallback.is_on:
             fallback.warn("cross_entropy", reason)
-        return loss
-    rows = row_shape(input.shape)
-    given = given.checked(options, target.is_floating_point(), rows)
-    if extensions.composes(given, options, target):
-        loss = _by_reference(input, target, options, given, extensions.COMPOSED)
-        if fallback.is_on:
-            fallback.warn("cross_entropy", extensions.COMPOSED)
         return loss
     if requires_grad(given.denominator) or requires_grad(given.sample_weight):
 
