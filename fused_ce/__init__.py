@@ -1,5 +1,6 @@
 """Fused cross entropy for PyTorch: a drop-in for ``nn.CrossEntropyLoss``, forward and backward."""
 
+from .explaining import explain_call
 from .fallback import warn_on_fallback
 from .functional import cross_entropy, explain
 from .linear import explain_linear, linear_cross_entropy
@@ -14,6 +15,7 @@ __all__ = [
     "SoftmaxStats",
     "cross_entropy",
     "explain",
+    "explain_call",
     "explain_linear",
     "explain_linear_stats",
     "explain_stats",

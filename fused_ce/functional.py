@@ -23,6 +23,7 @@ from .eligibility import (
     stock_reason,
     stock_reason_of_logits,
 )
+from .explaining import explains
 from .extensions import Extensions, requires_grad
 from .fakes import row_shape
 from .options import DEFAULTS, NONE, Options, integer, real
@@ -218,6 +219,7 @@ cross_entropy.__prepare_scriptable__ = refusal(
 )
 
 
+@explains(cross_entropy)
 @takes_arguments_of(cross_entropy)
 def explain(*args: Any, **kwargs: Any) -> str:
     """Says how :func:`cross_entropy` would take this call, without computing anything.

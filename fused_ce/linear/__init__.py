@@ -20,6 +20,7 @@ from ..eligibility import (
     overrides,
     stock_reason_of_logits,
 )
+from ..explaining import explains
 from ..extensions import Extensions, requires_grad
 from ..options import DEFAULTS, NONE, Options
 from ..scripting import refusal
@@ -181,6 +182,7 @@ linear_cross_entropy.__prepare_scriptable__ = refusal(
 )
 
 
+@explains(linear_cross_entropy)
 @takes_arguments_of(linear_cross_entropy)
 def explain_linear(*args: Any, **kwargs: Any) -> str:
     """Says how :func:`linear_cross_entropy` would take this call, without computing anything.

@@ -19,6 +19,7 @@ from ..eligibility import (
     overrides,
     recording_reason,
 )
+from ..explaining import explains
 from ..options import integer, real
 from ..scripting import refusal
 from ..signatures import bound, takes_arguments_of
@@ -122,6 +123,7 @@ softmax_stats.__prepare_scriptable__ = refusal(
 )
 
 
+@explains(softmax_stats)
 @takes_arguments_of(softmax_stats)
 def explain_stats(*args: Any, **kwargs: Any) -> str:
     """Says how :func:`softmax_stats` would take this call, without computing anything.

@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import fallback, functional, ops, stock
 from ..eligibility import LOGIT_DTYPES, OVERRIDDEN, foreign, overrides, recording_reason
+from ..explaining import explains
 from ..linear.plan import DEVICES, Limits, Sizes, check_limits, logits_dtype
 from ..scripting import refusal
 from ..signatures import bound, takes_arguments_of
@@ -115,6 +116,7 @@ linear_softmax_stats.__prepare_scriptable__ = refusal(
 )
 
 
+@explains(linear_softmax_stats)
 @takes_arguments_of(linear_softmax_stats)
 def explain_linear_stats(*args: Any, **kwargs: Any) -> str:
     """Says how :func:`linear_softmax_stats` would take this call, without computing anything.

@@ -136,6 +136,24 @@ def test_device_without_kernels_goes_to_stock_with_a_reason(kind, built, runs, r
     assert asked == ([1] if kind == "cuda" and built else [])  # once for each device
 
 
+def test_every_function_can_be_asked_how_it_takes_a_call():
+    input, target = problem()
+    hidden, head = torch.randn(6, 3), torch.randn(5, 3)
+    calls = {
+        fused_ce.cross_entropy: (input, target),
+        fused_ce.linear_cross_entropy: (hidden, head, target),
+        fused_ce.softmax_stats: (input, target),
+        fused_ce.linear_softmax_stats: (hidden, head, target),
+    }
+    for function, arguments in calls.items():
+        assert fused_ce.explain_call(function, *arguments).startswith("fused: ")
+    sparse = fused_ce.explain_call(fused_ce.cross_entropy, input.to_sparse(), target=target)
+    assert sparse == "stock: the logits are sparse"
+    for other in (F.cross_entropy, [], None):
+        with pytest.raises(TypeError, match="expected a function of fused_ce"):
+            fused_ce.explain_call(other, input, target)
+
+
 def test_explaining_computes_and_writes_nothing():
     input, target = problem()
     before = input.detach().clone()
