@@ -38,6 +38,55 @@ def losses(draw):
 
 
 @st.composite
+def extended(draw):
+    """The same with options that stock does not have."""
+    shape = draw(shapes())
+    dtype = draw(st.sampled_from(FLOATS))
+    axis, mode = min(1, len(shape) - 1), draw(st.sampled_from(sorted(MODES)))
+    rows = shape[:axis] + shape[axis + 1 :]
+    lines = ["import torch", f"torch.manual_seed({draw(st.integers(0, 2**31))})"]
+    lines += [strided(draw, "input", shape, dtype)]
+    lines += [f"input.copy_({values(draw, shape)})"]
+    lines += targets(draw, shape, axis, dtype)
+    choices = {name: draw(values) for name, values in EXTENSIONS.items()}
+    # A power below 1 has no slope where a row is certain: what is composed is nan then.
+    lines += [
+        f"options.update({choices})",
+        "if target.is_floating_point() or options['label_smoothing'] > 0:",
+        "    options['focal_gamma'] = 0.0",
+        # Equal logits and targets leave nothing but the rounding of what cancels.
+        "options['label_smoothing'] = min(options['label_smoothing'], 0.1)",
+        # The slopes of both losses are added up before they are rounded to the logits' type: of
+        # rows that are certain the composed form keeps more of the z-loss's.
+        "if target.is_floating_point():",
+        "    options['z_loss'] = 0.0",
+        "if options['reduction'] != 'mean':",
+        "    options['denominator'] = None",
+    ]
+    if draw(st.booleans()):
+        weight = f"torch.rand({rows}).round(decimals=1).to(torch.{dtype})"
+        lines += [f"options['sample_weight'] = {weight}"]
+    if draw(st.booleans()):
+        lines += [
+            "options['dtype'] = torch.promote_types(input.dtype, torch.float32)",
+            "if 'weight' in options:",
+            "    options['weight'] = options['weight'].to(options['dtype'])",
+        ]
+    lines += [f"mode, scale = {mode!r}, {draw(st.sampled_from([1.0, 0.25, -3.0]))}"]
+    return "\n".join(lines)
+
+
+EXTENSIONS = {
+    "z_loss": st.sampled_from([0.0, 1e-4, 0.3]),
+    "logit_scale": st.sampled_from([1.0, 0.3, -2.0, 16.0]),
+    "softcap": st.sampled_from([None, None, 2.0, 30.0]),
+    "focal_gamma": st.sampled_from([0.0, 1.0, 2.0, 5.0]),
+    "denominator": st.sampled_from([None, 3.0]),
+    "on_all_ignored": st.sampled_from(["nan", "zero"]),
+}
+
+
+@st.composite
 def heads(draw):
     """`input`, `linear_weight`, `linear_bias`, `target`, `options` and `chunks`."""
     features, classes = draw(st.integers(1, 40)), draw(st.integers(1, 300))
@@ -184,4 +233,4 @@ def targets(draw, shape, axis, dtype):
     return lines
 
 
-CASES = {"loss": losses, "head": heads, "operator": calls}
+CASES = {"loss": losses, "options": extended, "head": heads, "operator": calls}

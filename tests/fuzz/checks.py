@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from support import reference
+from support.composed import composed, in_float64
 from support.reference import Outcome, ulp
 
 import fused_ce
@@ -24,6 +25,25 @@ def check_loss(input, target, options, mode, scale):
     for what, *three in zip(Outcome._fields, ours, stock, exact, strict=True):
         if three[0] is not None:
             _check_near(what, *three)
+
+
+def check_options(input, target, options, mode, scale):
+    if target.is_floating_point() and "dtype" in options:
+        target = target.to(options["dtype"])
+    ours = reference.ours(input, target, mode=mode, scale=scale, **options)
+    with reference.one_thread():
+        target = target if target.is_floating_point() else target.long()
+        plain = reference.differentiate(composed, input, target, scale=scale, **options)
+        target = target.double() if target.is_floating_point() else target
+        wide = in_float64(options) | {"dtype": None}
+        exact = reference.differentiate(composed, input.double(), target, scale=scale, **wide)
+    # A scaled logit is rounded, and its exp makes a relative error of that.
+    largest = 1.0
+    if input.numel() and options["logit_scale"] != 1.0:
+        largest = max(1.0, input.abs().amax().item() * abs(options["logit_scale"]))
+    for what, *three in zip(Outcome._fields, ours, plain, exact, strict=True):
+        if three[0] is not None:
+            _check_near(what, *three, rounded=largest)
 
 
 def check_head(input, linear_weight, linear_bias, target, options, chunks):
@@ -73,7 +93,8 @@ def _bytes(tensor):
     return whole.clone()
 
 
-def _check_near(what, ours, stock, exact):
+def _check_near(what, ours, stock, exact, rounded=1.0):
+    """`rounded` is the size of what is rounded before it is the argument of an exp."""
     assert ours.dtype == stock.dtype and ours.shape == stock.shape, what
     expected = exact.to(ours.dtype)
     finite = expected.isfinite()
@@ -84,12 +105,19 @@ def _check_near(what, ours, stock, exact):
     spacing = ulp(exact, expected.dtype)
     error, limit = ((t - exact).abs().max().item() for t in (ours, stock))
     limit = limit if math.isfinite(limit) else 0.0
+    if rounded > 1.0:
+        limit = max(limit, spacing * rounded)
     if expected.dtype == torch.float64:
         # Stock is itself the reference, of differences of numbers near 1 and of other products.
-        limit = 1e-13 * max(1.0, exact.abs().max().item())
+        limit = 1e-13 * max(1.0, exact.abs().max().item()) * rounded
     assert error <= LUCK * (limit + spacing), (
         f"the {what} is {error:.3e} off, stock's {limit:.3e}; an ulp is {spacing:.3e}"
     )
 
 
-CHECKS = {"loss": check_loss, "head": check_head, "operator": check_operator}
+CHECKS = {
+    "loss": check_loss,
+    "options": check_options,
+    "head": check_head,
+    "operator": check_operator,
+}

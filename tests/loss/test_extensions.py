@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from support.composed import composed, in_float64
 from support.devices import every_device
 from support.grids import MODES, REDUCTIONS, cases_of
 from support.reference import assert_as_accurate, differentiate, one_thread, ours
@@ -52,66 +53,6 @@ def is_valid(case):
     if case.get("mode") == "no grad" and case.get("incoming", 1.0) != 1.0:
         return False
     return case.get("denominator") is None or case.get("reduction", "mean") == "mean"
-
-
-def composed(
-    input,
-    target,
-    weight=None,
-    *,
-    ignore_index=-100,
-    reduction="mean",
-    label_smoothing=0.0,
-    dtype=None,
-    logit_scale=1.0,
-    softcap=None,
-    z_loss=0.0,
-    focal_gamma=0.0,
-    sample_weight=None,
-    denominator=None,
-    on_all_ignored="nan",
-):
-    """What people write around torch's function."""
-    axis = 1 if input.dim() > 1 else 0
-    logits = (input if dtype is None else input.to(dtype)) * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    probabilities = target.is_floating_point()
-
-    def cross_entropy(**options):
-        options = {"ignore_index": ignore_index, "reduction": "none", **options}
-        return F.cross_entropy(logits, target, **options)
-
-    losses = cross_entropy(weight=weight, label_smoothing=label_smoothing)
-    counted = torch.ones_like(losses, dtype=torch.bool)
-    if not probabilities:
-        counted = target != ignore_index
-    z_losses = z_loss * logits.logsumexp(axis).square()
-    if focal_gamma:
-        losses = losses * (1 - torch.exp(-cross_entropy())) ** focal_gamma
-    of_row = torch.ones_like(losses)
-    if sample_weight is not None:
-        of_row = sample_weight.to(losses.dtype)
-    of_row = torch.where(counted, of_row, 0)
-    losses, z_losses = (torch.where(of_row != 0, of_row * each, 0) for each in (losses, z_losses))
-    if reduction == "none":
-        return losses + z_losses
-    total = (losses + z_losses).sum()
-    if reduction == "sum" or (on_all_ignored == "zero" and not (of_row != 0).any()):
-        return total
-    if denominator is not None:
-        return total / denominator
-    weights = of_row
-    if weight is not None and not probabilities:
-        weights = of_row * weight[target.where(counted, 0)]
-    return losses.sum() / weights.sum() + z_losses.sum() / of_row.sum()
-
-
-def in_float64(options):
-    return {
-        name: value.double() if isinstance(value, torch.Tensor) else value
-        for name, value in options.items()
-    }
 
 
 def problem(rows, dtype, kind, *, scale=2.0):
@@ -188,6 +129,18 @@ def test_a_sample_without_weight_is_not_read(rows, kind, mode):
     for value, other in zip(found, whole, strict=True):
         if value is not None:
             torch.testing.assert_close(value, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["index", "probability"])
+@pytest.mark.parametrize("on_all_ignored", ["nan", "zero"])
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])  # with it the rows are counted before the loss
+@pytest.mark.on_simulator
+def test_a_mean_divides_by_class_weights_of_indices_alone(kind, mode, on_all_ignored, z_loss):
+    input, target = problem("lanes", torch.float32, kind)
+    options = {"weight": torch.rand(10) + 0.5, "sample_weight": torch.rand(70) + 0.5}
+    options |= {"on_all_ignored": on_all_ignored, "z_loss": z_loss}
+    check(input, target, options, mode)
 
 
 @pytest.mark.parametrize("rows", ["lanes", "rows of several blocks"])

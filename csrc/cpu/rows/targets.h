@@ -110,9 +110,10 @@ inline TargetScan add_rows(const Problem& p, const Tile& tile, int64_t row, int6
   return scan;
 }
 
-// Of one tile, where `weighs` says so by the class weights, which are in the accumulation type.
+// Of one tile, where `weighs` says so by the class weights, which are in the accumulation type: of
+// indices alone, since a row of probabilities has no class of its own.
 inline TargetScan scan_tile(const Problem& p, const Tile& tile, bool weighs) {
-  const bool by_class = weighs && p.options.weight.data;
+  const bool by_class = weighs && p.options.weight.data && !p.probabilities;
   const auto add = [&](int64_t row, int64_t n, const auto& target) {
     const auto with_weights = [&](const auto* weight) {
       return add_rows(p, tile, row, n, target, [=](int64_t t) -> double { return weight[t]; });
