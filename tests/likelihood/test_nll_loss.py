@@ -10,12 +10,17 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
-from support.likelihood import all_is_large, assert_same, derivatives, outcome  # noqa: F401
+from support.likelihood import (
+    LARGE,
+    assert_same,
+    derivatives,
+    outcome,
+    page_faults,
+    with_huge_pages,
+)
 from support.reference import assert_as_accurate
-from test_log_softmax import LARGE, page_faults
 
 import fused_ce
-from fused_ce import huge_pages
 from fused_ce.eligibility import LOGIT_DTYPES
 
 DTYPES = sorted(LOGIT_DTYPES, key=str)
@@ -43,7 +48,7 @@ OPTIONS = {
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.filterwarnings("ignore:size_average and reduce")
-def test_values_and_gradients_are_stocks(shape, reduction, options, all_is_large):  # noqa: F811
+def test_values_and_gradients_are_stocks(shape, reduction, options, all_is_large):
     for dtype in DTYPES:
         input, target = problem(shape, dtype)
         arguments = {"reduction": reduction, **OPTIONS[options]}
@@ -66,7 +71,7 @@ def test_values_and_gradients_are_stocks(shape, reduction, options, all_is_large
     ],
     ids=["columns", "channels last", "expanded", "sequence"],
 )
-def test_other_layouts_are_stocks_own(input, all_is_large):  # noqa: F811
+def test_other_layouts_are_stocks_own(input, all_is_large):
     target = torch.zeros((*input.shape[:1], *input.shape[2:]), dtype=torch.int64)
     ours = outcome(derivatives, fused_ce.nll_loss, input, target, order=1)
     assert_same(ours, outcome(derivatives, F.nll_loss, input, target, order=1))
@@ -100,7 +105,7 @@ X, Y = problem((6, 5))
         ((torch.randn(2, 5, 3), torch.zeros(2, 4, dtype=torch.int64)), {}),
     ],
 )
-def test_what_is_refused_is_refused_in_stocks_words(arguments, options, all_is_large):  # noqa: F811
+def test_what_is_refused_is_refused_in_stocks_words(arguments, options, all_is_large):
     input, *others = arguments
     if isinstance(input, torch.Tensor) and input.is_floating_point():
         input = input.clone().requires_grad_()
@@ -206,7 +211,7 @@ USES = [
 
 
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
-def test_whatever_is_done_with_it_has_stocks_result(use, all_is_large):  # noqa: F811
+def test_whatever_is_done_with_it_has_stocks_result(use, all_is_large):
     def pair(log_prob, *arguments, **options):
         """With a log_softmax of ours before it, whose result is that of the one that was there."""
         return fused_ce.nll_loss(log_prob, *arguments, **options)
@@ -220,7 +225,7 @@ def detached(found):
     return [value if value is None else detached(value) for value in found]
 
 
-def test_an_edit_between_the_two_ways_is_noticed_as_in_stock(all_is_large):  # noqa: F811
+def test_an_edit_between_the_two_ways_is_noticed_as_in_stock(all_is_large):
     for function in (fused_ce.nll_loss, F.nll_loss):
         leaf = torch.randn(4, 5, requires_grad=True)
         log_prob = leaf * 1
@@ -230,7 +235,7 @@ def test_an_edit_between_the_two_ways_is_noticed_as_in_stock(all_is_large):  # n
             loss.backward()
 
 
-def test_the_compiled_pair_has_the_gradient_of_stock(all_is_large):  # noqa: F811
+def test_the_compiled_pair_has_the_gradient_of_stock(all_is_large):
     input, target = torch.randn(3, 4, requires_grad=True), torch.tensor([0, 3, 1])
 
     def pair(functions, input):
@@ -300,11 +305,10 @@ def test_the_pair_is_the_cross_entropy(functions):
 
 
 @pytest.mark.not_on_simulator
+@with_huge_pages
 def test_a_large_gradient_comes_without_the_page_faults():
     input = torch.zeros(LARGE).requires_grad_()
     target = torch.arange(LARGE[0])
-    if page_faults(lambda: huge_pages.fresh(LARGE, input, torch.float32).zero_()) > 2048:
-        pytest.skip("this system gives no huge pages")
     says = fused_ce.explain_call(fused_ce.nll_loss, input, target)
     assert says == "stock: torch's kernel, writing into huge pages that are asked for"
 
@@ -316,7 +320,7 @@ def test_a_large_gradient_comes_without_the_page_faults():
     assert_same(both(fused_ce.nll_loss)(), both(F.nll_loss)())
 
 
-def test_explain_call_says_why_stocks_function_takes_a_call(all_is_large):  # noqa: F811
+def test_explain_call_says_why_stocks_function_takes_a_call(all_is_large):
     leaf = X.clone().requires_grad_()
 
     def says(*arguments, **options):

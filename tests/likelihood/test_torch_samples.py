@@ -4,7 +4,7 @@ give stock's: values, gradients and second gradients, in every type that they ar
 
 import pytest
 import torch
-from support.likelihood import all_is_large, assert_same, outcome  # noqa: F401
+from support.likelihood import assert_same, outcome
 
 import fused_ce
 
@@ -41,7 +41,7 @@ def gradients(value, leaves, order):
 
 @pytest.mark.xdist_group("torch_samples")
 @pytest.mark.parametrize("key", OURS, ids=str)
-def test_samples(key, operators, all_is_large):  # noqa: F811
+def test_samples(key, operators, all_is_large):
     operator, count = operators[key], 0
     for dtype in sorted(operator.supported_dtypes("cpu"), key=str):
         differentiable = dtype.is_floating_point
@@ -68,7 +68,7 @@ def assert_nested(ours, stock):
 
 @pytest.mark.xdist_group("torch_samples")
 @pytest.mark.parametrize("key", OURS, ids=str)
-def test_error_inputs(key, operators, all_is_large):  # noqa: F811
+def test_error_inputs(key, operators, all_is_large):
     operator = operators[key]
     if operator.error_inputs_func is None:
         pytest.skip("torch has none")
@@ -80,7 +80,7 @@ def test_error_inputs(key, operators, all_is_large):  # noqa: F811
 
 @pytest.mark.xdist_group("torch_samples")
 @pytest.mark.parametrize("name", ["LogSoftmax", "NLLLoss"])
-def test_module_samples(name, all_is_large):  # noqa: F811
+def test_module_samples(name, all_is_large):
     from torch.testing._internal.common_modules import module_db
 
     (info,) = (info for info in module_db if info.name == f"nn.{name}")
