@@ -192,7 +192,9 @@ def a_parameter(function):
 
 
 def traced(function):
-    return torch.jit.trace(lambda x: function(x, 1), torch.randn(3, 4))(torch.ones(3, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        return torch.jit.trace(lambda x: function(x, 1), torch.randn(3, 4))(torch.ones(3, 4))
 
 
 USES = [
@@ -251,6 +253,20 @@ def test_compiled_and_exported_graphs_hold_stocks_operators(all_is_large):
 def derivatives_of_square(input):
     value = F.log_softmax(input, 1)
     return [value.detach(), *torch.autograd.grad(value.square().sum(), input)]
+
+
+def test_a_graph_asks_nothing_of_a_size():
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    compiled = torch.compile(fused_ce.log_softmax, fullgraph=True, dynamic=True, backend=backend)
+    for shape in ((3, 4), (2100, 2000)):  # fewer elements than 4 Mi, and more
+        input = torch.randn(shape)
+        torch.testing.assert_close(compiled(input, 1), F.log_softmax(input, 1))
+    assert len(graphs) == 1 and "fused_ce" not in str(graphs[0].graph)
 
 
 class Named(torch.Tensor):
