@@ -55,7 +55,7 @@ struct LogitMap {
   }
 
   // What the last line consists of, for loops that are free of the question.
-  FCE_HOST_DEVICE A part_of_cap(A x) const { return factor * x / cap; }
+  FCE_HOST_DEVICE A part_of_cap(A x) const { return x * (factor / cap); }
   FCE_HOST_DEVICE Mapped bent(A tanh) const { return {cap * tanh, A(1) - tanh * tanh}; }
 };
 

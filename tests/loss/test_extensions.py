@@ -34,7 +34,7 @@ AXES = {
     "weighted": (False, True),
     "label_smoothing": (0.0, 0.1),
     "z_loss": (0.0, 1e-2),
-    "logit_scale": (1.0, 0.5),
+    "logit_scale": (1.0, 0.5, -0.7),  # a negative one makes the smallest logit the largest
     "softcap": (None, 4.0),
     "sampled": (False, True),
     "focal_gamma": (0.0, 2.0, 0.5),  # a square, and a power whose slope at 0 is infinite

@@ -440,7 +440,7 @@ class LaneKernel {
   void write_exps(int64_t c, const A* x, A* out) {
     const A* max = batch_.max;
     if constexpr (kAvx512) {
-      avx512::exp_differences(x, max, n_, out);
+      avx512::exp_differences<false>(x, 1.0f, max, n_, out);
       write_class(c, out, [=](int64_t l) { return out[l]; });
     } else {
       write_class(c, out, [=](int64_t l) { return math::exp_nonpositive(x[l] - max[l]); });

@@ -40,12 +40,14 @@ struct Extent {
 template <class A>
 struct BlockSums : RowSums<A, double> {
   Extent<A> extents[kRowBlock / kChunk];
+  A largest;  // the logit of the maximum, before the factor of all logits
 
   // Member by member: GCC 12 puts a whole value together in memory that it then reads at once,
   // which waits until all stores before it are through, those of converted logits too.
-  void begin(A largest) {
+  void begin(A largest, A factor) {
     this->rest = this->ones = this->gaps = this->mass = 0.0;
-    this->max = largest;
+    this->max = factor * largest;
+    this->largest = this->max == -kInfinity<A> ? A(0) : largest;
   }
 };
 
@@ -57,6 +59,7 @@ class RowKernel {
       : p_(p),
         batch_(p, tiling.tile_rows),
         smoothing_(p.options.label_smoothing, p.classes),
+        factor_(batch_.map.bends() ? A(1) : batch_.map.factor),
         adjacent_(p.input.class_stride == 1),
         grad_direct_(is_direct<A>(p.grad, p.grad.class_stride)),
         keeps_terms_((grad_direct_ && !batch_.map.bends()) ||
@@ -174,16 +177,27 @@ class RowKernel {
   static constexpr bool kAvx512 = kLevel == simd::Level::kAvx512 && std::is_same_v<A, float>;
   static constexpr bool kTellsNormal = !kAvx512 && std::is_same_v<A, float>;
   static constexpr auto exp_of_double = [](double x) { return math::exp_nonpositive(x); };
+
   void rewrite_gradient(int64_t r, int64_t first, int64_t last) {
-    const A factor = static_cast<A>(batch_.exp_factor[r]), max = batch_.max[r];
+    if (factor_ == A(1))
+      rewrite_gradient<false>(r, first, last);
+    else
+      rewrite_gradient<true>(r, first, last);
+  }
+
+  template <bool kScaled>
+  void rewrite_gradient(int64_t r, int64_t first, int64_t last) {
+    const A factor = static_cast<A>(batch_.exp_factor[r]), max = batch_.max[r], scale = factor_;
     write_blocks<false>(r, first, last, [&](int64_t b, int64_t n) {
       const A* x = read_logits_and_slopes(r, b, n, buffer_);
       if constexpr (kAvx512) {
         A* e = grad_direct_ ? grad_block(r, b) : buffer_;
-        avx512::exp_differences(x, max, n, e);
+        avx512::exp_differences<kScaled>(x, scale, max, n, e);
         return [=](int64_t i) { return factor * e[i]; };
       } else {
-        return [=](int64_t i) { return factor * math::exp_nonpositive(x[i] - max); };
+        return [=](int64_t i) {
+          return factor * math::exp_nonpositive((kScaled ? scale * x[i] : x[i]) - max);
+        };
       }
     });
   }
@@ -210,18 +224,24 @@ class RowKernel {
     return buffer;
   }
 
-  // With the slopes that a gradient is multiplied by, where the map bends.
+  // Bent where the map bends, with the slopes that a gradient is then multiplied by. A factor alone
+  // is left to the loop over the exps, where it costs next to nothing: logits of it times factor_.
   const A* read_logits_and_slopes(int64_t r, int64_t b, int64_t n, A* buffer) {
-    if (!batch_.map.bends()) return read_logits(r, b, n, buffer);
-    map_logits(batch_.map, read_unmapped(r, b, n, buffer), n, buffer, slopes_);
+    const A* x = read_unmapped(r, b, n, buffer);
+    if (!batch_.map.bends()) return x;
+    map_logits(batch_.map, x, n, buffer, slopes_);
     return buffer;
   }
 
-  // To where the terms will be; their slopes are kept as long.
+  // The same to where the terms will be; their slopes are kept as long.
   const A* read_logits_for_terms(int64_t r, int64_t b, int64_t n) {
     A* to = term_block(r, b);
-    if (kept_slopes_.empty()) return read_logits(r, b, n, to);
-    map_logits(batch_.map, read_unmapped(r, b, n, to), n, to, kept_slopes(r, b));
+    const A* x = read_unmapped(r, b, n, to);
+    if (!batch_.map.bends()) return x;
+    if (kept_slopes_.empty())
+      map_logits(batch_.map, x, n, to);
+    else
+      map_logits(batch_.map, x, n, to, kept_slopes(r, b));
     return to;
   }
 
@@ -259,11 +279,11 @@ class RowKernel {
     const A* x[kGroupElements];
     for (int64_t first = 0; first < batch_.size; first += group_) {
       const int64_t last = std::min(first + group_, batch_.size);
-      // In place, mapped logits come to be where they were.
-      if (p_.maps_logits()) batch_.read_target_logits(tile, first, last);
+      // In place, bent logits come to be where they were.
+      if (batch_.map.bends()) batch_.read_target_logits(tile, first, last);
       for (int64_t r = first; r < last; r++)
         if (is_counted(r)) x[r - first] = measure_block(r, 0, p_.classes, *row_blocks(r));
-      if (!p_.maps_logits()) batch_.read_target_logits(tile, first, last);
+      if (!batch_.map.bends()) batch_.read_target_logits(tile, first, last);
       for (int64_t r = first; r < last; r++)
         if (is_counted(r)) sum_block(r, 0, p_.classes, x[r - first], *row_blocks(r));
     }
@@ -272,27 +292,28 @@ class RowKernel {
   // Returns where the logits of the block are to be had as A, and finds its maximum.
   const A* measure_block(int64_t r, int64_t b, int64_t n, BlockSums<A>& sums) {
     const A* x = read_logits_for_terms(r, b, n);
-    A max = -kInfinity<A>;
+    const bool turned = factor_ < A(0);
+    Extent<A> all{kInfinity<A>, -kInfinity<A>};
     for_chunks(n, [&](int64_t i, auto count) {
       const Extent<A> extent =
-          kTellsNormal ? extent_of(x + i, count) : Extent<A>{A(0), max_of(x + i, count)};
+          kTellsNormal || turned ? extent_of(x + i, count) : Extent<A>{A(0), max_of(x + i, count)};
       sums.extents[i / kChunk] = extent;
-      max = std::max(max, extent.max);
+      all = {std::min(all.min, extent.min), std::max(all.max, extent.max)};
     });
-    sums.begin(max);
+    sums.begin(turned ? all.min : all.max, factor_);
     return x;
   }
 
   void sum_block(int64_t r, int64_t b, int64_t n, const A* x, BlockSums<A>& sums) {
     A* terms = term_block(r, b);
-    const A base = base_of(sums.max);
+    const A base = sums.largest;
     if (batch_.spreads()) add_gaps(sums, x, base, b, n, read_probabilities(r, b, n));
     TermSums<double> all;
     for_chunks(n, [&](int64_t i, auto count) {
       const Extent<A> extent = sums.extents[i / kChunk];
       if (adjacent_) prefetch(p_.input, at(input_, p_.input, r, b) + i + kRowBlock, count);
-      all.add(extent.max == base ? keep_terms<true>(x + i, count, base, extent, terms + i)
-                                 : keep_terms<false>(x + i, count, base, extent, terms + i));
+      all.add(factor_ == A(1) ? keep_terms<false>(x + i, count, base, extent, terms + i)
+                              : keep_terms<true>(x + i, count, base, extent, terms + i));
     });
     sums.add(all);
   }
@@ -316,35 +337,55 @@ class RowKernel {
     return max;
   }
 
-  // exp(x - base) of a chunk, kept and summed; kHasBase tells that some x may be the base.
-  template <bool kHasBase, class Count>
+  // exp(factor (x - base)) of a chunk, kept and summed.
+  template <bool kScaled, class Count>
   TermSums<A> keep_terms(const A* x, Count n, A base, const Extent<A>& extent, A* terms) const {
-    if constexpr (kAvx512)
-      return avx512::keep_terms<kHasBase>(x, n, base, terms);
-    else if (kTellsNormal && base - extent.min < math::kNormalExp)
-      return keep_terms<kHasBase, kTellsNormal>(x, n, base, terms);
-    else
-      return keep_terms<kHasBase, false>(x, n, base, terms);
+    return extent.max == base || (kScaled && extent.min == base)
+               ? keep_terms<kScaled, true>(x, n, base, extent, terms)
+               : keep_terms<kScaled, false>(x, n, base, extent, terms);
   }
 
-  template <bool kHasBase, bool kIsNormal, class Count>
-  static TermSums<A> keep_terms(const A* x, Count n, A base, A* terms) {
-    if constexpr (std::is_same_v<Count, int64_t>) {
-      const int64_t whole = n < kVector ? n : n / kVector * kVector;
-      TermSums<A> sums = keep_vectors<kHasBase, kIsNormal>(x, whole, base, terms);
-      if (whole < n) keep_tail(x + whole, n - whole, base, terms + whole, sums);
-      return sums;
+  // kHasBase tells that some x may be the base.
+  template <bool kScaled, bool kHasBase, class Count>
+  TermSums<A> keep_terms(const A* x, Count n, A base, const Extent<A>& extent, A* terms) const {
+    if constexpr (kAvx512) {
+      return avx512::keep_terms<kScaled, kHasBase>(x, factor_, n, base, terms);
     } else {
-      return keep_vectors<kHasBase, kIsNormal>(x, n, base, terms);
+      const A least = kScaled
+                          ? std::max(factor_ * (base - extent.min), factor_ * (base - extent.max))
+                          : base - extent.min;
+      if (kTellsNormal && least < math::kNormalExp)
+        return keep_terms<kScaled, kHasBase, kTellsNormal>(x, n, base, terms);
+      return keep_terms<kScaled, kHasBase, false>(x, n, base, terms);
     }
   }
 
-  template <bool kHasBase, bool kIsNormal, class Count>
-  static TermSums<A> keep_vectors(const A* x, Count n, A base, A* terms) {
+  template <bool kScaled, bool kHasBase, bool kIsNormal, class Count>
+  TermSums<A> keep_terms(const A* x, Count n, A base, A* terms) const {
+    const Difference<kScaled> difference{factor_, base};
+    if constexpr (std::is_same_v<Count, int64_t>) {
+      const int64_t whole = n < kVector ? n : n / kVector * kVector;
+      TermSums<A> sums = keep_vectors<kHasBase, kIsNormal>(x, whole, difference, terms);
+      if (whole < n) keep_tail(x + whole, n - whole, difference, terms + whole, sums);
+      return sums;
+    } else {
+      return keep_vectors<kHasBase, kIsNormal>(x, n, difference, terms);
+    }
+  }
+
+  // The difference comes before the factor: that of the base is 0, however the product is rounded.
+  template <bool kScaled>
+  struct Difference {
+    A factor, base;
+    A operator()(A x) const { return kScaled ? factor * (x - base) : x - base; }
+  };
+
+  template <bool kHasBase, bool kIsNormal, class Count, class Of>
+  static TermSums<A> keep_vectors(const A* x, Count n, Of difference_of, A* terms) {
     A sum = A(0), ones = A(0);
 #pragma omp simd reduction(+ : sum, ones)
     for (int64_t i = 0; i < n; i++) {
-      const A difference = x[i] - base;
+      const A difference = difference_of(x[i]);
       const A e = kIsNormal ? math::exp_normal(difference) : math::exp_nonpositive(difference);
       terms[i] = e;
       if (kHasBase) {
@@ -359,13 +400,14 @@ class RowKernel {
 
   // The last few elements of a row: one exp of a whole vector that ends with them is cheaper than
   // some one by one. What comes before them in the vector may be terms already, and is left alone.
-  static void keep_tail(const A* x, int64_t n, A base, A* terms, TermSums<A>& sums) {
+  template <class Of>
+  static void keep_tail(const A* x, int64_t n, Of difference_of, A* terms, TermSums<A>& sums) {
     alignas(kLine) A tail[kVector];
     const A* vector = x + n - kVector;
 #pragma omp simd
-    for (int64_t i = 0; i < kVector; i++) tail[i] = math::exp_nonpositive(vector[i] - base);
+    for (int64_t i = 0; i < kVector; i++) tail[i] = math::exp_nonpositive(difference_of(vector[i]));
     for (int64_t i = 0; i < n; i++) {
-      const bool is_base = x[i] == base;
+      const bool is_base = difference_of(x[i]) == A(0);
       const A e = tail[kVector - n + i];
       terms[i] = e;
       sums.ones += is_base ? A(1) : A(0);
@@ -376,8 +418,10 @@ class RowKernel {
   void add_gaps(BlockSums<A>& sums, const A* x, A base, int64_t b, int64_t n, const A* q) {
     with_coefficients(p_, b, n, q, smoothing_, coefficients_, [&](auto coefficient) {
       for_chunks(n, [&](int64_t first, auto count) {
-        sums.add(
-            gaps_of(x + first, count, base, [&](int64_t i) { return coefficient(first + i); }));
+        TermSums<double> found =
+            gaps_of(x + first, count, base, [&](int64_t i) { return coefficient(first + i); });
+        found.gaps *= factor_;
+        sums.add(found);
       });
     });
   }
@@ -464,7 +508,8 @@ class RowKernel {
       const auto differentiate = [&](auto coefficient) {
 #pragma omp simd
         for (int64_t i = 0; i < n; i++)
-          buffer_[i] = scale * (factor * math::exp_nonpositive(x[i] - max) - coefficient(i));
+          buffer_[i] =
+              scale * (factor * math::exp_nonpositive(factor_ * x[i] - max) - coefficient(i));
       };
       if (batch_.spreads())
         with_coefficients(p_, b, n, read_probabilities(r, b, n), smoothing_, coefficients_,
@@ -502,6 +547,7 @@ class RowKernel {
   const Problem& p_;
   RowBatch<A> batch_;
   const Smoothing<A> smoothing_;
+  const A factor_;  // of what is read for exps
   const bool adjacent_, grad_direct_, keeps_terms_;
   const int64_t group_;
   const Scratch<A> terms_, kept_slopes_, buffers_;

@@ -75,15 +75,16 @@ FCE_TARGET inline void for_vectors(int64_t n, Step& step) {
   if (i < n) step.at(i, __mmask16((1u << (n - i)) - 1));
 }
 
-template <bool kHasBase>
+template <bool kScaled, bool kHasBase>
 struct RowTerms {
   const float* x;
-  float base;
+  float factor, base;
   float* terms;
   __m512 sum, ones;
 
   FCE_TARGET void at(int64_t i, __mmask16 lanes) {
-    const __m512 difference = _mm512_sub_ps(load(x, i, lanes), _mm512_set1_ps(base));
+    __m512 difference = _mm512_sub_ps(load(x, i, lanes), _mm512_set1_ps(base));
+    if constexpr (kScaled) difference = _mm512_mul_ps(_mm512_set1_ps(factor), difference);
     const __m512 e = exp(difference);
     _mm512_mask_storeu_ps(terms + i, lanes, e);
     if constexpr (kHasBase) {
@@ -95,10 +96,12 @@ struct RowTerms {
   }
 };
 
-// Keeps the exp(x[i] - base) and sums them; kHasBase tells that some x[i] may be base.
-template <bool kHasBase>
-FCE_TARGET inline TermSums<float> keep_terms(const float* x, int64_t n, float base, float* terms) {
-  RowTerms<kHasBase> step{x, base, terms, zero(), zero()};
+// Keeps the exp(x[i] - base), or exp(factor (x[i] - base)), and sums them; kHasBase tells that some
+// x[i] may be base.
+template <bool kScaled, bool kHasBase>
+FCE_TARGET inline TermSums<float> keep_terms(const float* x, float factor, int64_t n, float base,
+                                             float* terms) {
+  RowTerms<kScaled, kHasBase> step{x, factor, base, terms, zero(), zero()};
   for_vectors(n, step);
   return {sum_of(step.sum), sum_of(step.ones)};
 }
@@ -138,36 +141,41 @@ FCE_TARGET inline void keep_lane_terms(const float* x, int64_t x_stride, int64_t
   for_vectors(n, step);
 }
 
-template <class Base>
+template <bool kScaled, class Base>
 struct Exps {
   const float* x;
+  float factor;
   Base base;
   float* out;
 
   FCE_TARGET void at(int64_t i, __mmask16 lanes) const {
-    _mm512_mask_storeu_ps(out + i, lanes,
-                          exp(_mm512_sub_ps(load(x, i, lanes), load(base, i, lanes))));
+    const __m512 logits = load(x, i, lanes), bases = load(base, i, lanes);
+    const __m512 difference = kScaled ? _mm512_fmsub_ps(logits, _mm512_set1_ps(factor), bases)
+                                      : _mm512_sub_ps(logits, bases);
+    _mm512_mask_storeu_ps(out + i, lanes, exp(difference));
   }
 };
 
-// out[i] = exp(x[i] - base), or base[i]; x and out may be the same memory.
-template <class Base>
-FCE_TARGET inline void exp_differences(const float* x, Base base, int64_t n, float* out) {
-  const Exps<Base> step{x, base, out};
+// out[i] = exp(x[i] - base), or exp(factor x[i] - base), or base[i] for base; x and out may be the
+// same memory.
+template <bool kScaled, class Base>
+FCE_TARGET inline void exp_differences(const float* x, float factor, Base base, int64_t n,
+                                       float* out) {
+  const Exps<kScaled, Base> step{x, factor, base, out};
   for_vectors(n, step);
 }
 
 #else
 
-template <bool kHasBase>
-inline TermSums<float> keep_terms(const float*, int64_t, float, float*) {
+template <bool kScaled, bool kHasBase>
+inline TermSums<float> keep_terms(const float*, float, int64_t, float, float*) {
   return {};
 }
 template <int kClasses>
 inline void keep_lane_terms(const float*, int64_t, int64_t, const float*, float*, int64_t, float*,
                             float*) {}
-template <class Base>
-inline void exp_differences(const float*, Base, int64_t, float*) {}
+template <bool kScaled, class Base>
+inline void exp_differences(const float*, float, Base, int64_t, float*) {}
 
 #endif
 

@@ -134,14 +134,12 @@ inline double log1p_nonnegative(double y, double inverse) {
 constexpr double kSmallTanh = 0.625;
 
 inline float tanh(float x) {
-  float a = std::fabs(x), z = a * a;
-  float p = -5.70498872745e-3f;
-  p = p * z + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
+  float a = std::fabs(x), z = a * a, zz = z * z;
+  float p = (2.06390887954e-2f - 5.70498872745e-3f * z) * zz +
+            (1.33314422036e-1f - 5.37397155531e-2f * z);
   p = p * z - 3.33332819422e-1f;
-  float e = exp_nonpositive(-2.0f * a);
-  float small = p * z * a + a, other = 1.0f - 2.0f * e / (1.0f + e);
+  float e = exp_normal(-2.0f * (10.0f < a ? 10.0f : a));  // from 9.02 on tanh is 1
+  float small = p * (z * a) + a, other = 1.0f - 2.0f * e / (1.0f + e);
   return std::copysign(a < static_cast<float>(kSmallTanh) ? small : other, x);
 }
 

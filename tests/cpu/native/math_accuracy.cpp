@@ -102,7 +102,7 @@ int main(int, char** argv) {
   if (fused_ce::cpu::simd::level() == fused_ce::cpu::simd::Level::kAvx512)
     report("exp_avx512", sweep_spans<float>(
                              [](const float* x, int64_t n, float* y) {
-                               fused_ce::cpu::avx512::exp_differences(x, 0.0f, n, y);
+                               fused_ce::cpu::avx512::exp_differences<false>(x, 1.0f, 0.0f, n, y);
                              },
                              exp,
                              [&](float& x) {
