@@ -6,6 +6,7 @@ from .functional import cross_entropy, explain
 from .likelihood import log_softmax, nll_loss
 from .linear import explain_linear, linear_cross_entropy
 from .modules import CrossEntropyLoss, LinearCrossEntropyLoss, LogSoftmax, NLLLoss
+from .patching import patch, unpatch
 from .statistics import SoftmaxStats, explain_stats, softmax_stats
 from .statistics.linear import explain_linear_stats, linear_softmax_stats
 
@@ -26,6 +27,8 @@ __all__ = [
     "linear_softmax_stats",
     "log_softmax",
     "nll_loss",
+    "patch",
     "softmax_stats",
+    "unpatch",
     "warn_on_fallback",
 ]

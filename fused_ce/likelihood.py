@@ -21,7 +21,7 @@ from torch.overrides import (
 from . import huge_pages, stock
 from .eligibility import LOGIT_DTYPES, OVERRIDDEN, foreign, overrides, recording_reason
 from .explaining import explains
-from .scripting import refusal
+from .scripting import stocks_or_refusal
 from .signatures import bound
 
 _HUGE_PAGES = "torch's kernel, writing into huge pages that are asked for"
@@ -147,10 +147,12 @@ def nll_loss(
     return stock.nll_loss_nd(*arguments)
 
 
-log_softmax.__prepare_scriptable__ = refusal(
-    "log_softmax", "torch.nn.functional.log_softmax", "both"
+log_softmax.__prepare_scriptable__ = stocks_or_refusal(
+    log_softmax, stock.own_log_softmax, "torch.nn.functional.log_softmax", "both"
 )
-nll_loss.__prepare_scriptable__ = refusal("nll_loss", "torch.nn.functional.nll_loss", "both")
+nll_loss.__prepare_scriptable__ = stocks_or_refusal(
+    nll_loss, stock.own_nll_loss, "torch.nn.functional.nll_loss", "both"
+)
 
 
 @explains(log_softmax)

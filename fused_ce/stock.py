@@ -103,13 +103,13 @@ def _public_nll_loss(
     return nll_loss_nd(input, target, weight, _Reduction.get_enum(reduction), ignore_index)
 
 
-def _torchs_own(name: str, otherwise: Callable) -> Callable:
+def _torchs_own(name: str, otherwise: Callable | None) -> Callable | None:
     """The object that was this attribute of ``torch.nn.functional`` when torch was loaded.
 
     A library that has replaced it may have wrapped it; one that did not has left nothing to find,
     and then there is only what a function above computes.
     """
-    function = getattr(F, name)
+    function = getattr(F, name, None)
     while function is not None:
         if getattr(function, "__globals__", None) is F.__dict__:
             return function
@@ -117,7 +117,8 @@ def _torchs_own(name: str, otherwise: Callable) -> Callable:
     return otherwise
 
 
-_own = _torchs_own("cross_entropy", _public)
+own_cross_entropy = _torchs_own("cross_entropy", _public)
+own_linear_cross_entropy = _torchs_own("linear_cross_entropy", None)
 own_log_softmax = _torchs_own("log_softmax", _public_log_softmax)
 own_nll_loss = _torchs_own("nll_loss", _public_nll_loss)
 
@@ -126,7 +127,9 @@ def overridden(input: Tensor, target: Tensor, weight: Tensor | None, **arguments
     """Hands the call to a ``__torch_function__``, which looks for the function in a table of
     torch's."""
     tensors = (input, target, weight)
-    return handle_torch_function(_own, tensors, input, target, weight=weight, **arguments)
+    return handle_torch_function(
+        own_cross_entropy, tensors, input, target, weight=weight, **arguments
+    )
 
 
 # The whole formula, with every option, for its derivatives of any order.
