@@ -37,8 +37,10 @@ BIN := $(VENV)/bin
 LIBRARY := fused_ce/_C.so
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 CXX_FILES := $(SOURCES) $(shell find tests -name '*.h' -o -name '*.cpp')
-# What replaces the pins; 2.11, for one, refuses the newest setuptools.
-OTHER_TORCH := s|^torch==.*|$(TORCH)|; s|^setuptools==|setuptools>=77,<=|
+# What replaces the pins; 2.11, for one, refuses the newest setuptools. What goes with one torch alone
+# is left out.
+OTHER_TORCH := s|^torch==.*|$(TORCH)|; s|^setuptools==|setuptools>=77,<=|; \
+	/^torchvision=/d; /^timm=/d; /^segmentation-models-pytorch=/d
 INSTALLED := $(VENV)/.installed-$(subst /,_,$(if $(TORCH),$(TORCH),pinned))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

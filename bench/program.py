@@ -29,6 +29,9 @@ from bench.loss.cases import TABLES, NoSuchCase, select
 from bench.loss.providers import PROVIDERS, usual
 from bench.loss.record import Record
 from bench.loss.run import run as run_cases
+from bench.losses.measure import LossesFigures
+from bench.losses.providers import PROVIDERS as LOSSES_PROVIDERS
+from bench.losses.run import run as run_losses
 from bench.scaling.measure import PROVIDERS as SIZE_PROVIDERS
 from bench.scaling.run import run as run_sizes
 from bench.statistics.measure import StatisticsFigures
@@ -40,11 +43,16 @@ RUNS = {
     "bench": run_cases,
     "linear": run_heads,
     "statistics": run_statistics,
+    "losses": run_losses,
     "scaling": run_sizes,
     "against": run_builds,
 }
 # Of the kinds that have providers of their own.
-OWN_PROVIDERS = {"linear": HEAD_PROVIDERS, "statistics": STATISTICS_PROVIDERS}
+OWN_PROVIDERS = {
+    "linear": HEAD_PROVIDERS,
+    "statistics": STATISTICS_PROVIDERS,
+    "losses": LOSSES_PROVIDERS,
+}
 
 
 def parse(command_line: Sequence[str] | None) -> argparse.Namespace:
@@ -94,6 +102,11 @@ def parse(command_line: Sequence[str] | None) -> argparse.Namespace:
         "--statistics",
         action="store_true",
         help="instead of the cases: log-probability and entropy, of logits and of a head",
+    )
+    parser.add_argument(
+        "--losses",
+        action="store_true",
+        help="instead of the cases: the losses beside the cross entropy, as BCE and log_softmax",
     )
     parser.add_argument(
         "--against",
@@ -149,7 +162,9 @@ def main(command_line: Sequence[str] | None = None) -> int:
         facts["against"] = commit(args.against)
     start, records = perf_counter(), []
 
-    def write(records: Sequence[Record | HeadFigures | StatisticsFigures | Comparison]) -> None:
+    def write(
+        records: Sequence[Record | HeadFigures | StatisticsFigures | LossesFigures | Comparison],
+    ) -> None:
         data = {
             "kind": args.kind,
             "machine": facts,

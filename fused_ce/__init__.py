@@ -3,8 +3,10 @@
 from .explaining import explain_call
 from .fallback import warn_on_fallback
 from .functional import cross_entropy, explain
+from .likelihood import log_softmax, nll_loss
 from .linear import explain_linear, linear_cross_entropy
-from .modules import CrossEntropyLoss, LinearCrossEntropyLoss
+from .modules import CrossEntropyLoss, LinearCrossEntropyLoss, LogSoftmax, NLLLoss
+from .patching import patch, unpatch
 from .statistics import SoftmaxStats, explain_stats, softmax_stats
 from .statistics.linear import explain_linear_stats, linear_softmax_stats
 
@@ -12,6 +14,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CrossEntropyLoss",
     "LinearCrossEntropyLoss",
+    "LogSoftmax",
+    "NLLLoss",
     "SoftmaxStats",
     "cross_entropy",
     "explain",
@@ -21,6 +25,10 @@ __all__ = [
     "explain_stats",
     "linear_cross_entropy",
     "linear_softmax_stats",
+    "log_softmax",
+    "nll_loss",
+    "patch",
     "softmax_stats",
+    "unpatch",
     "warn_on_fallback",
 ]

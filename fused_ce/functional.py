@@ -27,7 +27,7 @@ from .explaining import explains
 from .extensions import Extensions, requires_grad
 from .fakes import row_shape
 from .options import DEFAULTS, NONE, Options, integer, real
-from .scripting import refusal
+from .scripting import stocks_or_refusal
 from .signatures import bound, takes_arguments_of
 
 # The defaults as objects, for a call to see at once that nothing but them was given.
@@ -214,8 +214,8 @@ _NO_TENSORS = DEFAULTS[1 : Options._fields.index("reduction")]
 _NO_NUMBERS = DEFAULTS[Options._fields.index("softcap") : -1]
 
 
-cross_entropy.__prepare_scriptable__ = refusal(
-    "cross_entropy", "torch.nn.functional.cross_entropy", "both"
+cross_entropy.__prepare_scriptable__ = stocks_or_refusal(
+    cross_entropy, stock.own_cross_entropy, "torch.nn.functional.cross_entropy", "both"
 )
 
 

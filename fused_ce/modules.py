@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _WeightedLoss
 
 from .functional import cross_entropy
+from .likelihood import log_softmax, nll_loss
 from .linear import linear_cross_entropy
 from .scripting import refusal
 from .signatures import keyword_options
@@ -229,4 +230,67 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
             label_smoothing=self.label_smoothing,
             options=self.options,
             **self._options_of(options),
+        )
+
+
+class LogSoftmax(nn.LogSoftmax):
+    """The logarithm of the softmax along a dimension; a drop-in for :class:`torch.nn.LogSoftmax`.
+
+    See :func:`fused_ce.log_softmax` for the formula, and for the loss that this is half of.
+
+    Args:
+        dim (int): the dimension of the classes. Without it torch chooses one, and warns.
+
+    Shape:
+        - Input: any.
+        - Output: the input's shape, contiguous.
+
+    Example::
+
+        >>> import fused_ce
+        >>> import torch
+        >>> fused_ce.LogSoftmax(dim=1)(torch.zeros(2, 4)).exp().sum(1).tolist()
+        [1.0, 1.0]
+    """
+
+    __prepare_scriptable__ = refusal("LogSoftmax", "torch.nn.LogSoftmax", "both")
+
+    def forward(self, input: Tensor) -> Tensor:
+        return log_softmax(input, self.dim, _stacklevel=5)
+
+
+class NLLLoss(nn.NLLLoss):
+    """The negative log-likelihood of the targets; a drop-in for :class:`torch.nn.NLLLoss`.
+
+    See :func:`fused_ce.nll_loss` for the formula.
+
+    Args:
+        weight, size_average, ignore_index, reduce, reduction: as in :class:`torch.nn.NLLLoss`.
+
+    Shape:
+        - Input: :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_K)`, log-probabilities.
+        - Target: class indices of the input's shape without :math:`C`.
+        - Output: a scalar, or the target's shape for ``reduction='none'``.
+
+    Example::
+
+        >>> import fused_ce
+        >>> import torch
+        >>> criterion, log_softmax = fused_ce.NLLLoss(), fused_ce.LogSoftmax(dim=1)
+        >>> input = torch.tensor([[2.0, 0.5, 0.1]], requires_grad=True)
+        >>> loss = criterion(log_softmax(input), torch.tensor([0]))
+        >>> loss.backward()
+        >>> print(f"{loss.item():.4f}")
+        0.3168
+    """
+
+    __prepare_scriptable__ = refusal("NLLLoss", "torch.nn.NLLLoss", "both")
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return nll_loss(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
         )

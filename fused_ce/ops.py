@@ -12,7 +12,7 @@ import torch
 
 from .dynamo import constant_in_graphs
 
-_LIBRARY = Path(__file__).parent / "_C.so"
+LIBRARY = Path(__file__).parent / "_C.so"
 _MIN_TORCH = (2, 10)
 
 
@@ -22,17 +22,17 @@ def _load() -> None:
         raise ImportError(
             f"fused_ce needs torch 2.10 or newer, found {torch.__version__}; upgrade torch."
         )
-    if not _LIBRARY.exists():
+    if not LIBRARY.exists():
         raise ImportError(
-            f"fused_ce has no compiled library at {_LIBRARY}; build it with "
+            f"fused_ce has no compiled library at {LIBRARY}; build it with "
             "'pip install --no-build-isolation -e .' in the source tree, and import it from there "
             "or from elsewhere."
         )
     try:
-        torch.ops.load_library(_LIBRARY)
+        torch.ops.load_library(LIBRARY)
     except OSError as error:
         raise ImportError(
-            f"fused_ce could not load {_LIBRARY} with torch {torch.__version__}; reinstall "
+            f"fused_ce could not load {LIBRARY} with torch {torch.__version__}; reinstall "
             f"fused_ce for this machine ({error})."
         ) from error
 

@@ -1,7 +1,10 @@
-"""The error of ``torch.jit.script``, which cannot compile our functions and modules."""
+"""What ``torch.jit.script`` gets, which cannot compile our functions and modules: an error, or
+torch's function where ours is in its place."""
 
 from collections.abc import Callable
 from typing import NoReturn
+
+import torch.nn.functional as F
 
 
 def refusal(name: str, instead: str, torch_compile_takes: str) -> Callable[..., NoReturn]:
@@ -14,3 +17,18 @@ def refusal(name: str, instead: str, torch_compile_takes: str) -> Callable[..., 
         )
 
     return refuse
+
+
+def stocks_or_refusal(
+    ours: Callable, stocks: Callable | None, instead: str, torch_compile_takes: str
+) -> Callable[[], Callable]:
+    """The same of a function. A script that names torch's means torch's, whatever is there."""
+    name = ours.__name__
+    refuse = refusal(name, instead, torch_compile_takes)
+
+    def prepare() -> Callable:
+        if stocks is not None and getattr(F, name, None) is ours:
+            return stocks
+        refuse()
+
+    return prepare

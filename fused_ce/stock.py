@@ -27,7 +27,7 @@ def _beneath(name: str) -> Callable:
 
 
 _cross_entropy = _beneath("cross_entropy_loss")
-_nll_loss = _beneath("nll_loss_nd")
+nll_loss_nd = _beneath("nll_loss_nd")
 linear = _beneath("linear")
 
 
@@ -38,7 +38,7 @@ def cross_entropy(input: Tensor, target: Tensor, options: Options) -> Tensor:
 
 def nll_loss(input: Tensor, target: Tensor, options: Options) -> Tensor:
     target = _as_stock_takes(target, input)
-    return _nll_loss(input, target, options.weight, options.reduction, options.ignore_index)
+    return nll_loss_nd(input, target, options.weight, options.reduction, options.ignore_index)
 
 
 def _arguments(options: Options) -> tuple:
@@ -76,28 +76,60 @@ def _public(
     return _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
 
 
-def _torchs_own() -> Callable:
-    """The object that ``torch.nn.functional.cross_entropy`` was when torch was loaded.
+def _public_log_softmax(
+    input: Tensor,
+    dim: int | None = None,
+    _stacklevel: int = 3,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The same of ``log_softmax``."""
+    if dim is None:
+        dim = F._get_softmax_dim("log_softmax", input.dim(), _stacklevel)
+    return input.log_softmax(dim) if dtype is None else input.log_softmax(dim, dtype=dtype)
+
+
+def _public_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The same of ``nll_loss``."""
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    return nll_loss_nd(input, target, weight, _Reduction.get_enum(reduction), ignore_index)
+
+
+def _torchs_own(name: str, otherwise: Callable | None) -> Callable | None:
+    """The object that was this attribute of ``torch.nn.functional`` when torch was loaded.
 
     A library that has replaced it may have wrapped it; one that did not has left nothing to find,
-    and then there is only the function above.
+    and then there is only what a function above computes.
     """
-    function = F.cross_entropy
+    function = getattr(F, name, None)
     while function is not None:
         if getattr(function, "__globals__", None) is F.__dict__:
             return function
         function = getattr(function, "__wrapped__", None)
-    return _public
+    return otherwise
 
 
-_own = _torchs_own()
+own_cross_entropy = _torchs_own("cross_entropy", _public)
+own_linear_cross_entropy = _torchs_own("linear_cross_entropy", None)
+own_log_softmax = _torchs_own("log_softmax", _public_log_softmax)
+own_nll_loss = _torchs_own("nll_loss", _public_nll_loss)
 
 
 def overridden(input: Tensor, target: Tensor, weight: Tensor | None, **arguments: Any) -> Any:
     """Hands the call to a ``__torch_function__``, which looks for the function in a table of
     torch's."""
     tensors = (input, target, weight)
-    return handle_torch_function(_own, tensors, input, target, weight=weight, **arguments)
+    return handle_torch_function(
+        own_cross_entropy, tensors, input, target, weight=weight, **arguments
+    )
 
 
 # The whole formula, with every option, for its derivatives of any order.

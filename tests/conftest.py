@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from support import simulated
+from support import simulated, torchvision
 from support.devices import DEVICES, MISSING
+
+torchvision.make_importable()
 
 
 def pytest_report_header():

@@ -23,7 +23,7 @@ from ..eligibility import (
 from ..explaining import explains
 from ..extensions import Extensions, requires_grad
 from ..options import DEFAULTS, NONE, Options
-from ..scripting import refusal
+from ..scripting import stocks_or_refusal
 from ..signatures import bound, takes_arguments_of
 from . import operators
 from .plan import DEVICES, Limits, Sizes, check_limits, limits_of, logits_dtype
@@ -177,8 +177,11 @@ def linear_cross_entropy(
     return loss if loss.dim() == 0 else loss.reshape(call.loss_shape)
 
 
-linear_cross_entropy.__prepare_scriptable__ = refusal(
-    "linear_cross_entropy", "torch.nn.functional.linear and cross_entropy", "all of them"
+linear_cross_entropy.__prepare_scriptable__ = stocks_or_refusal(
+    linear_cross_entropy,
+    stock.own_linear_cross_entropy,
+    "torch.nn.functional.linear and cross_entropy",
+    "all of them",
 )
 
 

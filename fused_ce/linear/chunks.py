@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..huge_pages import fresh
 from ..options import MEAN, NONE, Options
 from .plan import DEVICES, TILE_BYTES, Limits, Sizes
 from .targets import Rows, batch_dims
@@ -176,13 +177,6 @@ class Problem:
         if self.reduction == MEAN and not losses:
             loss /= self.options.denominator.view(-1)[0]
         return loss.to(self.loss_dtype)
-
-
-def fresh(shape: tuple, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory that a GEMM writes whole; on the CPU without most of its page faults."""
-    memory = like.new_empty(shape, dtype=dtype)
-    ops.advise_huge_pages(memory)
-    return memory
 
 
 def _check_range(target: Tensor, classes: int, options: Options) -> None:

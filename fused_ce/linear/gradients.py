@@ -7,7 +7,8 @@ have rounded it.
 import torch
 from torch import Tensor
 
-from .chunks import Problem, fresh
+from ..huge_pages import fresh
+from .chunks import Problem
 from .plan import TILE_BYTES
 
 

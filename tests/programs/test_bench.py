@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.processes import ROOT, is_png, run
 
+import fused_ce
 from bench import program
 from bench.against.measure import compare, take_turns
 from bench.common import devices, process, style
@@ -27,6 +28,8 @@ from bench.heads.providers import PROVIDERS as HEAD_PROVIDERS
 from bench.loss import cases, charts, measure, providers
 from bench.loss.record import LossFigures, Record
 from bench.loss.tensors import LossTensors
+from bench.losses import measure as losses
+from bench.losses.cases import LOSSES
 from bench.scaling import measure as scaling
 
 UNCOMPILED = ("stock", "fused", "recompute", "inplace", "copy")
@@ -145,6 +148,7 @@ def test_a_case_that_cannot_be_made_has_a_reason_and_no_figure():
         (["--threads", "0"], "at least 1"),
         (["--against", "no/such/folder"], "expects a built fused_ce in"),
         (["--against", ".", "--linear"], "name them in --cases"),
+        (["--losses", "--cases", "8x10"], "leave the others' options out"),
     ],
 )
 def test_what_is_not_there_is_named(options, message, capsys):
@@ -448,3 +452,57 @@ def test_the_row_statistics_are_measured_beside_the_composition(tmp_path):
     for case in data["cases"]:
         assert not case["reason"], case
         assert case["median_ms"] > 0 and case["times_as_fast_as_stock"] > 0
+
+
+# One of the losses, and a function that there is not; without torch.compile, which takes a while.
+TWO_LOSSES = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from bench import program
+from bench.losses import cases, providers
+
+del providers.PROVIDERS["compile"]
+lines = {{"log_softmax": cases.LOSSES["log_softmax"]}}
+lines["none"] = cases.Loss("no_such_loss", cases.F.mse_loss, cases.labels)
+cases.LOSSES.clear()
+cases.LOSSES.update(lines)
+if __name__ == "__main__":
+    sys.exit(program.main(sys.argv[1:]))
+"""
+
+
+def test_the_other_losses_are_measured_beside_stock_and_a_copy(tmp_path):
+    (tmp_path / "two_losses.py").write_text(TWO_LOSSES)
+    printed = run(str(tmp_path / "two_losses.py"), "--losses", "--quick", "--out", str(tmp_path))
+    assert "losses, forward+backward" in printed and is_png(tmp_path / "losses.png")
+    data = json.loads((tmp_path / "losses.json").read_text())
+    assert data["providers"] == ["stock", "fused", "copy"]
+    names = ["log_softmax"] * 3 + ["none"] * 3
+    assert [result["case"]["loss"] for result in data["cases"]] == names
+    for result in data["cases"]:
+        if (result["provider"], result["case"]["loss"]) == ("fused", "none"):
+            assert "no_such_loss" in result["reason"] and "no_such_loss" in printed
+            assert result["median_ms"] is None and result["samples_ms"] == []
+            continue
+        assert not result["reason"] and result["median_ms"] > 0, result
+        assert result["path"].startswith("stock: ") == (result["provider"] == "fused")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_that_is_measured_is_stocks(name):
+    if not hasattr(fused_ce, LOSSES[name].function):
+        pytest.skip(f"this build has no {LOSSES[name].function}")
+    for dtype in ("fp32", "bf16"):
+        case = losses.Case(name, 8, 10, dtype)
+        for subject in losses.make_subjects(case, ["stock", "fused", "copy"], DEVICES["cpu"]):
+            subject.prepare()
+
+
+def test_a_wrong_loss_gets_no_figure(monkeypatch):
+    right = fused_ce.log_softmax
+    monkeypatch.setattr(fused_ce, "log_softmax", lambda x, **options: right(x, **options) * 1.001)
+    monkeypatch.setattr(fused_ce, "explain_call", lambda *arguments, **options: "fused: so it says")
+    case = losses.Case("log_softmax", 8, 10)
+    (subject,) = losses.make_subjects(case, ["fused"], DEVICES["cpu"])
+    subject.attempt(subject.prepare)
+    assert subject.figures.reason.startswith("ArithmeticError: the loss is")

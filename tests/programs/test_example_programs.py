@@ -43,6 +43,21 @@ def test_z_loss_and_softcap_take_the_curve_of_the_formula():
     assert len(losses) == 6 and losses[-1] < losses[0] - 1
 
 
+def test_weights_find_the_rare_classes_and_labels():
+    if not hasattr(fused_ce, "BCEWithLogitsLoss"):
+        pytest.skip("this build has no BCEWithLogitsLoss")
+    tables = printed_by("imbalanced.py").split("\n\n")
+    assert len(tables) == 2
+    for table, gain in zip(tables, (0.05, 0.3), strict=True):
+        rows = re.findall(r"^ +\d+ +(\d+) +(\d\.\d\d) +(\d\.\d\d)$", table, re.M)
+        (mean,) = re.findall(r"mean +(\d\.\d\d) +(\d\.\d\d)$", table, re.M)
+        assert float(mean[1]) > float(mean[0]) + gain
+        rarest = min(int(count) for count, _, _ in rows)
+        rare = [(float(a), float(b)) for count, a, b in rows if int(count) == rarest]
+        assert all(weighted > plain for plain, weighted in rare)
+    assert len(rows) == 6
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_example_says_how_to_run_it(name):
     assert f"`python examples/{name}`" in (ROOT / "examples" / name).read_text()

@@ -1,0 +1,1 @@
+"""The losses beside the cross entropy, each beside what stock has for it."""
