@@ -229,6 +229,8 @@ def _small_or_special(what: str, input: Tensor, dtype: torch.dtype | None) -> st
         return _OTHERS
     if torch.are_deterministic_algorithms_enabled():
         return "torch.use_deterministic_algorithms has fresh memory filled"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a TorchDispatchMode looks on"
     return recording_reason()
 
 

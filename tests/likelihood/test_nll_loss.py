@@ -19,6 +19,7 @@ from support.likelihood import (
     with_huge_pages,
 )
 from support.reference import assert_as_accurate
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fused_ce
 from fused_ce.eligibility import LOGIT_DTYPES
@@ -244,6 +245,17 @@ def test_the_compiled_pair_has_the_gradient_of_stock(all_is_large):
     compiled = torch.compile(pair, fullgraph=True, backend="aot_eager")
     found = torch.autograd.grad(compiled(fused_ce, input), input)
     assert_same(found, torch.autograd.grad(pair(F, input), input))
+
+
+def test_a_mode_that_looks_on_sees_stocks_operators(all_is_large):
+    def recorded(functions):
+        def step(input, target):
+            loss = functions.nll_loss(functions.log_softmax(input, 1), target)
+            return torch.autograd.grad(loss, input)
+
+        return make_fx(step)(torch.randn(3, 4, requires_grad=True), torch.tensor([0, 3, 1])).code
+
+    assert recorded(fused_ce) == recorded(F)
 
 
 class Named(torch.Tensor):
