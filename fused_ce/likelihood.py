@@ -70,7 +70,7 @@ def log_softmax(
         0.3168
     """
     if has_torch_function_unary(input):
-        function = stock.own_log_softmax if overrides(input) else log_softmax
+        function = _torchs_log_softmax if overrides(input) else log_softmax
         return handle_torch_function(
             function, (input,), input, dim=dim, _stacklevel=_stacklevel, dtype=dtype
         )
@@ -127,7 +127,7 @@ def nll_loss(
     """
     if has_torch_function_variadic(input, target, weight):
         tensors = (input, target, weight)
-        function = stock.own_nll_loss if any(map(overrides, tensors)) else nll_loss
+        function = _torchs_nll_loss if any(map(overrides, tensors)) else nll_loss
         return handle_torch_function(
             function,
             tensors,
@@ -147,11 +147,14 @@ def nll_loss(
     return stock.nll_loss_nd(*arguments)
 
 
+_torchs_log_softmax = stock.torchs_own("log_softmax", log_softmax)
+_torchs_nll_loss = stock.torchs_own("nll_loss", nll_loss)
+
 log_softmax.__prepare_scriptable__ = stocks_or_refusal(
-    log_softmax, stock.own_log_softmax, "torch.nn.functional.log_softmax", "both"
+    log_softmax, _torchs_log_softmax, "torch.nn.functional.log_softmax", "both"
 )
 nll_loss.__prepare_scriptable__ = stocks_or_refusal(
-    nll_loss, stock.own_nll_loss, "torch.nn.functional.nll_loss", "both"
+    nll_loss, _torchs_nll_loss, "torch.nn.functional.nll_loss", "both"
 )
 
 

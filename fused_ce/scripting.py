@@ -27,7 +27,7 @@ def stocks_or_refusal(
     refuse = refusal(name, instead, torch_compile_takes)
 
     def prepare() -> Callable:
-        if stocks is not None and getattr(F, name, None) is ours:
+        if stocks not in (None, ours) and getattr(F, name, None) is ours:
             return stocks
         refuse()
 

@@ -76,38 +76,11 @@ def _public(
     return _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
 
 
-def _public_log_softmax(
-    input: Tensor,
-    dim: int | None = None,
-    _stacklevel: int = 3,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The same of ``log_softmax``."""
-    if dim is None:
-        dim = F._get_softmax_dim("log_softmax", input.dim(), _stacklevel)
-    return input.log_softmax(dim) if dtype is None else input.log_softmax(dim, dtype=dtype)
-
-
-def _public_nll_loss(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """The same of ``nll_loss``."""
-    if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
-    return nll_loss_nd(input, target, weight, _Reduction.get_enum(reduction), ignore_index)
-
-
-def _torchs_own(name: str, otherwise: Callable | None) -> Callable | None:
-    """The object that was this attribute of ``torch.nn.functional`` when torch was loaded.
+def torchs_own(name: str, otherwise: Callable | None) -> Callable | None:
+    """The object that this attribute of ``torch.nn.functional`` was when torch was loaded.
 
     A library that has replaced it may have wrapped it; one that did not has left nothing to find,
-    and then there is only what a function above computes.
+    and then there is only a function of ours that computes the same.
     """
     function = getattr(F, name, None)
     while function is not None:
@@ -117,10 +90,8 @@ def _torchs_own(name: str, otherwise: Callable | None) -> Callable | None:
     return otherwise
 
 
-own_cross_entropy = _torchs_own("cross_entropy", _public)
-own_linear_cross_entropy = _torchs_own("linear_cross_entropy", None)
-own_log_softmax = _torchs_own("log_softmax", _public_log_softmax)
-own_nll_loss = _torchs_own("nll_loss", _public_nll_loss)
+own_cross_entropy = torchs_own("cross_entropy", _public)
+own_linear_cross_entropy = torchs_own("linear_cross_entropy", None)
 
 
 def overridden(input: Tensor, target: Tensor, weight: Tensor | None, **arguments: Any) -> Any:
