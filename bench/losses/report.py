@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from rich.table import Table
 
@@ -49,6 +50,10 @@ def table_of(figures: Sequence[LossesFigures]) -> Table:
 
 
 def draw(figures: Sequence[LossesFigures], note: str, path: Path) -> None:
+    save(picture(figures, note), path)
+
+
+def picture(figures: Sequence[LossesFigures], note: str) -> Figure:
     found = groups(figures)
     title = "Losses: times as fast as stock PyTorch, and memory beyond the input"
     figure = new_figure(title, note, 2.1 + 0.4 * len(found))
@@ -61,14 +66,14 @@ def draw(figures: Sequence[LossesFigures], note: str, path: Path) -> None:
     speed.xaxis.set_minor_locator(NullLocator())
     speed.axvline(1, color=MARKS["stock"][0], linewidth=2, zorder=1, label=LABELS["stock"])
     memory.set_title("peak memory, in inputs", fontsize=11, color=INK)
-    memory.set_xlim(left=0)
     for name in MARKS:
         points = list(points_of(name, found))
         if name != "stock":
             mark(speed, name, [(x, row) for row, x, _ in points if x is not None])
         mark(memory, name, [(y, row) for row, _, y in points if y is not None], scale=0.8)
+    memory.set_xlim(left=0)
     legend(figure, (speed, memory), LABELS.values(), columns=4)
-    save(figure, path)
+    return figure
 
 
 def points_of(name: str, found: Sequence[Group]) -> Iterator[Point]:

@@ -29,6 +29,7 @@ from bench.loss import cases, charts, measure, providers
 from bench.loss.record import LossFigures, Record
 from bench.loss.tensors import LossTensors
 from bench.losses import measure as losses
+from bench.losses import report
 from bench.losses.cases import LOSSES
 from bench.scaling import measure as scaling
 
@@ -506,3 +507,20 @@ def test_a_wrong_loss_gets_no_figure(monkeypatch):
     (subject,) = losses.make_subjects(case, ["fused"], DEVICES["cpu"])
     subject.attempt(subject.prepare)
     assert subject.figures.reason.startswith("ArithmeticError: the loss is")
+
+
+def test_the_picture_of_the_losses_holds_all_that_was_measured():
+    case = losses.Case("log_softmax", 512, 32000)
+    figures = [
+        losses.LossesFigures(
+            name, case=case, samples=[time], peak=None if peak is None else peak * case.input_bytes
+        )
+        for name, time, peak in (("stock", 8.0, 9), ("fused", 1.0, 2), ("copy", 0.5, None))
+    ]
+    speed, memory = report.picture(figures, "a machine").axes
+    drawn = [
+        {tuple(map(float, c.get_offsets()[0])) for c in panel.collections}
+        for panel in (speed, memory)
+    ]
+    assert drawn == [{(8.0, 0.0), (16.0, 0.0)}, {(9.0, 0.0), (2.0, 0.0)}]
+    assert memory.get_xlim()[0] == 0 and memory.get_xlim()[1] > 9 and speed.get_xlim()[1] > 16
