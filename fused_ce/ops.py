@@ -5,6 +5,8 @@ the options (``options.py``), which a call leaves out where all are the defaults
 because looking one up costs as much as a small call.
 """
 
+import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import torch
 
 from .dynamo import constant_in_graphs
 
-LIBRARY = Path(__file__).parent / "_C.so"
+LIBRARY = Path(__file__).resolve().parent / "_C.so"
 _MIN_TORCH = (2, 10)
 
 
@@ -22,7 +24,20 @@ def _load() -> None:
         raise ImportError(
             f"fused_ce needs torch 2.10 or newer, found {torch.__version__}; upgrade torch."
         )
+    if str(LIBRARY) not in torch.ops.loaded_libraries and _is_loaded():
+        others = ", ".join(path for path in torch.ops.loaded_libraries if LIBRARY.name in path)
+        raise ImportError(
+            f"fused_ce found another copy of itself in this process ({others}), and one alone can "
+            "be loaded; start Python again with one of them on sys.path."
+        )
     if not LIBRARY.exists():
+        installed = _installed_elsewhere()
+        if installed is not None:
+            raise ImportError(
+                f"fused_ce is installed in {installed}, but its source folder {LIBRARY.parent}, "
+                "which has no compiled library, comes first on sys.path; start Python in another "
+                "folder."
+            )
         raise ImportError(
             f"fused_ce has no compiled library at {LIBRARY}; build it with "
             "'pip install --no-build-isolation -e .' in the source tree, and import it from there "
@@ -35,6 +50,18 @@ def _load() -> None:
             f"fused_ce could not load {LIBRARY} with torch {torch.__version__}; reinstall "
             f"fused_ce for this machine ({error})."
         ) from error
+
+
+def _is_loaded() -> bool:
+    return torch._C._dispatch_has_kernel("fused_ce::forward")
+
+
+def _installed_elsewhere() -> Path | None:
+    """The folder of another fused_ce on ``sys.path``, which this one hides."""
+    here = LIBRARY.parent.parent
+    places = [place for place in sys.path if Path(place).resolve() != here]
+    spec = PathFinder.find_spec("fused_ce", places)
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
 _load()
@@ -85,7 +112,9 @@ def lacking(kind: str, index: int) -> str | None:
     if kind != "cuda":
         return f"there are no kernels for {kind}"
     if not has_cuda_kernels:
-        return "there are no kernels for cuda in this build of fused_ce"
+        return (
+            "there are no kernels for cuda in this build of fused_ce, made without FUSED_CE_CUDA=1"
+        )
     if index not in _cuda_devices:
         _cuda_devices[index] = has_cuda_code(index)
     if not _cuda_devices[index]:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from support.processes import ROOT, Done, finish
 
+from fused_ce.ops import LIBRARY
+
 
 def run(*command: str, cwd: Path, **more: str) -> Done:
     return finish(*command, cwd=cwd, env={**os.environ, **more})
@@ -151,6 +153,32 @@ def test_import_without_the_library_says_how_to_build_it(bare_package):
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: fused_ce has no compiled library at ")
     assert "pip install --no-build-isolation -e ." in last
+
+
+def test_import_in_the_source_folder_says_that_it_hides_what_is_installed(bare_package, tmp_path):
+    installed = tmp_path / "site-packages"
+    (installed / "fused_ce").mkdir(parents=True)
+    (installed / "fused_ce" / "__init__.py").touch()
+    code = f"import sys; sys.path.append({str(installed)!r}); import fused_ce"
+    last = run("-c", code, cwd=bare_package).stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: fused_ce is installed in {installed / 'fused_ce'}, but")
+    assert last.endswith("start Python in another folder.")
+
+
+def test_a_second_copy_in_one_process_is_an_error_and_no_crash(bare_package):
+    shutil.copy(LIBRARY, bare_package / "fused_ce")
+    code = f"""
+import sys, fused_ce
+for name in [name for name in sys.modules if name.partition(".")[0] == "fused_ce"]:
+    del sys.modules[name]
+sys.path.insert(0, {str(bare_package)!r})
+import fused_ce
+"""
+    result = run("-c", code, cwd=ROOT)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: fused_ce found another copy of itself in this process")
+    assert str(LIBRARY) in last
 
 
 def test_import_of_a_library_that_does_not_load_says_to_reinstall(bare_package):
