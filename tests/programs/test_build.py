@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,20 @@ def test_import_leaves_dynamo_alone():
     """It takes nearly as long to import as all of torch."""
     code = "import sys, fused_ce; print([m for m in sys.modules if m.startswith('torch._dynamo')])"
     assert run_anew("-c", code, cwd=ROOT).stdout == "[]\n"
+
+
+def test_source_distribution_has_every_file(tmp_path):
+    """What builds, tests and measures elsewhere."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("this is no clone")
+    made = run("setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path), cwd=ROOT)
+    assert made.returncode == 0, made.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    assert set(listed.stdout.splitlines()) <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
 def test_wheel_serves_every_python_and_carries_type_information(tmp_path):
