@@ -63,7 +63,7 @@ def test_wrong_answer_is_found_and_printed_as_a_program(kind):
     assert done.returncode == 1, done.stdout
     reason, *program = done.stdout.splitlines()
     assert reason.startswith("# AssertionError: the ") and " off, stock's " in reason
-    assert len(program) <= 13
+    assert len(program) <= 14
     shown = finish("-c", done.stdout)
     assert shown.returncode == 0, shown.stderr
     assert "tensor" in shown.stdout
