@@ -76,21 +76,21 @@ def _public(
     return _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
 
 
-def _torchs_own() -> Callable:
-    """The object that ``torch.nn.functional.cross_entropy`` was when torch was loaded.
+def torchs_own(name: str, otherwise: Callable) -> Callable:
+    """The object that this attribute of ``torch.nn.functional`` was when torch was loaded.
 
     A library that has replaced it may have wrapped it; one that did not has left nothing to find,
-    and then there is only the function above.
+    and then there is only a function of ours that computes the same.
     """
-    function = F.cross_entropy
+    function = getattr(F, name)
     while function is not None:
         if getattr(function, "__globals__", None) is F.__dict__:
             return function
         function = getattr(function, "__wrapped__", None)
-    return _public
+    return otherwise
 
 
-_own = _torchs_own()
+_own = torchs_own("cross_entropy", _public)
 
 
 def overridden(input: Tensor, target: Tensor, weight: Tensor | None, **arguments: Any) -> Any:
