@@ -446,15 +446,15 @@ _RUN = {
 
 
 def _way(tensors: _Tensors, settings: Settings) -> _Way:
+    input, target, *weights = tensors
     for tensor, name in zip(tensors, _NAMES, strict=True):
-        if tensor is not None:
+        if tensor is not None or name in ("input", "target"):
             reason = foreign(tensor, name)
             if reason is not None:
                 return _Way(reason)
     reason = recording_reason()
     if reason is not None:
         return _Way(reason)
-    input, target, *weights = tensors
     if not input.is_cpu:
         reason = ops.lacking(input.device.type, input.get_device())
         if reason is not None:
