@@ -177,20 +177,21 @@ void check_apart(const Tensor& written, const Tensor& read) {
             "statistics, which would be overwritten too; clone() one of them");
 }
 
+void check_apart(const Tensor& written, const Tensor& read, const char* name) {
+  FCE_CHECK(!share_memory(Facts(written), Facts(read)),
+            "inplace=True needs logits that share no memory with the " + std::string(name) +
+                ", which would be overwritten too; clone() one of them");
+}
+
 void check_overwritable(const Tensor& input, const Tensor& target, const OptionArguments& options) {
   const Facts logits(input);
   if (overlaps_itself(logits))
     throw std::runtime_error(
         "unsupported operation: more than one element of the written-to tensor refers to a single "
         "memory location. Please clone() the tensor before performing the operation.");
-  const auto check = [&](const Tensor& read, const char* name) {
-    FCE_CHECK(!share_memory(logits, Facts(read)),
-              "inplace=True needs logits that share no memory with the " + std::string(name) +
-                  ", which would be overwritten too; clone() one of them");
-  };
-  check(target, "target");
+  check_apart(input, target, "target");
 #define FCE_CHECK_APART(name) \
-  if (options.name) check(*options.name, #name);
+  if (options.name) check_apart(input, *options.name, #name);
   FCE_FOR_OPTIONS(FCE_CHECK_APART, FCE_CHECK_APART, FCE_NOTHING, FCE_NOTHING)
 }
 
@@ -233,17 +234,20 @@ ProblemBuilder::ProblemBuilder(const Tensor& input, const Tensor& target,
   set_target(target);
 }
 
-ProblemBuilder::ProblemBuilder(const Tensor& input_tensor, const OptionArguments& given) {
+ProblemBuilder::ProblemBuilder(const Tensor& input_tensor, const OptionArguments& given,
+                               Rows rows) {
   Problem& p = problem_;
   const Facts input(input_tensor);
   device_type_ = input.device_type;
   device_index_ = input.device_index;
-  FCE_CHECK(input.dim() >= 1 && input.dim() <= kMaxRowDims + 1,
-            "input must have 1 to " + std::to_string(kMaxRowDims + 1) + " dimensions, got " +
+  const bool has_classes = rows == Rows::kOfClasses;
+  FCE_CHECK(input.dim() >= has_classes && input.dim() <= kMaxRowDims + has_classes,
+            "input must have " + std::to_string(has_classes) + " to " +
+                std::to_string(kMaxRowDims + has_classes) + " dimensions, got " +
                 std::to_string(input.dim()));
-  class_dim_ = input.dim() == 1 ? 0 : 1;
+  class_dim_ = !has_classes ? -1 : input.dim() == 1 ? 0 : 1;
   sizes_ = input.sizes;
-  p.classes = sizes_[class_dim_];
+  p.classes = has_classes ? sizes_[class_dim_] : 1;
   FCE_CHECK(p.classes > 0, "input must have at least one class");
   p.rows = 1;
   for (int64_t d = 0; d < input.dim(); d++) {
@@ -313,6 +317,13 @@ void ProblemBuilder::set_target(const Tensor& tensor) {
   }
 }
 
+void ProblemBuilder::set_element_target(const Tensor& tensor) {
+  const Facts target(tensor);
+  check_device(target, "target");
+  checked_dtype(target, true, "target");
+  set_row_operand(problem_.target, target, "target");
+}
+
 void ProblemBuilder::set_weight(const Tensor& tensor) {
   const Facts weight(tensor);
   FCE_CHECK(weight.dim() == 1 && weight.numel == problem_.classes,
@@ -360,7 +371,7 @@ void ProblemBuilder::set_class_operand(Operand& operand, const Facts& tensor, co
                                              to_string(sizes_) + ", got " +
                                              to_string(tensor.sizes));
   operand.data = checked_data(tensor, name);
-  operand.class_stride = tensor.strides[class_dim_];
+  if (class_dim_ >= 0) operand.class_stride = tensor.strides[class_dim_];
   int d = 0;
   for (int64_t i = 0; i < tensor.dim(); i++)
     if (i != class_dim_) operand.row_strides[d++] = tensor.strides[i];
@@ -455,6 +466,23 @@ void ProblemBuilder::add_rows(Operand& operand, const Tensor& tensor, const char
   check_device(rows, name);
   FCE_CHECK(dtype_of(rows.type), std::string(name) + " must be of a type that the kernels know");
   set_row_operand(operand, rows, name);
+  added_.push_back(&operand);
+}
+
+void ProblemBuilder::add_expanded(Operand& operand, const Tensor& tensor, const char* name) {
+  const Facts values(tensor);
+  check_device(values, name);
+  operand.dtype = checked_dtype(values, true, name);
+  operand.data = checked_data(values, name);
+  const int64_t missing = row_dims_ - values.dim();
+  bool expands = missing >= 0;
+  for (int64_t d = 0; expands && d < values.dim(); d++) {
+    const int64_t size = row_sizes_[missing + d];
+    expands = values.sizes[d] == size || values.sizes[d] == 1;
+    operand.row_strides[missing + d] = values.sizes[d] == 1 ? 0 : values.strides[d];
+  }
+  FCE_CHECK(expands, std::string(name) + " must expand to the shape " + to_string(row_sizes()) +
+                         ", got " + to_string(values.sizes));
   added_.push_back(&operand);
 }
 

@@ -43,9 +43,13 @@ class ProblemBuilder {
   ProblemBuilder(const Tensor& input,   // [N, C, ...]
                  const Tensor& target,  // [N, ...] or [N, C, ...]
                  const OptionArguments& options);
-  ProblemBuilder(const Tensor& input, const OptionArguments& options);  // without targets
+  // Without targets. Where elements have nothing to do with one another, each is a row of one
+  // class, and the shape of the rows is the input's.
+  enum class Rows { kOfClasses, kOfElements };
+  ProblemBuilder(const Tensor& input, const OptionArguments& options, Rows rows = Rows::kOfClasses);
 
   void set_target(const Tensor& target);            // as above
+  void set_element_target(const Tensor& target);    // the input's shape
   void set_grad(const Tensor& grad);                // [N, C, ...]
   void set_target_grad(const Tensor& target_grad);  // [N, C, ...]
   void set_scale_grad(const Tensor& scale_grad);    // []
@@ -57,6 +61,8 @@ class ProblemBuilder {
   // Of a floating type unless it is to be written as another. The operand, which belongs to the
   // caller, is laid out by build() along with the others.
   void add_rows(Operand& operand, const Tensor& tensor, const char* name);  // [N, ...]
+  // The same of a floating type, in any shape that expands to that of the rows.
+  void add_expanded(Operand& operand, const Tensor& tensor, const char* name);
 
   // Sizes of the row dimensions, in the input's order.
   Sizes row_sizes() const { return {row_sizes_.data(), static_cast<size_t>(row_dims_)}; }
@@ -85,8 +91,8 @@ class ProblemBuilder {
   Problem problem_;
   std::vector<Operand*> added_;         // with a number for each row, beside those of the problem
   int32_t device_type_, device_index_;  // of the input
-  int64_t class_dim_ = 0;
-  Sizes sizes_;                                 // of the input
+  int64_t class_dim_ = 0;               // -1 where rows are elements
+  Sizes sizes_;                         // of the input
   std::array<int64_t, kMaxRowDims> row_sizes_;  // without the class dimension
   int row_dims_ = 0;
   std::optional<Tensor> weight_, denominator_, logit_scale_;  // keep what was converted alive
@@ -102,6 +108,7 @@ void check_overwritable(const Tensor& input, const Tensor& target, const OptionA
 
 // Throws if the two tensors share memory.
 void check_apart(const Tensor& written, const Tensor& read);
+void check_apart(const Tensor& written, const Tensor& read, const char* name);
 
 // The elements of a tensor of a floating type, with its dimensions merged as far as they go.
 Elements elements_of(const Tensor& tensor);

@@ -24,6 +24,12 @@
   "Tensor? target, Tensor entropy, Tensor stats, Tensor? grad_log_prob, Tensor? grad_entropy, " \
   "Tensor? grad_logsumexp, float temperature, float softcap, int ignore_index"
 
+#define FCE_POINTWISE_TENSORS "Tensor target, Tensor? weight, Tensor? pos_weight"
+#define FCE_POINTWISE_NUMBERS "int loss, int reduction, float alpha, float gamma"
+#define FCE_POINTWISE \
+  FCE_POINTWISE_TENSORS ", " FCE_POINTWISE_NUMBERS ", ScalarType? loss_dtype=None"
+#define FCE_POINTWISE_BACKWARD FCE_POINTWISE_TENSORS ", Tensor grad_output, " FCE_POINTWISE_NUMBERS
+
 STABLE_TORCH_LIBRARY(fused_ce, m) {
   m.def("forward(Tensor input, " FCE_FORWARD ") -> Tensor");
   m.def("forward_stats(Tensor input, " FCE_FORWARD ") -> (" FCE_STATS ")");
@@ -56,6 +62,21 @@ STABLE_TORCH_LIBRARY(fused_ce, m) {
   m.def("softmax_stats_backward_(Tensor(a!) input, " FCE_ROW_STATISTICS_BACKWARD ") -> Tensor(a!)");
   m.def("graph_softmax_stats(" FCE_ROW_STATISTICS);
   m.def("graph_softmax_stats_backward(Tensor input, " FCE_ROW_STATISTICS_BACKWARD ") -> Tensor");
+  // A loss of every element, which `loss` says (pointwise_problem.h), and its gradient. `target`
+  // has the input's shape; the weights expand to it. The reductions are torch's, and 3 for a sum
+  // divided by the size of the first dimension.
+  m.def("pointwise(Tensor input, " FCE_POINTWISE ") -> Tensor");
+  m.def("pointwise_grad(Tensor input, " FCE_POINTWISE ") -> (Tensor loss, Tensor grad)");
+  m.def("pointwise_grad_(Tensor(a!) input, " FCE_POINTWISE ") -> Tensor");
+  m.def("pointwise_backward(Tensor input, " FCE_POINTWISE_BACKWARD ") -> Tensor");
+  m.def("pointwise_backward_(Tensor(a!) input, " FCE_POINTWISE_BACKWARD ") -> Tensor(a!)");
+  m.def("graph_pointwise(Tensor input, " FCE_POINTWISE ") -> Tensor");
+  m.def("graph_pointwise_backward(Tensor input, " FCE_POINTWISE_BACKWARD ") -> Tensor");
+  // `grad` is what pointwise_grad returned. Nothing is done when grad_output is 1.
+  m.def(
+      "pointwise_rescale_(Tensor(a!) grad, Tensor grad_output, Tensor input, " FCE_POINTWISE_TENSORS
+      ", " FCE_POINTWISE_NUMBERS ") -> Tensor(a!)");
+  m.def("check_pointwise_overwritable(Tensor input, " FCE_POINTWISE_TENSORS ") -> ()");
   // Raises unless the logits may be overwritten.
   m.def("check_overwritable(Tensor input, " FCE_FORWARD ") -> ()");
   // For memory that nobody has touched yet; of no effect where it is not the CPU's, or small.

@@ -36,17 +36,22 @@ def _save(ctx: Any, options: tuple, *tensors: Tensor, logits: Tensor) -> None:
     """Keeps for the backward what its operators take."""
     option_tensors, ctx.options = split(options)
     ctx.save_for_backward(*tensors, *option_tensors)
-    # Autograd compares versions only of what no hook has had.
-    ctx.version = (logits.data_ptr(), logits._version) if hooks_are_active() else None
+    ctx.version = version_of(logits)
 
 
-def _check_version(ctx: Any, logits: Tensor) -> None:
+def version_of(logits: Tensor) -> tuple[int, int] | None:
+    """Where autograd will not compare versions, which it does of what no hook has had: what
+    :func:`check_version` compares in the backward."""
+    return (logits.data_ptr(), logits._version) if hooks_are_active() else None
+
+
+def check_version(ctx: Any, logits: Tensor, function: str = "cross_entropy") -> None:
     if ctx.version is None or logits.data_ptr() != ctx.version[0]:
         return
     if logits._version != ctx.version[1]:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
-            f"operation: the logits of fused_ce.cross_entropy are at version {logits._version}; "
+            f"operation: the logits of fused_ce.{function} are at version {logits._version}; "
             f"expected version {ctx.version[1]} instead."
         )
 
@@ -58,7 +63,7 @@ def _saved_call(ctx: Any, saved: tuple) -> tuple[tuple, tuple]:
 
 def _fused_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
     tensors, options = _saved_call(ctx, saved)
-    _check_version(ctx, tensors[0])
+    check_version(ctx, tensors[0])
     needs_input, needs_target, needs_scale = needs_of(ctx)
     call = (*tensors, grad_output, *options)
     return (
@@ -70,7 +75,7 @@ def _fused_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
 
 def _stock_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
     (input, target, *_), options = _saved_call(ctx, saved)
-    _check_version(ctx, input)
+    check_version(ctx, input)
     by_input, by_target, by_scale = stock.gradients(
         input, target, Options(*options), grad_output, needs_of(ctx)
     )
@@ -115,7 +120,7 @@ class GradInForward(Function):
             return _stock_gradients(ctx, grad_output, saved)
         if torch.compiler.is_compiling():
             return _fused_gradients(ctx, grad_output, saved)
-        _check_version(ctx, saved[0])
+        check_version(ctx, saved[0])
         if graph_is_kept():
             grad = grad.clone()
         ops.eager.rescale_(grad, grad_output, *saved, *ctx.options)  # the tensors come first
@@ -125,57 +130,67 @@ class GradInForward(Function):
         return grad, None, *gradients_of(ops.backward_logit_scale(*tensors, grad_output, *options))
 
 
-class _Overwriting(Function):
+class Overwriting(Function):
     """What the in-place forms share: the logits are gone, so there is one backward."""
 
     @staticmethod
-    def begin_backward(ctx, grad_output):
+    def begin_backward(ctx, grad_output, function="cross_entropy"):
         if ctx.consumed:
             raise RuntimeError(
-                "fused_ce: the first backward through cross_entropy(inplace=True) overwrote the "
+                f"fused_ce: the first backward through {function}(inplace=True) overwrote the "
                 "logits, so there can be no second one; use inplace=False to go back twice."
             )
         if backward_needs_stock(grad_output):
             raise RuntimeError(
-                "fused_ce: cross_entropy(inplace=True) overwrites the logits, so its gradient "
+                f"fused_ce: {function}(inplace=True) overwrites the logits, so its gradient "
                 "cannot be differentiated or batched; use inplace=False for that."
             )
         ctx.consumed = True
         return ctx.saved_tensors
 
 
-class OverwriteInForward(_Overwriting):
+class OverwriteInForward(Overwriting):
     """Overwrites the logits with the gradient while it computes the loss."""
 
     @staticmethod
     def forward(ctx, input, target, *options):
         loss = ops.eager.forward_grad_(input, target, None, *options)
-        ctx.logits = overwritten.logits_of(input)
-        if ctx.logits is None:
-            increment_version(input)
-        else:
-            ctx.logits.overwritten(input)
-        ctx.save_for_backward(input.detach())  # without the node, which would hold this one
-        ctx.consumed = False
+        keep_overwritten(ctx, input)
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
-        (grad,) = _Overwriting.begin_backward(ctx, grad_output)
-        if torch.compiler.is_compiling():
-            # A graph holds no operator that returns what it was given. As the operator has it, a
-            # zero stays one even times nan.
-            return torch.where(grad == 0, grad, grad * grad_output), None, *NO_GRADIENTS
-        ops.scale_(grad, grad_output)
-        if ctx.logits is None:
-            increment_version(grad)
-        else:
-            ctx.logits.hand_on_hooks(ctx)
-            ctx.logits.scaled(grad)
-        return grad, None, *NO_GRADIENTS
+        (grad,) = Overwriting.begin_backward(ctx, grad_output)
+        return scale_overwritten(ctx, grad, grad_output), None, *NO_GRADIENTS
 
 
-class OverwriteInBackward(_Overwriting):
+def keep_overwritten(ctx: Any, input: Tensor) -> None:
+    """Keeps logits that the forward has overwritten with their gradient."""
+    ctx.logits = overwritten.logits_of(input)
+    if ctx.logits is None:
+        increment_version(input)
+    else:
+        ctx.logits.overwritten(input)
+    ctx.save_for_backward(input.detach())  # without the node, which would hold this one
+    ctx.consumed = False
+
+
+def scale_overwritten(ctx: Any, grad: Tensor, grad_output: Tensor) -> Tensor:
+    """The gradient that lies where the logits were, for what arrives in the backward."""
+    if torch.compiler.is_compiling():
+        # A graph holds no operator that returns what it was given. As the operator has it, a zero
+        # stays one even times nan.
+        return torch.where(grad == 0, grad, grad * grad_output)
+    ops.scale_(grad, grad_output)
+    if ctx.logits is None:
+        increment_version(grad)
+    else:
+        ctx.logits.hand_on_hooks(ctx)
+        ctx.logits.scaled(grad)
+    return grad
+
+
+class OverwriteInBackward(Overwriting):
     """Overwrites the logits in the backward, with ``grad_output`` folded in before rounding."""
 
     @staticmethod
@@ -183,35 +198,49 @@ class OverwriteInBackward(_Overwriting):
         ops.check_overwritable(input, target, *options)
         loss, *stats = ops.eager.forward_stats(input, target, *options)
         _save(ctx, options, input, target, *stats, logits=input)
-        ctx.logits = overwritten.logits_of(input)
-        ctx.storage = input.untyped_storage()._cdata
-        ctx.consumed = False
+        keep_to_overwrite(ctx, input)
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
-        saved = input, *_ = _Overwriting.begin_backward(ctx, grad_output)
-        if torch.compiler.is_compiling() or input.untyped_storage()._cdata != ctx.storage:
-            # A graph holds no operator that returns what it was given. And a hook on saved tensors
-            # may have given a copy back, which others may have been given too.
+        saved = input, *_ = Overwriting.begin_backward(ctx, grad_output)
+        if not may_overwrite(ctx, input):
             return _fused_gradients(ctx, grad_output, saved)
         (_, *tensors), options = _saved_call(ctx, saved)
-        _check_version(ctx, input)
+        check_version(ctx, input)
         _, needs_target, needs_scale = needs_of(ctx)
         call = (*tensors, grad_output, *options)
         target_grad = ops.backward_target(input, *call) if needs_target else None
         scale_grad = ops.backward_logit_scale(input, *call) if needs_scale else None
         grad = input.detach()
         ops.backward_(grad, *call)
-        if ctx.logits is None:
-            increment_version(input)
-        else:
-            ctx.logits.overwritten(input)
-            ctx.logits.hand_on_hooks(ctx)
+        tell_overwritten(ctx, input)
         return grad, target_grad, *gradients_of(scale_grad)
 
 
-def _entrance(function: type[Function]) -> Callable[..., Tensor]:
+def keep_to_overwrite(ctx: Any, input: Tensor) -> None:
+    """For logits that the backward is to overwrite."""
+    ctx.logits = overwritten.logits_of(input)
+    ctx.storage = input.untyped_storage()._cdata
+    ctx.consumed = False
+
+
+def may_overwrite(ctx: Any, input: Tensor) -> bool:
+    """A graph holds no operator that returns what it was given. And a hook on saved tensors may
+    have given a copy back, which others may have been given too."""
+    return not torch.compiler.is_compiling() and input.untyped_storage()._cdata == ctx.storage
+
+
+def tell_overwritten(ctx: Any, input: Tensor) -> None:
+    """Tells autograd that the backward has overwritten the logits."""
+    if ctx.logits is None:
+        increment_version(input)
+    else:
+        ctx.logits.overwritten(input)
+        ctx.logits.hand_on_hooks(ctx)
+
+
+def entrance(function: type[Function]) -> Callable[..., Tensor]:
     """``function.apply`` for calls outside of any transform.
 
     That method asks every argument whether a transform is active or has left it behind, which
@@ -225,7 +254,7 @@ def _entrance(function: type[Function]) -> Callable[..., Tensor]:
     return enter
 
 
-recompute = _entrance(Recompute)
-grad_in_forward = _entrance(GradInForward)
-overwrite_in_forward = _entrance(OverwriteInForward)
-overwrite_in_backward = _entrance(OverwriteInBackward)
+recompute = entrance(Recompute)
+grad_in_forward = entrance(GradInForward)
+overwrite_in_forward = entrance(OverwriteInForward)
+overwrite_in_backward = entrance(OverwriteInBackward)

@@ -167,7 +167,7 @@ def _is_invalid(device_of, shape, dtype, target, weight, ignore_index, label_smo
     if weight.dtype == dtype or target_dtype not in INDEX_DTYPES:
         return False
     device = device_of.device.type
-    return _computed_dtype(weight.dtype, device) != _computed_dtype(dtype, device)
+    return computed_dtype(weight.dtype, device) != computed_dtype(dtype, device)
 
 
 def _is_elsewhere(tensor: Tensor, device_of: Tensor) -> bool:
@@ -177,7 +177,7 @@ def _is_elsewhere(tensor: Tensor, device_of: Tensor) -> bool:
     return tensor.device != device_of.device
 
 
-def _computed_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+def computed_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """The dtype that stock computes with: under autocast, float32 for the half types."""
     if dtype in _HALF_DTYPES and torch.is_autocast_enabled(device):
         return torch.float32
@@ -190,9 +190,9 @@ def loss_dtype(dtype: torch.dtype, target: Tensor, weight: Tensor | None) -> tor
     if not probabilities and dtype not in _HALF_DTYPES:
         return None
     device = target.device.type
-    found = _computed_dtype(dtype, device)
+    found = computed_dtype(dtype, device)
     if probabilities:
-        found = torch.promote_types(found, _computed_dtype(target.dtype, device))
+        found = torch.promote_types(found, computed_dtype(target.dtype, device))
         if weight is not None:
-            found = torch.promote_types(found, _computed_dtype(weight.dtype, device))
+            found = torch.promote_types(found, computed_dtype(weight.dtype, device))
     return found if found != dtype else None

@@ -205,7 +205,7 @@ def cross_entropy(
     options = (weight, *_NO_TENSORS, reduction, ignore_index, label_smoothing, *_NO_NUMBERS, dtype)
     if weight is None and options == DEFAULTS:
         options = ()  # an operator takes as long to read them
-    mode = _mode(input, target, reduction, grad_in_forward, inplace)
+    mode = mode_of(input, target, reduction, grad_in_forward, inplace)
     return _RUN[mode](input, target, *options)
 
 
@@ -261,7 +261,7 @@ def explain(*args: Any, **kwargs: Any) -> str:
     if extensions.composes(given, options, target):
         return f"stock: {extensions.COMPOSED}"
     options = given.added_to(options, input.device)
-    mode = _mode(
+    mode = mode_of(
         input,
         target,
         options.reduction,
@@ -342,7 +342,7 @@ def _extended(
     options = given.added_to(options, input.device)
     options = options._replace(loss_dtype=None if found == input.dtype else found)
     scale = options.logit_scale
-    mode = _mode(input, target, options.reduction, grad_in_forward, inplace, scale)
+    mode = mode_of(input, target, options.reduction, grad_in_forward, inplace, scale)
     return _RUN[mode](input, target, *options)
 
 
@@ -381,7 +381,7 @@ def _by_stock(input, target, options: Options, reason: str) -> Tensor:
     return loss
 
 
-def _mode(
+def mode_of(
     input,
     target,
     reduction: int,

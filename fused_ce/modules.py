@@ -19,6 +19,7 @@ from torch.nn.modules.loss import _WeightedLoss
 from .functional import cross_entropy
 from .likelihood import log_softmax, nll_loss
 from .linear import linear_cross_entropy
+from .pointwise import binary_cross_entropy_with_logits, kl_div
 from .scripting import refusal
 from .signatures import keyword_options
 
@@ -293,4 +294,88 @@ class NLLLoss(nn.NLLLoss):
             weight=self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+        )
+
+
+@_with_options_of(binary_cross_entropy_with_logits)
+class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
+    """Binary cross entropy between logits and target, in one fused pass; a drop-in for
+    :class:`torch.nn.BCEWithLogitsLoss`.
+
+    See :func:`fused_ce.binary_cross_entropy_with_logits` for the formula.
+
+    Args:
+        weight, size_average, reduce, reduction, pos_weight: as in
+            :class:`torch.nn.BCEWithLogitsLoss`.
+        others: what :func:`fused_ce.binary_cross_entropy_with_logits` takes by name alone.
+
+    Shape:
+        - Input and target: any shape, the same for both.
+        - Output: a scalar, or the input's shape for ``reduction='none'``.
+
+    Example::
+
+        >>> import fused_ce
+        >>> import torch
+        >>> loss = fused_ce.BCEWithLogitsLoss(pos_weight=torch.full((4,), 3.0))
+        >>> input = torch.randn(3, 4, requires_grad=True)
+        >>> output = loss(input, torch.ones(3, 4))
+        >>> output.backward()
+        >>> input.grad.shape
+        torch.Size([3, 4])
+    """
+
+    __prepare_scriptable__ = refusal("BCEWithLogitsLoss", "torch.nn.BCEWithLogitsLoss", "both")
+
+    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """Returns the loss of ``input`` against ``target``, with options as in
+        :class:`fused_ce.CrossEntropyLoss`."""
+        return binary_cross_entropy_with_logits(
+            input,
+            target,
+            self.weight,
+            pos_weight=self.pos_weight,
+            reduction=self.reduction,
+            **self._options_of(options),
+        )
+
+
+@_with_options_of(kl_div)
+class KLDivLoss(nn.KLDivLoss):
+    """The Kullback-Leibler divergence of log-probabilities from a target, in one fused pass; a
+    drop-in for :class:`torch.nn.KLDivLoss`.
+
+    See :func:`fused_ce.kl_div` for the formula.
+
+    Args:
+        size_average, reduce, reduction, log_target: as in :class:`torch.nn.KLDivLoss`.
+        others: what :func:`fused_ce.kl_div` takes by name alone.
+
+    Shape:
+        - Input and target: any shape.
+        - Output: a scalar, or the input's shape for ``reduction='none'``.
+
+    Example::
+
+        >>> import fused_ce
+        >>> import torch
+        >>> loss = fused_ce.KLDivLoss(reduction="batchmean")
+        >>> input = torch.randn(3, 4, requires_grad=True)
+        >>> output = loss(input.log_softmax(1), torch.full((3, 4), 0.25))
+        >>> output.backward()
+        >>> input.grad.shape
+        torch.Size([3, 4])
+    """
+
+    __prepare_scriptable__ = refusal("KLDivLoss", "torch.nn.KLDivLoss", "both")
+
+    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """Returns the loss of ``input`` against ``target``, with options as in
+        :class:`fused_ce.CrossEntropyLoss`."""
+        return kl_div(
+            input,
+            target,
+            reduction=self.reduction,
+            log_target=self.log_target,
+            **self._options_of(options),
         )

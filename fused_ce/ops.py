@@ -85,6 +85,15 @@ softmax_stats_backward = torch.ops.fused_ce.softmax_stats_backward.default
 softmax_stats_backward_ = torch.ops.fused_ce.softmax_stats_backward_.default
 graph_softmax_stats = torch.ops.fused_ce.graph_softmax_stats.default
 graph_softmax_stats_backward = torch.ops.fused_ce.graph_softmax_stats_backward.default
+pointwise = torch.ops.fused_ce.pointwise.default
+pointwise_grad = torch.ops.fused_ce.pointwise_grad.default
+pointwise_grad_ = torch.ops.fused_ce.pointwise_grad_.default
+pointwise_backward = torch.ops.fused_ce.pointwise_backward.default
+pointwise_backward_ = torch.ops.fused_ce.pointwise_backward_.default
+pointwise_rescale_ = torch.ops.fused_ce.pointwise_rescale_.default
+graph_pointwise = torch.ops.fused_ce.graph_pointwise.default
+graph_pointwise_backward = torch.ops.fused_ce.graph_pointwise_backward.default
+check_pointwise_overwritable = torch.ops.fused_ce.check_pointwise_overwritable.default
 has_cuda_code = torch.ops.fused_ce.has_cuda_code.default
 advise_huge_pages = torch.ops.fused_ce.advise_huge_pages.default
 instruction_set = torch.ops.fused_ce.instruction_set.default
@@ -97,6 +106,10 @@ eager = SimpleNamespace(
     forward_grad=forward_grad._op,
     forward_grad_=forward_grad_._op,
     rescale_=rescale_._op,
+    pointwise=pointwise._op,
+    pointwise_grad=pointwise_grad._op,
+    pointwise_grad_=pointwise_grad_._op,
+    pointwise_rescale_=pointwise_rescale_._op,
 )
 
 # A build for NVIDIA's CUDA is no use to a torch that calls AMD's GPUs cuda.

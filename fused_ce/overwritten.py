@@ -26,7 +26,7 @@ class _Overwritten(Function):
     @staticmethod
     def backward(ctx, grad_output):
         raise RuntimeError(
-            "fused_ce: cross_entropy(inplace=True) has overwritten these logits with their "
+            "fused_ce: a loss with inplace=True has overwritten these logits with their "
             "gradient, so what was computed from them since cannot be differentiated; compute it "
             "before the loss, or use inplace=False."
         )

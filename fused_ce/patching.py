@@ -13,9 +13,18 @@ import torch.nn.functional as F
 
 from .functional import cross_entropy
 from .linear import linear_cross_entropy
+from .pointwise import binary_cross_entropy_with_logits, kl_div
 
 REPLACEMENTS = MappingProxyType(
-    {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy}
+    {
+        function.__name__: function
+        for function in (
+            cross_entropy,
+            linear_cross_entropy,
+            binary_cross_entropy_with_logits,
+            kl_div,
+        )
+    }
 )
 _log = logging.getLogger("fused_ce")
 _lock = threading.RLock()
@@ -25,10 +34,10 @@ _replaced: dict[str, object] = {}  # what the attributes were
 class patch:
     """Puts this package's losses in the place of :mod:`torch.nn.functional`'s.
 
-    From then on ``torch.nn.CrossEntropyLoss`` and every other code that calls
-    ``torch.nn.functional.cross_entropy`` runs the fused loss, for the whole process and for modules
-    made before or after; in a torch that has ``linear_cross_entropy``, that too. The answers, the
-    errors and the derivatives stay torch's. Calls that the kernels do not take stay stock's
+    They are ``cross_entropy``, ``binary_cross_entropy_with_logits``, ``kl_div`` and, in a torch that
+    has it, ``linear_cross_entropy``. From then on ``torch.nn.CrossEntropyLoss`` and all other code
+    that calls these runs the fused loss, for the whole process and for modules made before or
+    after. The answers, the errors and the derivatives stay torch's. Calls that the kernels do not take stay stock's
     (:func:`fused_ce.warn_on_fallback` tells of them), and so does what is given to
     ``torch.jit.script``. A second call changes nothing.
 

@@ -5,8 +5,10 @@
 #include <string>
 
 #include "../operators.h"
+#include "../pointwise_operators.h"
 #include "../statistics_operators.h"
 #include "kernels.h"
+#include "pointwise/pointwise.h"
 #include "statistics/statistics.h"
 #include "vector/huge_pages.h"
 #include "vector/span.h"
@@ -36,6 +38,11 @@ class Cpu {
     cpu::find_statistics_gradient(p, s, kThreads);
   }
 
+  void evaluate_pointwise(const Problem& p, const Pointwise& s) {
+    cpu::evaluate_pointwise(p, s, kThreads);
+  }
+  void rescale_pointwise(const Problem& p, const Pointwise& s) { evaluate_pointwise(p, s); }
+
   void scale(const Elements& elements, const Operand& factor) {
     cpu::scale(elements, load_value<double>(factor, 0), kThreads);
   }
@@ -62,10 +69,12 @@ std::string instruction_set_cpu() { return instruction_set(); }
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) {
   fused_ce::register_operators<fused_ce::cpu::Cpu>(m);
   fused_ce::register_statistics<fused_ce::cpu::Cpu>(m);
+  fused_ce::register_pointwise<fused_ce::cpu::Cpu>(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {
   m.impl("check_overwritable", &fused_ce::boxed<&fused_ce::check_overwritable>);
+  m.impl("check_pointwise_overwritable", &fused_ce::boxed<&fused_ce::check_pointwise_overwritable>);
   m.impl("advise_huge_pages", &fused_ce::boxed<&fused_ce::cpu::advise_huge_pages_cpu>);
   m.impl("instruction_set", &fused_ce::boxed<&fused_ce::cpu::instruction_set_cpu>);
 }

@@ -11,6 +11,7 @@
 #include <mutex>
 
 #include "../operators.h"
+#include "../pointwise_operators.h"
 #include "../statistics_operators.h"
 #include "device/architecture.h"
 #include "kernels.h"
@@ -103,6 +104,13 @@ class Cuda {
     check(cudaGetLastError());
   }
 
+  void evaluate_pointwise(const Problem& p, const Pointwise& s) {
+    evaluate_pointwise(p, s, When::kAlways);
+  }
+  void rescale_pointwise(const Problem& p, const Pointwise& s) {
+    evaluate_pointwise(p, s, When::kUnlessGradOutputIsOne);
+  }
+
   void scale(const Elements& elements, const Operand& factor) {
     cuda::scale(elements, factor, *device_, stream_);
     check(cudaGetLastError());
@@ -112,10 +120,19 @@ class Cuda {
   static void prepare(const Tensor&) {}
 
  private:
-  // Whoever takes its memory next does so on the same stream.
-  Tensor workspace_for(const Problem& p) const {
-    const auto bytes = static_cast<int64_t>(workspace_bytes(p, *device_));
+  Tensor workspace_for(const Problem& p) const { return memory_of(workspace_bytes(p, *device_)); }
+
+  // Whoever takes it next does so on the same stream.
+  Tensor memory_of(size_t size) const {
+    const auto bytes = static_cast<int64_t>(size);
     return empty(Sizes(&bytes, 1), ScalarType::Byte, input_);
+  }
+
+  void evaluate_pointwise(const Problem& p, const Pointwise& s, When when) {
+    const bool sums = p.loss.data && p.reduces();
+    const Tensor memory = memory_of(sums ? pointwise_workspace_bytes(p, *device_) : 0);
+    cuda::evaluate_pointwise(p, s, *device_, when, memory.data_ptr(), stream_);
+    check(cudaGetLastError());
   }
 
   void backward(Problem& p, When when) {
@@ -148,6 +165,7 @@ bool has_code_for(int64_t index) {
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CUDA, m) {
   fused_ce::register_operators<fused_ce::cuda::Cuda>(m);
   fused_ce::register_statistics<fused_ce::cuda::Cuda>(m);
+  fused_ce::register_pointwise<fused_ce::cuda::Cuda>(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 
+#include "../pointwise_problem.h"
 #include "../problem.h"
 #include "../statistics_problem.h"
 
@@ -50,6 +51,14 @@ void find_statistics(const Problem& p, const Statistics& s, const Device& device
 // p.grad from the logits, the row statistics and what arrives; it may be the logits' memory.
 void find_statistics_gradient(const Problem& p, const Statistics& s, const Device& device,
                               Stream stream);
+
+// Device memory that evaluate_pointwise() needs where it sums losses up, aligned to 16 bytes.
+size_t pointwise_workspace_bytes(const Problem& p, const Device& device);
+
+// The loss and the gradient of every element, each where `p` has memory for it; see
+// pointwise_problem.h. The gradient may be written over the input.
+void evaluate_pointwise(const Problem& p, const Pointwise& s, const Device& device, When when,
+                        void* workspace, Stream stream);
 
 // Multiplies every element by *factor, a device scalar, unless that is 1. A zero stays one, even
 // times nan: it may be the gradient of an ignored row.

@@ -13,14 +13,14 @@ from torch import nn
 
 import fused_ce
 from fused_ce import checking
+from fused_ce.patching import REPLACEMENTS
 
-NAMES = ("cross_entropy", "linear_cross_entropy")
 
 
 @pytest.fixture(autouse=True)
 def attributes():
     """Stock's, which each test leaves as they were."""
-    stocks = {name: getattr(F, name) for name in NAMES if hasattr(F, name)}
+    stocks = {name: getattr(F, name) for name in REPLACEMENTS if hasattr(F, name)}
     yield stocks
     assert {name: getattr(F, name) for name in stocks} == stocks
 
@@ -89,12 +89,18 @@ def test_scripts_keep_stocks():
     def loss(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(input, target)
 
+    def others(input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        losses = F.binary_cross_entropy_with_logits(input, target, reduction="sum")
+        return losses + F.kl_div(input, target, reduction="sum")
+
     input, target = problem()
-    expected = loss(input, target)
+    of_others = input.detach(), torch.rand(4, 5)
+    expected = loss(input, target), others(*of_others)
     with fused_ce.patch():
         scripted, module = torch.jit.script(loss), torch.jit.script(nn.CrossEntropyLoss())
-        assert torch.equal(scripted(input, target), expected)
-        assert torch.equal(module(input, target), expected)
+        assert torch.equal(scripted(input, target), expected[0])
+        assert torch.equal(module(input, target), expected[0])
+        assert torch.equal(torch.jit.script(others)(*of_others), expected[1])
     with pytest.raises(RuntimeError, match="fused_ce.cross_entropy cannot be scripted"):
         torch.jit.script(fused_ce.cross_entropy)
 

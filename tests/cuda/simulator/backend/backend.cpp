@@ -7,6 +7,7 @@
 
 #include "../../../../csrc/cuda/kernels.h"
 #include "../../../../csrc/operators.h"
+#include "../../../../csrc/pointwise_operators.h"
 #include "../../../../csrc/statistics_operators.h"
 #include "../engine.h"
 
@@ -23,19 +24,26 @@ class Simulated {
     simulator::set_seed(seed++);
   }
 
-  void forward(Problem& p) { cuda::forward(p, kDevice, Workspace(p).pieces.data(), nullptr); }
+  void forward(Problem& p) { cuda::forward(p, kDevice, workspace_for(p).pieces.data(), nullptr); }
 
   void backward(Problem& p) { cuda::backward(p, kDevice, When::kAlways, nullptr); }
   void rescale(Problem& p) { cuda::backward(p, kDevice, When::kUnlessGradOutputIsOne, nullptr); }
   void backward_target(Problem& p) { cuda::backward_target(p, kDevice, nullptr); }
   void backward_logit_scale(Problem& p) {
-    cuda::backward_logit_scale(p, kDevice, Workspace(p).pieces.data(), nullptr);
+    cuda::backward_logit_scale(p, kDevice, workspace_for(p).pieces.data(), nullptr);
   }
   void find_statistics(Problem& p, const Statistics& s) {
     cuda::find_statistics(p, s, kDevice, nullptr);
   }
   void find_statistics_gradient(Problem& p, const Statistics& s) {
     cuda::find_statistics_gradient(p, s, kDevice, nullptr);
+  }
+  void evaluate_pointwise(const Problem& p, const Pointwise& s) {
+    Workspace workspace(pointwise_workspace_bytes(p, kDevice));
+    cuda::evaluate_pointwise(p, s, kDevice, When::kAlways, workspace.pieces.data(), nullptr);
+  }
+  void rescale_pointwise(const Problem& p, const Pointwise& s) {
+    cuda::evaluate_pointwise(p, s, kDevice, When::kUnlessGradOutputIsOne, nullptr, nullptr);
   }
   void scale(const Elements& elements, const Operand& factor) {
     cuda::scale(elements, factor, kDevice, nullptr);
@@ -46,11 +54,14 @@ class Simulated {
     struct alignas(16) Piece {
       unsigned char bytes[16];
     };
-    explicit Workspace(const Problem& p) : pieces(workspace_bytes(p, kDevice) / sizeof(Piece) + 1) {
+    explicit Workspace(size_t bytes) : pieces(bytes / sizeof(Piece) + 1) {
       std::memset(static_cast<void*>(pieces.data()), 0xcd, pieces.size() * sizeof(Piece));
     }
     std::vector<Piece> pieces;
   };
+  static Workspace workspace_for(const Problem& p) {
+    return Workspace(workspace_bytes(p, kDevice));
+  }
 
   static bool is_known_to_be_one(const Operand&) { return false; }
 
@@ -69,9 +80,11 @@ std::string instruction_set() { return "simulator"; }
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) {
   fused_ce::register_operators<fused_ce::cuda::Simulated>(m);
   fused_ce::register_statistics<fused_ce::cuda::Simulated>(m);
+  fused_ce::register_pointwise<fused_ce::cuda::Simulated>(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {
   m.impl("check_overwritable", &fused_ce::boxed<&fused_ce::check_overwritable>);
+  m.impl("check_pointwise_overwritable", &fused_ce::boxed<&fused_ce::check_pointwise_overwritable>);
   m.impl("instruction_set", &fused_ce::boxed<&fused_ce::cuda::instruction_set>);
 }

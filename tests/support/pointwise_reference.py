@@ -1,0 +1,103 @@
+"""What the tests of the pointwise losses compare with: torch's functions and torchvision's form."""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import fused_ce
+from support.layouts import lay_out
+from support.reference import assert_as_accurate, one_thread, same_layout
+
+
+def composed_focal(inputs, targets, alpha=0.25, gamma=2.0, reduction="none"):
+    """As torchvision composes it."""
+    p = torch.sigmoid(inputs)
+    ce = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
+    p_t = p * targets + (1 - p) * (1 - targets)
+    loss = ce * (1 - p_t) ** gamma
+    if alpha >= 0:
+        loss = (alpha * targets + (1 - alpha) * (1 - targets)) * loss
+    return {"none": lambda x: x, "mean": torch.mean, "sum": torch.sum}[reduction](loss)
+
+
+class Loss(NamedTuple):
+    """A function of ours, what it stands in for, and the arguments that make it this one."""
+
+    function: object
+    stock: object
+    options: dict
+    name: str
+
+
+BCE = Loss(fused_ce.binary_cross_entropy_with_logits, F.binary_cross_entropy_with_logits, {}, "bce")
+FOCAL = Loss(fused_ce.sigmoid_focal_loss, composed_focal, {}, "focal")
+FOCAL_3 = Loss(
+    fused_ce.sigmoid_focal_loss, composed_focal, {"gamma": 3.0, "alpha": -1}, "focal_of_gamma_3"
+)
+FOCAL_HALF = Loss(
+    fused_ce.sigmoid_focal_loss, composed_focal, {"gamma": 0.5, "alpha": 0.4}, "focal_of_gamma_half"
+)
+KL = Loss(fused_ce.kl_div, F.kl_div, {}, "kl")
+KL_LOG = Loss(fused_ce.kl_div, F.kl_div, {"log_target": True}, "kl_of_logs")
+LOSSES = (BCE, FOCAL, FOCAL_3, FOCAL_HALF, KL, KL_LOG)
+
+
+def reductions_of(loss):
+    more = ("batchmean",) if loss.function is fused_ce.kl_div else ()
+    return ("mean", "sum", "none", *more)
+
+
+def tensors_of(loss, shape, layout="contiguous", dtype=torch.float32, target_layout=None):
+    """Inputs and targets that the loss is meant for; of both kinds of labels, a third soft."""
+    if loss.function is fused_ce.kl_div:
+        dim = min(1, len(shape) - 1)
+        input = (torch.randn(shape) * 2).log_softmax(dim)
+        target = (torch.randn(shape) * 2).softmax(dim)
+        target[torch.rand(shape) < 0.1] = 0.0
+        if loss is KL_LOG:
+            target = (torch.randn(shape) * 2).log_softmax(dim)
+    else:
+        input = torch.randn(shape) * 4
+        target = torch.randint(0, 2, shape).float()
+        soft = torch.rand(shape) < 0.3
+        target = torch.where(soft, torch.rand(shape), target)
+    target_layout = target_layout or layout
+    return lay_out(input.to(dtype), layout), lay_out(target.to(dtype), target_layout)
+
+
+def incoming(value):
+    """A multiple of 1/4 for each element, exact in every dtype."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(-6, 7, value.shape, generator=generator).to(value.dtype) / 4
+
+
+def differentiate(function, input, target, *, in_place=False, scale=1.0, **options):
+    leaf = same_layout(input).requires_grad_()
+    given = leaf * 1 if in_place else leaf
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="reduction: 'mean'")
+        value = function(given, target, **options)
+    grad_output = incoming(value) if value.dim() else torch.full_like(value, scale)
+    (grad,) = torch.autograd.grad(value, leaf, grad_output)
+    return value.detach(), grad
+
+
+@one_thread()
+def check(loss, input, target, *, mode=None, scale=1.0, luck=1.0, **options):
+    """Ours is no further from float64 than stock is, plus one ulp."""
+    options = loss.options | options
+    mode = mode or {}
+    said = fused_ce.explain_call(loss.function, input, target, **options, **mode)
+    assert said.startswith("fused"), said
+    in_place = mode.get("inplace", False)
+    found = differentiate(
+        loss.function, input, target, in_place=in_place, scale=scale, **options, **mode
+    )
+    same = differentiate(loss.stock, input, target, scale=scale, **options)
+    wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    exact = differentiate(loss.stock, input.double(), target.double(), scale=scale, **wide)
+    for name, *values in zip(("loss", "gradient"), found, same, exact, strict=True):
+        assert_as_accurate(*values, name, luck=luck)
+    return found
