@@ -34,12 +34,12 @@ _replaced: dict[str, object] = {}  # what the attributes were
 class patch:
     """Puts this package's losses in the place of :mod:`torch.nn.functional`'s.
 
-    They are ``cross_entropy``, ``binary_cross_entropy_with_logits``, ``kl_div`` and, in a torch that
-    has it, ``linear_cross_entropy``. From then on ``torch.nn.CrossEntropyLoss`` and all other code
-    that calls these runs the fused loss, for the whole process and for modules made before or
-    after. The answers, the errors and the derivatives stay torch's. Calls that the kernels do not take stay stock's
-    (:func:`fused_ce.warn_on_fallback` tells of them), and so does what is given to
-    ``torch.jit.script``. A second call changes nothing.
+    They are ``cross_entropy``, ``binary_cross_entropy_with_logits``, ``kl_div`` and, in a torch
+    that has it, ``linear_cross_entropy``. From then on ``torch.nn.CrossEntropyLoss`` and all other
+    code that calls these runs the fused loss, for the whole process and for modules made before or
+    after. The answers, the errors and the derivatives stay torch's. Calls that the kernels do not
+    take stay stock's (:func:`fused_ce.warn_on_fallback` tells of them), and so does what is given
+    to ``torch.jit.script``. A second call changes nothing.
 
     It is a context manager as well, which puts back what was there before; :func:`fused_ce.unpatch`
     does so without one. An attribute that somebody else has replaced since is left alone. Processes

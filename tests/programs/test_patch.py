@@ -16,7 +16,6 @@ from fused_ce import checking
 from fused_ce.patching import REPLACEMENTS
 
 
-
 @pytest.fixture(autouse=True)
 def attributes():
     """Stock's, which each test leaves as they were."""
