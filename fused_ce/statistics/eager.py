@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import ops
+from ..eager import check_version, version_of
 from ..eligibility import backward_needs_stock
 from .reference import Settings, gradient
 
@@ -16,6 +17,7 @@ class Statistics(Function):
         *results, stats = ops.softmax_stats(input, target, *settings, entropy, argmax, True)
         ctx.settings = settings
         ctx.save_for_backward(input, target, results[1], stats)
+        ctx.version = version_of(input)
         # What arrives for nothing costs nothing, if it need not be made of zeros.
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(results[3])
@@ -28,6 +30,7 @@ class Statistics(Function):
         if all(grad is None for grad in grads):
             return None, *nothing_else
         input, target, entropy, stats = ctx.saved_tensors
+        check_version(ctx, input, "softmax_stats")
         if any(grad is not None and backward_needs_stock(grad) for grad in grads):
             return gradient(input, target, ctx.settings, grads), *nothing_else
         arguments = (input, target, entropy, stats, *grads, *ctx.settings)
