@@ -8,6 +8,7 @@ imported from, and this folder's `support`.
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -16,6 +17,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,9 +109,31 @@ def _become(command: list[str], cwd: str, variables: dict[str, str], out: str, e
         runpy.run_path(kind, run_name="__main__")
 
 
+def _ended(program: Callable[..., None], *arguments: object) -> int:
+    """The exit code, after all that Python does at the end of a program but to take down what this
+    process was forked with, which takes a second: half of torch's memory is written to for it."""
+    code = 0
+    try:
+        program(*arguments)
+    except SystemExit as end:
+        code = end.code
+        if code is not None and not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code or 0
+
+
 if __name__ == "__main__":
     importlib.import_module("torch._dynamo")  # which the optimizers import
+    gc.freeze()  # or a child's first collection writes to all of it
 
     request = _serve()
     if request:
-        _become(*request)
+        os._exit(_ended(_become, *request))
