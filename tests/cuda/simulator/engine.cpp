@@ -1,5 +1,6 @@
 #include "engine.h"
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -30,10 +31,27 @@ constexpr size_t kBeyond = 1024;  // bytes behind it that are watched
 #endif
 constexpr unsigned char kUntouched = 0xff;  // and are nan to whoever reads them
 
+// To swap contexts is a call to the system each time, to jump is none. The sanitizers know of the
+// first alone.
+bool jumps() {
+#if defined(__SANITIZE_ADDRESS__)
+  return false;
+#else
+  return !is_watched();
+#endif
+}
+
+// Where what has a stack of its own goes on. It outlives the fiber, whose place is another's then.
+struct Jump {
+  jmp_buf buffer;
+  bool is_set = false;
+};
+
 struct Block;
 
 struct Fiber {
   ucontext_t context;
+  Jump* jump = nullptr;
   Block* block = nullptr;
   Index thread;
   size_t place = 0;
@@ -67,6 +85,7 @@ struct Cluster {
   Launch launch;
   const std::function<void()>* kernel;
   const WatchedThreads* watched;
+  Jump* jumps;                                           // of all places
   std::vector<std::unique_ptr<unsigned char[]>> shared;  // of all blocks so far
   char begin, end;                                       // what the host publishes and learns
   std::vector<Block> blocks;
@@ -101,8 +120,12 @@ void report_deadlock() {
       at_barrier, in_warp, cluster->at_cluster_barrier.size(), cluster->ended);
 }
 
-// Gives way to a fiber that can run.
-void switch_from(ucontext_t& from) {
+// Gives way to a fiber that can run; the host (nullptr) does not come back this way.
+void switch_from(Fiber* from) {
+  if (from && jumps()) {
+    from->jump->is_set = true;
+    if (_setjmp(from->jump->buffer)) return;
+  }
   std::vector<Fiber*>& ready = cluster->ready;
   if (ready.empty()) {
     if (cluster->ended < cluster->fibers.size()) report_deadlock();
@@ -115,14 +138,18 @@ void switch_from(ucontext_t& from) {
   thread_index = current->thread;
   block_index = current->block->index;
   cluster->watched->switch_to(current->place);
-  if (&from != &current->context) swapcontext(&from, &current->context);
+  if (current->jump && current->jump->is_set) _longjmp(current->jump->buffer, 1);
+  if (!from || jumps())
+    setcontext(&current->context);
+  else if (from != current)
+    swapcontext(&from->context, &current->context);
 }
 
 // The current fiber goes on once someone has released it.
 void wait_in(std::vector<Fiber*>& waiting) {
   Fiber* self = current;
   waiting.push_back(self);
-  switch_from(self->context);
+  switch_from(self);
 }
 
 void release(std::vector<Fiber*>& waiting) {
@@ -131,14 +158,17 @@ void release(std::vector<Fiber*>& waiting) {
   waiting.clear();
 }
 
+// A thread of the kernel, and after it those of the same place in the clusters that follow.
 void fiber_main() {
-  learn(&cluster->begin);
-  (*cluster->kernel)();
-  publish(&cluster->end);
-  current->has_ended = true;
-  current->block->ended++;
-  cluster->ended++;
-  switch_from(current->context);
+  for (;;) {
+    learn(&cluster->begin);
+    (*cluster->kernel)();
+    publish(&cluster->end);
+    current->has_ended = true;
+    current->block->ended++;
+    cluster->ended++;
+    switch_from(current);
+  }
 }
 
 // What waits is reserved for: a thread of the kernel must not allocate, or ThreadSanitizer takes
@@ -178,12 +208,14 @@ void set_up_cluster(unsigned first_block, size_t first_place, unsigned char* sta
     fiber.place = first_place + i;
     fiber.block = &cluster->blocks[i / threads];
     fiber.thread = {static_cast<unsigned>(i % threads), 0, 0};
+    cluster->ready.push_back(&fiber);
+    if (jumps()) fiber.jump = cluster->jumps + fiber.place;
+    if (fiber.jump && fiber.jump->is_set) continue;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = stacks + kStackBytes * fiber.place;
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, fiber_main, 0);
-    cluster->ready.push_back(&fiber);
   }
 }
 
@@ -199,8 +231,7 @@ void run_cluster() {
   getcontext(&cluster->done);
   if (is_back) return;
   is_back = true;
-  ucontext_t unused;
-  switch_from(unused);
+  switch_from(nullptr);
 }
 
 }  // namespace
@@ -232,6 +263,8 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
   running.launch = launch;
   running.kernel = &kernel;
   running.watched = &watched;
+  std::vector<Jump> jumps_of_places(places);
+  running.jumps = jumps_of_places.data();
   block_dim = {launch.threads, 1, 1};
   grid_dim = {launch.blocks, 1, 1};
   cluster = &running;

@@ -20,6 +20,8 @@ __attribute__((weak)) void __tsan_release(void* address);
 
 namespace simulator {
 
+inline bool is_watched() { return __tsan_create_fiber; }
+
 // What this thread has done so far comes before what others do that know of the address.
 inline void publish(void* address) {
   if (__tsan_release) __tsan_release(address);
@@ -41,14 +43,14 @@ struct BarrierOrder {
 inline size_t watched_clusters(size_t threads, size_t clusters) {
   constexpr size_t kMostThreads = 2048;
   const size_t most = threads < kMostThreads ? kMostThreads / threads : 1;
-  return __tsan_create_fiber && clusters > 1 ? (clusters < most ? clusters : most) : 1;
+  return is_watched() && clusters > 1 ? (clusters < most ? clusters : most) : 1;
 }
 
 // The threads of a launch. What the host did before comes before all that they do.
 class WatchedThreads {
  public:
   explicit WatchedThreads(size_t count) {
-    if (!__tsan_create_fiber) return;
+    if (!is_watched()) return;
     host_ = __tsan_get_current_fiber();
     for (size_t i = 0; i < count; i++) threads_.push_back(__tsan_create_fiber(0));
   }
