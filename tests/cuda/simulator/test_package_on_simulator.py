@@ -6,6 +6,7 @@ What a GPU alone can show is in test_gpu.py.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,22 +53,22 @@ def build_package(place, kernels):
 
 def run(package, *arguments):
     # Without -P the fused_ce of the current folder would come first.
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "support.on_simulator"]
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "support.on_simulator"]
     command += ["-p", "no:cacheprovider", "--tb=short", "--maxfail=20"]
     environment = {**os.environ, "PYTHONPATH": f"{package}:{TESTS}"}
     done = subprocess.run(
         [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    for place in filter(Path.exists, map(Path, arguments)):  # of each, some
+        name = re.escape(str(place.relative_to(ROOT)))
+        assert re.search(rf"^{name}\S* .*[.]", done.stdout, re.M), done.stdout
 
 
 def test_package_on_the_simulator_agrees_with_stock(package):
-    run(package, TESTS / "loss", "-m", "on_simulator and not slow and not cuda")
-
-
-def test_the_row_statistics_agree_with_the_composition(package):
-    run(package, TESTS / "statistics", "-m", "on_simulator and not slow and not cuda")
+    """And the row statistics with what they are composed of."""
+    folders = TESTS / "loss", TESTS / "statistics"
+    run(package, *folders, "-m", "on_simulator and not slow and not cuda")
 
 
 def test_the_pointwise_losses_agree_with_stock(package):
