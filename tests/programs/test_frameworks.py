@@ -6,13 +6,15 @@ with the code that the README shows. Models are tiny, random and made here: noth
 
 import json
 import os
-import time
+import signal
+import sys
+import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import torch.nn.functional as F
+from support.processes import SECONDS, environment, finish
 from support.reference import one_thread
 from torch import nn
 
@@ -62,7 +64,7 @@ def assert_same_training(curves, models):
         assert any((p - q).abs().max() > 1e-3 for p, q in zip(fresh, first, strict=True))
 
 
-def _ddp_worker(rank, folder):
+def train_a_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     curves = {}
@@ -86,19 +88,32 @@ def _ddp_worker(rank, folder):
         curve.append([p.tolist() for p in model.parameters()])
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(curves, file)
-    # Taking the group down can wait for gloo's threads for ever, which says nothing of the loss.
-    os._exit(0)
+
+
+def main(folder):
+    """Both processes, forked from this one, which has loaded torch and done nothing more."""
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if not child:
+            signal.alarm(SECONDS // 2)  # one may wait for the other
+            code = 1
+            try:
+                train_a_rank(rank, folder)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            # Taking the group down can wait for gloo's threads for ever, which says nothing of the
+            # loss.
+            os._exit(code)
+        children.append(child)
+    return int(any(os.waitpid(child, 0)[1] for child in children))
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_ddp_takes_the_curve_of_stock(tmp_path):
-    workers = torch.multiprocessing.spawn(_ddp_worker, args=(str(tmp_path),), nprocs=2, join=False)
-    end = time.monotonic() + 300
-    while not workers.join(timeout=5, grace_period=5):
-        if time.monotonic() > end:
-            for process in workers.processes:
-                process.kill()
-            pytest.fail("the two processes did not end within 300 seconds")
+    done = finish(__file__, str(tmp_path), env=environment())
+    assert done.returncode == 0, done.stderr
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     for curves in ranks:
         stock = curves.pop("stock")
@@ -327,3 +342,7 @@ def test_trainer_takes_the_same_curve_without_the_head(tmp_path):
     assert len(histories[0]) == 4
     assert histories[0][0] != histories[0][-1]
     torch.testing.assert_close(*map(torch.tensor, histories))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
