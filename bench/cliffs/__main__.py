@@ -2,9 +2,10 @@
 
 import sys
 
-from bench.cliffs.program import main
-
 if __name__ == "__main__":
+    # Here, because each process that measures imports this file, and none of the program.
+    from bench.cliffs.program import main
+
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -19,8 +19,7 @@ COMPILER = ("torch._dynamo", "torch._inductor.compile_fx")  # seconds, if every 
 
 
 def run(console: Console, args: Namespace, effort: Effort, note: str) -> Iterator[list[Record]]:
-    if "compile" in args.providers:
-        process.preload(*COMPILER)
+    process.preload("fused_ce", "bench.loss.measure", *COMPILER * ("compile" in args.providers))
     device, names = DEVICES[args.device], args.providers
     records, start = [], perf_counter()
     elsewhere = 0 if device.counts_memory else len(names)

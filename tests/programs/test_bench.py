@@ -9,11 +9,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
-from support.processes import ROOT, is_png, run
+from support.processes import ROOT, finish, is_png, run
 
 import fused_ce
 from bench import program
@@ -41,8 +40,7 @@ FAULTY = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import fused_ce
-from bench import program
-from bench.loss import providers
+from bench.loss import providers, run
 
 right = fused_ce.cross_entropy
 
@@ -57,9 +55,25 @@ fused_ce.explain = lambda *arguments, **options: (
     "stock: for a change" if options.get("grad_in_forward") is False else "fused: as it should be"
 )
 providers.PROVIDERS["compile"] = providers.Provider(raises)
+run.COMPILER = ()
 if __name__ == "__main__":
+    from bench import program
+
     sys.exit(program.main(sys.argv[1:]))
 """
+
+
+@pytest.fixture
+def bench(tmp_path, capsys, monkeypatch):
+    """Runs the program in this process, and gives what it prints. The process that is forked for
+    each measurement serves all tests, so it is not told what to import for one of them."""
+    monkeypatch.setattr(process, "preload", lambda *modules: None)
+
+    def run_here(*options):
+        assert program.main(["--quick", "--out", str(tmp_path), *options]) == 0
+        return capsys.readouterr().out
+
+    return run_here
 
 
 def test_two_cases_leave_figures_charts_and_json(tmp_path):
@@ -194,9 +208,8 @@ def test_memory_that_a_device_counts_needs_no_process_of_its_own():
     assert [result.peak for result in record.results] == [8 * 10 * 4]
 
 
-def test_a_run_out_of_time_names_what_it_left(tmp_path):
-    options = ("--quick", "--cases", "8x10", "65536x10", "--budget", "0", "--providers", "stock")
-    printed = run("-m", "bench", *options, "--out", str(tmp_path))
+def test_a_run_out_of_time_names_what_it_left(bench):
+    printed = bench("--cases", "8x10", "65536x10", "--budget", "0", "--providers", "stock")
     assert "no time left for 65536x10 8x10" in printed
 
 
@@ -210,9 +223,16 @@ def test_the_driver_is_read_or_unknown(tmp_path, monkeypatch):
 
 
 def test_report_without_a_gpu_is_one_sentence(tmp_path):
-    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    # What Python is asked is answered here, where torch has been loaded.
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nprintf %s "$2" > {tmp_path}/asked\nexit 1\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python)}
     command = [ROOT / "bench" / "gpu_report.sh", tmp_path]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    asked = (tmp_path / "asked").read_text()
+    finished = finish("-c", asked, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert (finished.returncode, finished.stderr) == (1, "")
     assert done.returncode == 2
     assert "no torch that can use a GPU here" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -279,8 +299,8 @@ def test_charts_skip_what_was_not_measured(tmp_path):
             (tmp_path / "chart.png").unlink()
 
 
-def test_heads_leave_figures_and_a_chart(tmp_path):
-    printed = run("-m", "bench", "--linear", "--quick", "--out", str(tmp_path))
+def test_heads_leave_figures_and_a_chart(tmp_path, bench):
+    printed = bench("--linear")
     assert "torch chunks" in printed and "TFLOP/s" in printed
     assert is_png(tmp_path / "linear_memory.png")
     data = json.loads((tmp_path / "linear.json").read_text())
@@ -357,11 +377,10 @@ def other_build(folder, line=""):
     return folder
 
 
-def test_two_builds_leave_ratios(tmp_path):
-    options = ("--against", other_build(tmp_path), "--cases", "8x10", "--out", tmp_path / "out")
-    printed = run("-m", "bench", "--quick", *map(str, options))
+def test_two_builds_leave_ratios(tmp_path, bench):
+    printed = bench("--against", str(other_build(tmp_path / "other")), "--cases", "8x10")
     assert "new / old" in printed and "middle half" in printed
-    data = json.loads((tmp_path / "out" / "against.json").read_text())
+    data = json.loads((tmp_path / "against.json").read_text())
     measured = {(found["provider"], found["pass"]) for found in data["cases"]}
     names = ("fused", "recompute", "inplace")
     assert measured == {("fused", FORWARD), *((name, BOTH) for name in names)}
@@ -441,8 +460,8 @@ def test_traffic_counts_each_tensor_once():
 
 @pytest.mark.rare  # a push measures the loss and the heads
 @pytest.mark.slow
-def test_the_row_statistics_are_measured_beside_the_composition(tmp_path):
-    printed = run("-m", "bench", "--statistics", "--quick", "--out", str(tmp_path))
+def test_the_row_statistics_are_measured_beside_the_composition(tmp_path, bench):
+    printed = bench("--statistics")
     assert "log-probability and entropy" in printed
     data = json.loads((tmp_path / "statistics.json").read_text())
     assert data["providers"] == ["stock", "compile", "loss", "fused"]
