@@ -48,6 +48,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The workers share the cores: one thread each, but where a test asks for more, and no spinning.
 test test-slow test-all test-torch: export OMP_WAIT_POLICY ?= PASSIVE
 test test-slow test-all test-torch: export OMP_NUM_THREADS ?= 1
+# Nor does each of many processes compile the tests' Python anew, as where this is set.
+test test-slow test-all test-torch: export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: build test test-slow test-all test-torch demo bench cliffs fuzz lint format wheel clean
 
