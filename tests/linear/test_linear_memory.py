@@ -13,9 +13,10 @@ from support.memory import MEGABYTE, SLACK, Measurements, reset_peak, serve, sta
 
 import fused_ce
 
-# Rows, features and classes: 200 MB of float32 logits, and gradients that are small beside a chunk;
-# and rows of input that are much wider than their logits.
-SIZES, WIDE = (1600, 32, 32768), (4096, 4096, 64)
+# Rows, features and classes: 200 MB of float32 logits, and gradients that are small beside a chunk,
+# as are the products of matrices, which in bfloat16 take seconds on many a processor; and rows of
+# input that are much wider than their logits.
+SIZES, WIDE = (1600, 4, 32768), (4096, 4096, 64)
 BUDGET = 16 * MEGABYTE
 DEFAULT = 64 * MEGABYTE
 
