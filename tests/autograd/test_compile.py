@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import io
+import itertools
 import re
 import warnings
 
@@ -18,6 +19,7 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from functorch.compile import aot_function
 from support.grids import (
+    DTYPES,
     MODES,
     REDUCTIONS,
     SHAPES,
@@ -44,6 +46,10 @@ from fused_ce.options import MEAN, SUM, Options
 @pytest.fixture(autouse=True)
 def no_graphs_of_other_tests():
     torch._dynamo.reset()
+
+
+def slow_case(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def compiled(function, backend="aot_eager", **options):
@@ -628,13 +634,18 @@ def described(result):
     return [] if result is None else [line for part in result for line in described(part)]
 
 
-@pytest.mark.parametrize("shape, layout", GEOMETRIES)
-def test_fake_kernel_foretells_the_layout(shape, layout):
+@pytest.mark.parametrize(
+    "shape, layout, dtypes",
+    [
+        pytest.param(*geometry, pair, id="-".join(geometry))
+        for geometry, pair in zip(
+            GEOMETRIES, itertools.cycle([DTYPES[:2], DTYPES[2:]]), strict=False
+        )
+    ],
+)
+def test_fake_kernel_foretells_the_layout(shape, layout, dtypes):
     mode = FakeTensorMode()
-    for reduction, dtype, kind in (
-        (0, torch.float32, torch.int64),
-        (1, torch.float64, "probability"),
-    ):
+    for reduction, dtype, kind in ((0, dtypes[1], torch.int64), (1, dtypes[0], "probability")):
         for operator, arguments in operator_calls(shape, layout, kind, reduction, dtype):
             with mode:
                 fake = operator(
@@ -678,14 +689,15 @@ def test_graph_need_not_break_to_ask_what_a_device_lacks():
     assert compiled(fused_ce.cross_entropy)(input, target).is_meta
 
 
-# One layout of each sort: the fake kernels do not tell more of them apart.
+# One layout of each sort: the fake kernels do not tell more of them apart. All layouts and all
+# types are above.
 @pytest.mark.parametrize(
     "shape, layout, kind, reduction, dtype",
     [
         ("NC", "contiguous", torch.int64, 1, torch.float32),
         ("NC", "transposed", "probability", 2, torch.float64),
-        ("NCHW", "channels_last", torch.int32, 0, torch.bfloat16),
-        ("C", "every second class", torch.uint8, 1, torch.float16),
+        slow_case("NCHW", "channels_last", torch.int32, 0, torch.bfloat16),
+        slow_case("C", "every second class", torch.uint8, 1, torch.float16),
     ],
 )
 def test_operator_keeps_its_schema(shape, layout, kind, reduction, dtype):
@@ -894,8 +906,10 @@ EXTENDED = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(
+    "dynamic, learned",
+    [(True, False), (False, True), slow_case(False, False), slow_case(True, True)],
+)
 def test_a_graph_has_every_option(dynamic, learned):
     target = torch.tensor([1, -100, 3, 0])
     weight = torch.tensor([0.5, 1.0, 2.0, 0.0], dtype=torch.float64)
