@@ -66,13 +66,9 @@ def run(package, *arguments):
 
 
 def test_package_on_the_simulator_agrees_with_stock(package):
-    """And the row statistics with what they are composed of."""
-    folders = TESTS / "loss", TESTS / "statistics"
+    """And the row statistics and the pointwise losses with what they are composed of."""
+    folders = (TESTS / name for name in ("loss", "statistics", "pointwise"))
     run(package, *folders, "-m", "on_simulator and not slow and not cuda")
-
-
-def test_the_pointwise_losses_agree_with_stock(package):
-    run(package, TESTS / "pointwise", "-m", "on_simulator and not slow and not cuda")
 
 
 @pytest.mark.slow
