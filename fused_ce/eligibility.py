@@ -141,7 +141,7 @@ def _is_invalid(device_of, shape, dtype, target, weight, ignore_index, label_smo
         return True
     if type(label_smoothing) is not float or label_smoothing > 1.0:
         return True
-    if _is_elsewhere(target, device_of):
+    if is_elsewhere(target, device_of):
         return True
     classes = shape[1 if dims > 1 else 0]
     if classes == 0:
@@ -160,7 +160,7 @@ def _is_invalid(device_of, shape, dtype, target, weight, ignore_index, label_smo
         return True
     if weight is None:
         return False
-    if _is_elsewhere(weight, device_of) or weight.dtype not in LOGIT_DTYPES:
+    if is_elsewhere(weight, device_of) or weight.dtype not in LOGIT_DTYPES:
         return True
     if weight.shape != (classes,):
         return True
@@ -170,7 +170,7 @@ def _is_invalid(device_of, shape, dtype, target, weight, ignore_index, label_smo
     return computed_dtype(weight.dtype, device) != computed_dtype(dtype, device)
 
 
-def _is_elsewhere(tensor: Tensor, device_of: Tensor) -> bool:
+def is_elsewhere(tensor: Tensor, device_of: Tensor) -> bool:
     """Whether two tensors are on different devices, in the cheapest way to ask."""
     if device_of.is_cpu:
         return not tensor.is_cpu

@@ -8,7 +8,7 @@ them. ``reference`` has the same in torch's operations.
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ..eligibility import (
     OVERRIDDEN,
     computed_dtype,
     foreign,
+    is_elsewhere,
     overrides,
     recording_reason,
 )
@@ -405,14 +406,8 @@ def _explain_kl_div(*args: Any, **kwargs: Any) -> str:
 
 _Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
+_STRIDED = torch.strided
 _NAMES = ("input", "target", "weight", "pos_weight")
-
-
-class _Way(NamedTuple):
-    """How the kernels would take a call, or why they cannot."""
-
-    reason: str | None
-    loss_dtype: torch.dtype | None = None  # where it is not the input's
 
 
 def _computed(
@@ -448,39 +443,51 @@ _RUN = {
 }
 
 
-def _way(tensors: _Tensors, settings: Settings) -> _Way:
-    input, target, *weights = tensors
-    for tensor, name in zip(tensors, _NAMES, strict=True):
-        if tensor is not None or name in ("input", "target"):
-            reason = foreign(tensor, name)
-            if reason is not None:
-                return _Way(reason)
-    reason = recording_reason()
+def _way(tensors: _Tensors, settings: Settings) -> tuple[str | None, torch.dtype | None]:
+    """Why the kernels cannot take a call, if so; else the loss's dtype if it is not the input's.
+
+    It runs before every call and takes as long as a small one: an attribute is read once.
+    """
+    reason = _foreign(tensors) or recording_reason()
     if reason is not None:
-        return _Way(reason)
+        return reason, None
+    input, target, *weights = tensors
     if not input.is_cpu:
         reason = ops.lacking(input.device.type, input.get_device())
         if reason is not None:
-            return _Way(reason)
-    if input.dtype not in LOGIT_DTYPES or target.dtype not in LOGIT_DTYPES:
-        return _Way(f"there are no kernels for {input.dtype} with a target of {target.dtype}")
-    if (target.dtype == torch.float64) is not (input.dtype == torch.float64):
-        return _Way("one of input and target is in float64")
-    if target.shape != input.shape or target.device != input.device or input.dim() >= MAX_DIMS:
-        return _Way(INVALID)
+            return reason, None
+    dtype, target_dtype, shape = input.dtype, target.dtype, input.shape
+    if dtype not in LOGIT_DTYPES or target_dtype not in LOGIT_DTYPES:
+        return f"there are no kernels for {dtype} with a target of {target_dtype}", None
+    if dtype is not target_dtype and torch.float64 in (dtype, target_dtype):
+        return "one of input and target is in float64", None
+    if target.shape != shape or len(shape) >= MAX_DIMS or is_elsewhere(target, input):
+        return INVALID, None
     for weight in weights:
         if weight is not None and not _is_valid(weight, input):
-            return _Way(INVALID)
+            return INVALID, None
     if target.requires_grad and torch.is_grad_enabled():
-        return _Way("the target requires grad")
+        return "the target requires grad", None
     if settings.loss == SIGMOID_FOCAL and not _is_finite(settings):
-        return _Way("there are no kernels for such an alpha or gamma")
-    return _Way(None, _loss_dtype(input, target, settings.loss))
+        return "there are no kernels for such an alpha or gamma", None
+    return None, _loss_dtype(dtype, target_dtype, input.device.type, settings.loss)
+
+
+def _foreign(tensors: _Tensors) -> str | None:
+    """Why one of the arguments is not a tensor of plain strided memory; None if all are."""
+    for tensor, name in zip(tensors, _NAMES, strict=True):
+        if type(tensor) is Tensor and tensor.layout is _STRIDED and not tensor.is_nested:
+            continue
+        if tensor is not None or name in ("input", "target"):
+            reason = foreign(tensor, name)
+            if reason is not None:
+                return reason
+    return None
 
 
 def _is_valid(weight: Tensor, input: Tensor) -> bool:
     """Whether a weight is one of those that stock and the kernels take."""
-    if weight.dtype not in LOGIT_DTYPES or weight.device != input.device:
+    if weight.dtype not in LOGIT_DTYPES or is_elsewhere(weight, input):
         return False
     if weight.requires_grad and torch.is_grad_enabled():
         return False
@@ -497,15 +504,16 @@ def _is_finite(settings: Settings) -> bool:
     return isinstance(alpha, number) and isinstance(gamma, number) and 0 <= gamma < math.inf
 
 
-def _loss_dtype(input: Tensor, target: Tensor, loss: int) -> torch.dtype | None:
+def _loss_dtype(
+    dtype: torch.dtype, target_dtype: torch.dtype, device: str, loss: int
+) -> torch.dtype | None:
     """The loss's dtype, or None where it is the input's own."""
-    if input.dtype is target.dtype and input.dtype not in _HALF_DTYPES:
+    if dtype is target_dtype and dtype not in _HALF_DTYPES:
         return None
-    device = input.device.type
-    found = computed_dtype(target.dtype, device)
+    found = computed_dtype(target_dtype, device)
     if loss != BINARY_CROSS_ENTROPY:
-        found = torch.promote_types(found, computed_dtype(input.dtype, device))
-    return None if found == input.dtype else found
+        found = torch.promote_types(found, computed_dtype(dtype, device))
+    return None if found == dtype else found
 
 
 def _overridden(
@@ -537,7 +545,7 @@ def _explained(
         settings = settings_of(_Reduction.get_enum(reduction))
     except ValueError as error:
         return f"refused: {error}"
-    reason = _way(tensors, settings).reason
+    reason, _ = _way(tensors, settings)
     if reason is not None:
         return f"stock: {reason}"
     grad_in_forward, inplace = call["grad_in_forward"], call["inplace"]

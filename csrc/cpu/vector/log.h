@@ -78,12 +78,13 @@ inline double log_normal(double x) {
   return 2.0 * s * z * p + n * 1.42860682030941723212e-6 + 2.0 * s + n * 6.93145751953125e-1;
 }
 
-// log(x), but 0 for a number below the normal ones: x log(x) is then less than anyone can see.
+// log(x) to be multiplied by x: any number where x is nan, and 0 where x is less than the normal
+// numbers, for x log(x) is then less than anyone can see.
 template <class A>
 inline A log_or_zero(A x) {
   const A special = x < A(0) ? std::numeric_limits<A>::quiet_NaN() : A(0);
   const A log = log_normal(x);
-  return x >= std::numeric_limits<A>::min() ? log : x == x ? special : x;
+  return x >= std::numeric_limits<A>::min() ? log : special;
 }
 
 // exp(x) of any x. As exp_nonpositive(), but where x is positive the power of two is applied by
