@@ -74,6 +74,10 @@ def test_the_pointwise_losses_agree_with_stock(package):
     run(package, TESTS / "pointwise", "-m", "on_simulator and not slow and not cuda")
 
 
+def test_the_divergence_agrees_with_the_composition(package):
+    run(package, TESTS / "divergence", "-m", "on_simulator and not slow and not cuda")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "file",
