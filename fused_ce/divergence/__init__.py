@@ -240,9 +240,7 @@ def _mode(
     inplace: bool,
 ) -> str:
     """When the gradient is computed; a key of _RUN."""
-    return functional.mode_of(
-        input, target_logits, settings.reduction, grad_in_forward, inplace
-    )
+    return functional.mode_of(input, target_logits, settings.reduction, grad_in_forward, inplace)
 
 
 def _fused(

@@ -65,7 +65,6 @@ class Simulated {
     struct alignas(16) Piece {
       unsigned char bytes[16];
     };
-    explicit Workspace(const Problem& p) : Workspace(workspace_bytes(p, kDevice)) {}
     explicit Workspace(size_t bytes) : pieces(bytes / sizeof(Piece) + 1) {
       std::memset(static_cast<void*>(pieces.data()), 0xcd, pieces.size() * sizeof(Piece));
     }
