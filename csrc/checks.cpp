@@ -426,18 +426,32 @@ void ProblemBuilder::set_loss(const Tensor& tensor) {
 }
 
 void ProblemBuilder::set_stats(const Tensor& tensor) {
+  Problem& p = problem_;
+  if (p.probabilities)
+    set_stats({&p.row_max, &p.row_rest, &p.row_mass, &p.row_mass_low}, tensor, stats_dtype_);
+  else
+    set_stats({&p.row_max, &p.row_rest}, tensor, stats_dtype_);
+}
+
+void ProblemBuilder::add_stats(std::initializer_list<Operand*> operands, const Tensor& tensor,
+                               ScalarType dtype) {
+  set_stats(operands, tensor, dtype);
+  added_.insert(added_.end(), operands);
+}
+
+void ProblemBuilder::set_stats(std::initializer_list<Operand*> operands, const Tensor& tensor,
+                               ScalarType dtype) {
   const Facts stats(tensor);
   check_device(stats, "stats");
-  FCE_CHECK(
-      stats.type == stats_dtype_ && tensor.is_contiguous() && equal(stats.sizes, stats_sizes()),
-      "stats must be what the forward operator returned for the same arguments");
+  const auto numbers = static_cast<int64_t>(operands.size());
+  const std::array<int64_t, 2> sizes{numbers, problem_.rows};
+  FCE_CHECK(stats.type == dtype && stats.contiguous && equal(stats.sizes, sizes),
+            "stats must be what the forward operator returned for the same arguments");
   auto* data = static_cast<std::byte*>(checked_data(stats, "stats"));
-  const int64_t row_bytes = problem_.rows * stats.item_bytes;
-  set_logical(problem_.row_max, data, stats_dtype_);
-  set_logical(problem_.row_rest, data + row_bytes, stats_dtype_);
-  if (!problem_.probabilities) return;
-  set_logical(problem_.row_mass, data + 2 * row_bytes, stats_dtype_);
-  set_logical(problem_.row_mass_low, data + 3 * row_bytes, stats_dtype_);
+  for (Operand* operand : operands) {
+    set_logical(*operand, data, dtype);
+    data += problem_.rows * stats.item_bytes;
+  }
 }
 
 void ProblemBuilder::set_totals(const Tensor& tensor) {

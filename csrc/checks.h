@@ -8,6 +8,7 @@
 
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -55,6 +56,8 @@ class ProblemBuilder {
   void set_scale_grad(const Tensor& scale_grad);    // []
   void set_loss(const Tensor& loss);                // [N, ...] or []
   void set_stats(const Tensor& stats);              // stats_sizes()
+  // The same where the caller says which numbers a row comes down to: [operands, rows], of a type.
+  void add_stats(std::initializer_list<Operand*> operands, const Tensor& stats, ScalarType dtype);
   void set_totals(const Tensor& totals);            // [3]
   void set_grad_output(const Tensor& grad_output);  // [N, ...] or []
 
@@ -66,6 +69,7 @@ class ProblemBuilder {
 
   // Sizes of the row dimensions, in the input's order.
   Sizes row_sizes() const { return {row_sizes_.data(), static_cast<size_t>(row_dims_)}; }
+  int64_t rows() const { return problem_.rows; }
   bool has_probabilities() const { return problem_.probabilities; }
   ScalarType stats_dtype() const { return stats_dtype_; }
   std::array<int64_t, 2> stats_sizes() const {
@@ -80,6 +84,7 @@ class ProblemBuilder {
   void set_sample_weight(const Tensor& weight);
   void check_numbers() const;
   void check_focal() const;
+  void set_stats(std::initializer_list<Operand*> operands, const Tensor& stats, ScalarType dtype);
   Values values_of(std::optional<Tensor>& tensor, int64_t most, const char* name) const;
   Values values_of(std::optional<Tensor>& tensor, const Facts& facts, ScalarType dtype,
                    const char* name) const;

@@ -29,6 +29,12 @@
 #define FCE_POINTWISE \
   FCE_POINTWISE_TENSORS ", " FCE_POINTWISE_NUMBERS ", ScalarType? loss_dtype=None"
 #define FCE_POINTWISE_BACKWARD FCE_POINTWISE_TENSORS ", Tensor grad_output, " FCE_POINTWISE_NUMBERS
+#define FCE_DIVERGENCE \
+  "Tensor target_logits, Tensor? sample_weight, Tensor? denominator, " FCE_DIVERGENCE_NUMBERS
+#define FCE_DIVERGENCE_BACKWARD                                             \
+  "Tensor target_logits, Tensor stats, Tensor totals, Tensor grad_output, " \
+  "Tensor? sample_weight, " FCE_DIVERGENCE_NUMBERS
+#define FCE_DIVERGENCE_NUMBERS "float temperature, bool reverse, int reduction"
 
 STABLE_TORCH_LIBRARY(fused_ce, m) {
   m.def("forward(Tensor input, " FCE_FORWARD ") -> Tensor");
@@ -77,6 +83,22 @@ STABLE_TORCH_LIBRARY(fused_ce, m) {
       "pointwise_rescale_(Tensor(a!) grad, Tensor grad_output, Tensor input, " FCE_POINTWISE_TENSORS
       ", " FCE_POINTWISE_NUMBERS ") -> Tensor(a!)");
   m.def("check_pointwise_overwritable(Tensor input, " FCE_POINTWISE_TENSORS ") -> ()");
+  // The divergence of two rows of logits, in float32 or with any in float64 in that, and what the
+  // backward needs: `stats`, [4 or in reverse 5, rows], of each distribution its maximum and its
+  // sum, and the mean of their logarithms' differences; and `totals`, as above.
+  m.def("kl_div_with_logits(Tensor input, " FCE_DIVERGENCE ") -> Tensor");
+  m.def("kl_div_with_logits_stats(Tensor input, " FCE_DIVERGENCE ") -> (" FCE_STATS ")");
+  m.def("kl_div_with_logits_grad(Tensor input, " FCE_DIVERGENCE ") -> (" FCE_STATS
+        ", Tensor grad)");
+  m.def("kl_div_with_logits_grad_(Tensor(a!) input, " FCE_DIVERGENCE ") -> Tensor");
+  m.def("kl_div_with_logits_backward(Tensor input, " FCE_DIVERGENCE_BACKWARD ") -> Tensor");
+  m.def("kl_div_with_logits_backward_(Tensor(a!) input, " FCE_DIVERGENCE_BACKWARD
+        ") -> Tensor(a!)");
+  m.def("graph_kl_div_with_logits(Tensor input, " FCE_DIVERGENCE ") -> (" FCE_STATS ")");
+  m.def("graph_kl_div_with_logits_backward(Tensor input, " FCE_DIVERGENCE_BACKWARD ") -> Tensor");
+  // As rescale_, for what kl_div_with_logits_grad returned.
+  m.def("kl_div_with_logits_rescale_(Tensor(a!) grad, Tensor input, " FCE_DIVERGENCE_BACKWARD
+        ") -> Tensor(a!)");
   // Raises unless the logits may be overwritten.
   m.def("check_overwritable(Tensor input, " FCE_FORWARD ") -> ()");
   // For memory that nobody has touched yet; of no effect where it is not the CPU's, or small.

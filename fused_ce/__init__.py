@@ -1,5 +1,6 @@
 """Fused cross entropy for PyTorch: a drop-in for ``nn.CrossEntropyLoss``, forward and backward."""
 
+from .divergence import kl_div_with_logits
 from .explaining import explain_call
 from .fallback import warn_on_fallback
 from .functional import cross_entropy, explain
@@ -35,6 +36,7 @@ __all__ = [
     "explain_linear_stats",
     "explain_stats",
     "kl_div",
+    "kl_div_with_logits",
     "linear_cross_entropy",
     "linear_softmax_stats",
     "log_softmax",

@@ -67,10 +67,10 @@ class Extensions(NamedTuple):
             focal_gamma=focal_gamma,
             denominator=None
             if self.denominator is None
-            else _single(self.denominator, "denominator"),
-            logit_scale=_single(self.logit_scale, "logit_scale"),
+            else single(self.denominator, "denominator"),
+            logit_scale=single(self.logit_scale, "logit_scale"),
             softcap=_cap(self.softcap),
-            sample_weight=_sample_weight(self.sample_weight, row_shape),
+            sample_weight=weight_of_rows(self.sample_weight, row_shape),
         )
 
     def reference_reason(self, input_dtype: torch.dtype) -> str | None:
@@ -90,10 +90,10 @@ class Extensions(NamedTuple):
     def added_to(self, options: Options, device: torch.device) -> Options:
         """For the operators, with numbers as tensors where they take those."""
         given = self.added_for_reference(options)
-        scale = None if _is_one(self.logit_scale) else _as_tensor(self.logit_scale, device)
+        scale = None if _is_one(self.logit_scale) else as_tensor(self.logit_scale, device)
         weight = self.sample_weight
         return given._replace(
-            denominator=_as_tensor(self.denominator, device),
+            denominator=as_tensor(self.denominator, device),
             logit_scale=scale,
             sample_weight=None if weight is None else weight.to(device),
         )
@@ -212,7 +212,7 @@ def _cap(value: Any) -> float | None:
     return value
 
 
-def _single(value: Any, name: str) -> float | Tensor:
+def single(value: Any, name: str) -> float | Tensor:
     """A number, or a tensor of one element."""
     if isinstance(value, Tensor):
         if value.numel() == 1 and not value.is_complex():
@@ -237,7 +237,7 @@ def check_dtype(dtype: Any) -> None:
         raise ValueError(f"fused_ce: dtype must be a floating-point torch.dtype, got {dtype!r}.")
 
 
-def _sample_weight(weight: Any, row_shape: tuple) -> Tensor | None:
+def weight_of_rows(weight: Any, row_shape: tuple) -> Tensor | None:
     if weight is None:
         return None
     if not isinstance(weight, Tensor) or weight.is_complex():
@@ -250,7 +250,7 @@ def _sample_weight(weight: Any, row_shape: tuple) -> Tensor | None:
     return weight if weight.is_floating_point() else weight.float()
 
 
-def _as_tensor(value: float | Tensor | None, device: torch.device) -> Tensor | None:
+def as_tensor(value: float | Tensor | None, device: torch.device) -> Tensor | None:
     if value is None:
         return None
     if isinstance(value, Tensor):

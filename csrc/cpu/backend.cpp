@@ -4,9 +4,11 @@
 
 #include <string>
 
+#include "../divergence_operators.h"
 #include "../operators.h"
 #include "../pointwise_operators.h"
 #include "../statistics_operators.h"
+#include "divergence/divergence.h"
 #include "kernels.h"
 #include "pointwise/pointwise.h"
 #include "statistics/statistics.h"
@@ -42,6 +44,13 @@ class Cpu {
     cpu::evaluate_pointwise(p, s, kThreads);
   }
   void rescale_pointwise(const Problem& p, const Pointwise& s) { evaluate_pointwise(p, s); }
+  void find_divergence(Problem& p, const Divergence& d) { cpu::find_divergence(p, d, kThreads); }
+  void find_divergence_gradient(Problem& p, const Divergence& d) {
+    cpu::find_divergence_gradient(p, d, kThreads);
+  }
+  void rescale_divergence_gradient(Problem& p, const Divergence& d) {
+    find_divergence_gradient(p, d);
+  }
 
   void scale(const Elements& elements, const Operand& factor) {
     cpu::scale(elements, load_value<double>(factor, 0), kThreads);
@@ -70,6 +79,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) {
   fused_ce::register_operators<fused_ce::cpu::Cpu>(m);
   fused_ce::register_statistics<fused_ce::cpu::Cpu>(m);
   fused_ce::register_pointwise<fused_ce::cpu::Cpu>(m);
+  fused_ce::register_divergence<fused_ce::cpu::Cpu>(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {

@@ -103,6 +103,18 @@ void check_targets(const Problem& p, const Threads& threads) {
   check_range(scan_targets(p, threads, false));
 }
 
+void find_denominators(Problem& p, const Threads& threads) {
+  std::vector<TargetScan> scans;
+  if (p.weighs_samples()) scans = scan_targets(p, threads, false);
+  find_denominators(p, add_scans(p, scans));
+}
+
+void store_loss(const Problem& p, const std::vector<double>& tile_losses) {
+  CompensatedSum sum;
+  for (const double loss : tile_losses) sum.add(loss);
+  store_value(sum.value() / p.known.denominator, p.loss, 0);
+}
+
 void forward(Problem& p, const Threads& threads) {
   const Tiling tiling = row_tiling(p);
   std::vector<double> tile_losses(tiling.count);
@@ -124,10 +136,7 @@ void forward(Problem& p, const Threads& threads) {
   });
   if (scans_along) find_denominators(p, add_scans(p, scans));
   if (p.totals) *p.totals = p.known;
-  if (!p.reduces()) return;
-  CompensatedSum sum;
-  for (const double loss : tile_losses) sum.add(loss);
-  store_value(sum.value() / p.known.denominator, p.loss, 0);
+  if (p.reduces()) store_loss(p, tile_losses);
 }
 
 void backward(Problem& p, const Threads& threads) {

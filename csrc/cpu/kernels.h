@@ -4,6 +4,8 @@
 // loss. Its result has the same bits for any number of threads.
 #pragma once
 
+#include <vector>
+
 #include "../problem.h"
 #include "rows/tiles.h"
 
@@ -23,6 +25,12 @@ void backward_logit_scale(Problem& p, const Threads& threads);
 
 // Raises std::out_of_range for a target that is no class; they must be indices.
 void check_targets(const Problem& p, const Threads& threads);
+
+// What the losses of rows are divided by, into p.known; of rows that have no class indices.
+void find_denominators(Problem& p, const Threads& threads);
+
+// The loss, from the sums of the tiles' losses.
+void store_loss(const Problem& p, const std::vector<double>& tile_losses);
 
 // Multiplies elements by a factor. A zero stays one, even times nan: it may be the gradient of an
 // ignored row.

@@ -10,6 +10,7 @@
 #include <map>
 #include <mutex>
 
+#include "../divergence_operators.h"
 #include "../operators.h"
 #include "../pointwise_operators.h"
 #include "../statistics_operators.h"
@@ -111,6 +112,19 @@ class Cuda {
     evaluate_pointwise(p, s, When::kUnlessGradOutputIsOne);
   }
 
+  void find_divergence(Problem& p, const Divergence& d) {
+    const Tensor workspace = memory_of(divergence_workspace_bytes(p, *device_));
+    cuda::find_divergence(p, d, *device_, workspace.data_ptr(), stream_);
+    check(cudaGetLastError());
+  }
+
+  void find_divergence_gradient(Problem& p, const Divergence& d) {
+    find_divergence_gradient(p, d, When::kAlways);
+  }
+  void rescale_divergence_gradient(Problem& p, const Divergence& d) {
+    find_divergence_gradient(p, d, When::kUnlessGradOutputIsOne);
+  }
+
   void scale(const Elements& elements, const Operand& factor) {
     cuda::scale(elements, factor, *device_, stream_);
     check(cudaGetLastError());
@@ -140,6 +154,11 @@ class Cuda {
     check(cudaGetLastError());
   }
 
+  void find_divergence_gradient(Problem& p, const Divergence& d, When when) {
+    cuda::find_divergence_gradient(p, d, *device_, when, stream_);
+    check(cudaGetLastError());
+  }
+
   const Tensor& input_;
   CurrentDevice current_;
   Stream stream_;
@@ -166,6 +185,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_ce, CUDA, m) {
   fused_ce::register_operators<fused_ce::cuda::Cuda>(m);
   fused_ce::register_statistics<fused_ce::cuda::Cuda>(m);
   fused_ce::register_pointwise<fused_ce::cuda::Cuda>(m);
+  fused_ce::register_divergence<fused_ce::cuda::Cuda>(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {

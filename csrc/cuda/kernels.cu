@@ -111,16 +111,11 @@ Problem completed(const Problem& p) {
   return problem;
 }
 
-}  // namespace
-
-size_t workspace_bytes(const Problem& p, const Device& device) {
-  if (p.scale_grad.data) return ScaleWorkspace(p, device, nullptr).bytes;
-  return Workspace(p, regime_for(kForward, p, device).blocks(p, device), nullptr).bytes;
-}
-
-void forward(const Problem& p, const Device& device, void* memory, Stream stream) {
-  const ForwardRegime& regime = regime_for(kForward, p, device);
-  const Workspace workspace(p, regime.blocks(p, device), memory);
+// Calls run(problem, result) for a launch of so many blocks, after the one that finds what its mean
+// divides by.
+template <class Run>
+void run_forward(const Problem& p, int64_t blocks, void* memory, Stream stream, const Run& run) {
+  const Workspace workspace(p, blocks, memory);
   Problem problem = completed(p);
   Result result{workspace.losses, p.totals};
   const bool counts = needs_totals(p);
@@ -134,7 +129,22 @@ void forward(const Problem& p, const Device& device, void* memory, Stream stream
                  workspace.ticket_count},
                 stream);
   }
-  regime.forward(problem, result, device, stream);
+  run(problem, result);
+}
+
+}  // namespace
+
+size_t workspace_bytes(const Problem& p, const Device& device) {
+  if (p.scale_grad.data) return ScaleWorkspace(p, device, nullptr).bytes;
+  return Workspace(p, regime_for(kForward, p, device).blocks(p, device), nullptr).bytes;
+}
+
+void forward(const Problem& p, const Device& device, void* memory, Stream stream) {
+  const ForwardRegime& regime = regime_for(kForward, p, device);
+  run_forward(p, regime.blocks(p, device), memory, stream,
+              [&](const Problem& problem, const Result& result) {
+                regime.forward(problem, result, device, stream);
+              });
 }
 
 void backward(const Problem& p, const Device& device, When when, Stream stream) {
@@ -151,6 +161,24 @@ void backward_logit_scale(const Problem& p, const Device& device, void* memory, 
 void backward_target(const Problem& p, const Device& device, Stream stream) {
   if (p.rows == 0) return;
   target_backward(completed(p), device, stream);
+}
+
+size_t divergence_workspace_bytes(const Problem& p, const Device& device) {
+  return Workspace(p, divergence_blocks(p, device), nullptr).bytes;
+}
+
+void find_divergence(const Problem& p, const Divergence& d, const Device& device, void* memory,
+                     Stream stream) {
+  run_forward(p, divergence_blocks(p, device), memory, stream,
+              [&](const Problem& problem, const Result& result) {
+                divergence_forward(problem, d, result, device, stream);
+              });
+}
+
+void find_divergence_gradient(const Problem& p, const Divergence& d, const Device& device,
+                              When when, Stream stream) {
+  if (p.rows == 0) return;
+  divergence_backward(completed(p), d, device, when, stream);
 }
 
 }  // namespace fused_ce::cuda

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 
+#include "../divergence_problem.h"
 #include "../pointwise_problem.h"
 #include "../problem.h"
 #include "../statistics_problem.h"
@@ -59,6 +60,16 @@ size_t pointwise_workspace_bytes(const Problem& p, const Device& device);
 // pointwise_problem.h. The gradient may be written over the input.
 void evaluate_pointwise(const Problem& p, const Pointwise& s, const Device& device, When when,
                         void* workspace, Stream stream);
+
+// The loss, and where `p` and `d` have memory for them the statistics, their totals, and the
+// gradient; the workspace is one of this size. See divergence_problem.h.
+size_t divergence_workspace_bytes(const Problem& p, const Device& device);
+void find_divergence(const Problem& p, const Divergence& d, const Device& device, void* workspace,
+                     Stream stream);
+
+// p.grad from the logits, the statistics and their totals; it may be the student's logits' memory.
+void find_divergence_gradient(const Problem& p, const Divergence& d, const Device& device,
+                              When when, Stream stream);
 
 // Multiplies every element by *factor, a device scalar, unless that is 1. A zero stays one, even
 // times nan: it may be the gradient of an ignored row.

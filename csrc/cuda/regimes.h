@@ -83,6 +83,13 @@ void streaming_forward(const Problem& p, const Result& result, const Device& dev
 bool elementwise_backward_serves(const Problem& p, const Device& device);
 void elementwise_backward(const Problem& p, const Device& device, When when, Stream stream);
 
+// As general_blocks().
+int64_t divergence_blocks(const Problem& p, const Device& device);
+void divergence_forward(const Problem& p, const Divergence& d, const Result& result,
+                        const Device& device, Stream stream);
+void divergence_backward(const Problem& p, const Divergence& d, const Device& device, When when,
+                         Stream stream);
+
 // What the rows that count add up to.
 struct CountedRows {
   double weights = 0;  // of the samples, times those of their classes

@@ -193,13 +193,14 @@ def check_target(target: Tensor | None, shape: tuple[int, ...]) -> None:
 
 def checked_settings(temperature: Any, softcap: Any, ignore_index: Any) -> Settings:
     return Settings(
-        _positive("temperature", temperature, or_none=False),
-        0.0 if softcap is None else _positive("softcap", softcap, or_none=True),
+        positive("temperature", temperature),
+        0.0 if softcap is None else positive("softcap", softcap, or_none=True),
         _index(ignore_index),
     )
 
 
-def _positive(name: str, number: Any, or_none: bool) -> Any:
+def positive(name: str, number: Any, or_none: bool = False) -> Any:
+    """A number, or a tensor of one element where it can be none but that."""
     if isinstance(number, Tensor):
         if number.numel() != 1 or or_none:
             raise ValueError(

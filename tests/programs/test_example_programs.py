@@ -58,6 +58,14 @@ def test_weights_find_the_rare_classes_and_labels():
     assert len(rows) == 6
 
 
+def test_distillation_takes_the_curve_of_the_composition():
+    printed = printed_by("distillation.py")
+    (apart,) = re.findall(r"largest relative difference: (\S+)", printed)
+    assert float(apart) < 1e-4
+    losses = [float(loss) for loss in re.findall(r"^ *\d+ +(\d+\.\d+)", printed, re.M)]
+    assert len(losses) == 7 and losses[-1] < losses[0] / 2
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_example_says_how_to_run_it(name):
     assert f"`python examples/{name}`" in (ROOT / "examples" / name).read_text()
@@ -140,3 +148,32 @@ def test_the_readmes_replacement_has_the_librarys_numbers(name):
     for value, same in zip(found, expected, strict=True):
         if same is not None:
             torch.testing.assert_close(value, same)
+
+
+def divergence_of(student, teacher):
+    log_p, log_q = (logits.div(2).log_softmax(1) for logits in (student, teacher))
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
+KEPT = [0, 1, 3, 5]
+DIVERGENCES = {
+    "`F.kl_div(log_softmax(s / T": divergence_of,
+    "the same times": lambda s, t: 4 * divergence_of(s, t),
+    "the reverse divergence": lambda s, t: divergence_of(t, s),
+    "a mean over the tokens": lambda s, t: divergence_of(2 * s[KEPT], 2 * t[KEPT]),
+}
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_readmes_call_of_distillation_has_the_composed_number(name):
+    (row,) = (
+        line
+        for line in section("Distillation").splitlines()
+        if line.startswith("| ") and name in line.split("|")[1]
+    )
+    call = row.split("|")[2].strip().strip("`")
+    student, teacher = torch.randn(2, 6, 30)
+    mask = torch.zeros(6).index_fill(0, torch.tensor(KEPT), 1)
+    names = {"kl_div_with_logits": fused_ce.kl_div_with_logits, "T": 2.0, "mask": mask}
+    found = eval(call, names | {"s": student, "t": teacher})
+    torch.testing.assert_close(found, DIVERGENCES[name](student, teacher))

@@ -12,8 +12,10 @@
 #include <mutex>
 #include <new>
 #include <optional>
+#include <tuple>
 
 #include "../stack.h"
+#include "../vector/simd.h"
 #include "tiles.h"
 
 namespace fused_ce::cpu {
@@ -37,12 +39,12 @@ void for_tiles(const Tiling& tiling, const Threads& threads, const Work& work) {
     with_stack_room([&] { work(0, tiling.count); });
 }
 
-// The kernels of one call.
-template <class Kernel>
+// The kernels of one call, made from these arguments, which outlive them.
+template <class Kernel, class... Arguments>
 class Kernels {
  public:
-  Kernels(const Problem& p, const Tiling& tiling)
-      : p_(p), tiling_(tiling), first_(std::make_unique<Kernel>(p, tiling)) {}
+  explicit Kernels(const Arguments&... arguments)
+      : arguments_(arguments...), first_(std::make_unique<Kernel>(arguments...)) {}
 
   // Calls use(kernel) with a kernel that nobody else uses meanwhile.
   template <class Use>
@@ -51,7 +53,7 @@ class Kernels {
     if (lock.owns_lock()) return use(*first_);
     std::optional<Kernel> own;
     try {
-      own.emplace(p_, tiling_);
+      std::apply([&](const Arguments&... arguments) { own.emplace(arguments...); }, arguments_);
     } catch (const std::bad_alloc&) {
       lock.lock();
     }
@@ -59,10 +61,29 @@ class Kernels {
   }
 
  private:
-  const Problem& p_;
-  const Tiling& tiling_;
+  const std::tuple<const Arguments&...> arguments_;
   const std::unique_ptr<Kernel> first_;
   std::mutex mutex_;
 };
+
+// Calls use(kernel, begin, end) for all tiles, compiled once for one level of simd.h. A kernel is
+// made from what follows `use`.
+template <class Kernel, simd::Level kLevel, class Use, class... Arguments>
+void run_tiles(const Tiling& tiling, const Threads& threads, const Use& use,
+               const Arguments&... arguments) {
+  const auto use_at_level = [&](Kernel& kernel, int64_t begin, int64_t end) {
+    simd::run_as<kLevel>([&] { use(kernel, begin, end); });
+  };
+  if (tiling.count == 0) return;
+  if (!is_shared(tiling))
+    return with_stack_room([&] {
+      Kernel kernel(arguments...);
+      use_at_level(kernel, 0, tiling.count);
+    });
+  Kernels<Kernel, Arguments...> kernels(arguments...);
+  run_parts(threads, tiling.count, tiling.grain, [&](int64_t begin, int64_t end) {
+    kernels.lend([&](Kernel& kernel) { use_at_level(kernel, begin, end); });
+  });
+}
 
 }  // namespace fused_ce::cpu

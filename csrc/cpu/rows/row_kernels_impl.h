@@ -12,31 +12,13 @@ namespace fused_ce::cpu {
 
 bool prefers_lanes(const Problem& p);
 
-// Calls use(kernel, begin, end) for all tiles, compiled once for one level of simd.h.
-template <class Kernel, simd::Level kLevel, class Use>
-void run_tiles(const Problem& p, const Tiling& tiling, const Threads& threads, const Use& use) {
-  const auto use_at_level = [&](Kernel& kernel, int64_t begin, int64_t end) {
-    simd::run_as<kLevel>([&] { use(kernel, begin, end); });
-  };
-  if (tiling.count == 0) return;
-  if (!is_shared(tiling))
-    return with_stack_room([&] {
-      Kernel kernel(p, tiling);
-      use_at_level(kernel, 0, tiling.count);
-    });
-  Kernels<Kernel> kernels(p, tiling);
-  run_parts(threads, tiling.count, tiling.grain, [&](int64_t begin, int64_t end) {
-    kernels.lend([&](Kernel& kernel) { use_at_level(kernel, begin, end); });
-  });
-}
-
 template <class A, class Use>
 void run_tiles(const Problem& p, const Tiling& tiling, const Threads& threads, const Use& use) {
   simd::with_level([&](auto level) {
     if (prefers_lanes(p))
-      run_tiles<LaneKernel<A, level>, level>(p, tiling, threads, use);
+      run_tiles<LaneKernel<A, level>, level>(tiling, threads, use, p, tiling);
     else
-      run_tiles<RowKernel<A, level>, level>(p, tiling, threads, use);
+      run_tiles<RowKernel<A, level>, level>(tiling, threads, use, p, tiling);
   });
 }
 
@@ -70,11 +52,11 @@ template <class A>
 void backward_scale_tiles(const Problem& p, const Tiling& tiling, const Threads& threads,
                           double* tile_sums) {
   simd::with_level([&](auto level) {
-    run_tiles<RowKernel<A, level>, level>(
-        p, tiling, threads, [&](auto& kernel, int64_t begin, int64_t end) {
-          for (int64_t t = begin; t < end; t++)
-            tile_sums[t] = kernel.backward_scale(Tile(p, tiling, t));
-        });
+    const auto use = [&](auto& kernel, int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t++)
+        tile_sums[t] = kernel.backward_scale(Tile(p, tiling, t));
+    };
+    run_tiles<RowKernel<A, level>, level>(tiling, threads, use, p, tiling);
   });
 }
 

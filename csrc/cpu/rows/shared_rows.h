@@ -88,7 +88,7 @@ class SharedRows {
   const Problem& p_;
   const Tiling& tiling_;
   const Threads& threads_;
-  Kernels<RowKernel<A, kLevel>> kernels_;
+  Kernels<RowKernel<A, kLevel>, Problem, Tiling> kernels_;
   std::vector<std::unique_ptr<RowKernel<A, kLevel>>> leaders_;
   std::vector<BlockSums<A>> blocks_;
 };

@@ -66,8 +66,8 @@ def run(package, *arguments):
 
 
 def test_package_on_the_simulator_agrees_with_stock(package):
-    """And the row statistics and the pointwise losses with what they are composed of."""
-    folders = (TESTS / name for name in ("loss", "statistics", "pointwise"))
+    """And the other losses and the row statistics with what they are composed of."""
+    folders = (TESTS / name for name in ("loss", "statistics", "pointwise", "divergence"))
     run(package, *folders, "-m", "on_simulator and not slow and not cuda")
 
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../../../../csrc/cuda/kernels.h"
+#include "../../../../csrc/divergence_operators.h"
 #include "../../../../csrc/operators.h"
 #include "../../../../csrc/pointwise_operators.h"
 #include "../../../../csrc/statistics_operators.h"
@@ -45,6 +46,16 @@ class Simulated {
   void rescale_pointwise(const Problem& p, const Pointwise& s) {
     cuda::evaluate_pointwise(p, s, kDevice, When::kUnlessGradOutputIsOne, nullptr, nullptr);
   }
+  void find_divergence(Problem& p, const Divergence& d) {
+    Workspace workspace(divergence_workspace_bytes(p, kDevice));
+    cuda::find_divergence(p, d, kDevice, workspace.pieces.data(), nullptr);
+  }
+  void find_divergence_gradient(Problem& p, const Divergence& d) {
+    cuda::find_divergence_gradient(p, d, kDevice, When::kAlways, nullptr);
+  }
+  void rescale_divergence_gradient(Problem& p, const Divergence& d) {
+    cuda::find_divergence_gradient(p, d, kDevice, When::kUnlessGradOutputIsOne, nullptr);
+  }
   void scale(const Elements& elements, const Operand& factor) {
     cuda::scale(elements, factor, kDevice, nullptr);
   }
@@ -81,6 +92,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) {
   fused_ce::register_operators<fused_ce::cuda::Simulated>(m);
   fused_ce::register_statistics<fused_ce::cuda::Simulated>(m);
   fused_ce::register_pointwise<fused_ce::cuda::Simulated>(m);
+  fused_ce::register_divergence<fused_ce::cuda::Simulated>(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {
