@@ -75,7 +75,10 @@ def test_values_layout_and_gradients_are_stocks(layout, dtype, all_is_large):
         ((torch.randn(3, 4, device="meta"), 1), {"dtype": torch.int8}),
         (([1.0, 2.0], 0), {}),
     ],
-    ids=str,
+    ids=[
+        *("dim 2", "dim -3", "dim 1.0", "to int64", "integers", "integers to float32", "a number"),
+        *("sparse", "complex", "meta", "a list"),
+    ],
 )
 def test_what_is_refused_is_refused_in_stocks_words(arguments, options, all_is_large):
     expected = outcome(F.log_softmax, *arguments, **options)
