@@ -445,7 +445,8 @@ void ProblemBuilder::set_stats(std::initializer_list<Operand*> operands, const T
   check_device(stats, "stats");
   const auto numbers = static_cast<int64_t>(operands.size());
   const std::array<int64_t, 2> sizes{numbers, problem_.rows};
-  FCE_CHECK(stats.type == dtype && stats.contiguous && equal(stats.sizes, sizes),
+  const bool is_dense = stats.contiguous || stats.numel == 0;
+  FCE_CHECK(stats.type == dtype && is_dense && equal(stats.sizes, sizes),
             "stats must be what the forward operator returned for the same arguments");
   auto* data = static_cast<std::byte*>(checked_data(stats, "stats"));
   for (Operand* operand : operands) {

@@ -178,7 +178,9 @@ void find_divergence(const Problem& p, const Divergence& d, const Device& device
 void find_divergence_gradient(const Problem& p, const Divergence& d, const Device& device,
                               When when, Stream stream) {
   if (p.rows == 0) return;
-  divergence_backward(completed(p), d, device, when, stream);
+  Problem problem = completed(p);
+  if (p.divides()) problem.totals = p.totals;  // a denominator that was given is there alone
+  divergence_backward(problem, d, device, when, stream);
 }
 
 }  // namespace fused_ce::cuda
