@@ -273,8 +273,19 @@ struct Pow {
   }
 };
 
+// What goes into every element of a gradient is computed in double and rounded once: the rounding
+// of a float for each step would add up to more than an ulp.
+template <bool kMayFocus = false, class A>
+__device__ __forceinline__ IndexRow<double> exact_index_row(A max, A rest, A target_logit,
+                                                            A target_weight, const Constants& k) {
+  const A defined = defined_rest(rest, max);
+  auto row = index_row(max, defined, inverse_of_total(defined), target_logit, target_weight, k);
+  if (kMayFocus && k.focal_gamma > 0.0) row.focus(Pow{});
+  return row;
+}
+
 // Where the target is probabilities, its logit and weight are not looked at, and the loss may be
-// wider than the logits. No loss but a focal one depends on inverse_total.
+// wider than the logits. A power makes more of the roundings before it: a focal loss is in double.
 template <bool kProbabilities = false, bool kMayFocus = false, class Sums, class A>
 __device__ __forceinline__ auto unweighted_loss(const Sums& sums, A target_logit, A target_weight,
                                                 const Constants& k) {
@@ -282,11 +293,11 @@ __device__ __forceinline__ auto unweighted_loss(const Sums& sums, A target_logit
   if constexpr (kProbabilities) {
     return probability_row(sums.max, rest, sums.mass, k).loss(sums.gaps);
   } else {
-    const bool focuses = kMayFocus && k.focal_gamma > 0.0;
-    const A inverse = focuses ? A(1) / (A(1) + rest) : A(0);
-    auto row = index_row(sums.max, rest, inverse, target_logit, target_weight, k);
-    if (focuses) row.focus(Pow{});
-    return row.loss(sums.gaps);
+    if (kMayFocus && k.focal_gamma > 0.0)
+      return static_cast<A>(
+          exact_index_row<true>(sums.max, sums.rest, target_logit, target_weight, k)
+              .loss(sums.gaps));
+    return index_row(sums.max, rest, A(0), target_logit, target_weight, k).loss(sums.gaps);
   }
 }
 
@@ -313,17 +324,6 @@ struct RowGradient {
     return scale * fma(factor, exp_nonpositive(x - base), -coefficient);
   }
 };
-
-// What goes into every element of a gradient is computed in double and rounded once: the rounding
-// of a float for each step would add up to more than an ulp.
-template <bool kMayFocus = false, class A>
-__device__ __forceinline__ IndexRow<double> exact_index_row(A max, A rest, A target_logit,
-                                                            A target_weight, const Constants& k) {
-  const A defined = defined_rest(rest, max);
-  auto row = index_row(max, defined, inverse_of_total(defined), target_logit, target_weight, k);
-  if (kMayFocus && k.focal_gamma > 0.0) row.focus(Pow{});
-  return row;
-}
 
 // Which class is the target makes a difference to a focal loss alone.
 template <bool kMayFocus = false, class A>
