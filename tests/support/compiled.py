@@ -98,6 +98,7 @@ def _compile(place: Path, build: Build, fault: Fault | None) -> None:
     wanted = [fault.unit] if fault else build.units
     units = [place / "csrc/ops.cpp", place / "csrc/checks.cpp"]
     units += sorted((place / "csrc" / "cpu").rglob("*.cpp"))
+    assert len({unit.stem for unit in units}) == len(units), "an object is named by its file alone"
     units = [unit for unit in units if wanted is None or unit.stem in wanted]
     includes = [f"-isystem{path}" for path in include_paths()]
     level = "-O0" if fault else "-O1"  # of one file the time to compile counts for more
