@@ -106,6 +106,14 @@ def extension() -> CppExtension:
     )
 
 
+class SharedObjects(BuildExtension.with_options(no_python_abi_suffix=True)):
+    """Keeps its objects in one place; setuptools would throw those of an editable install away."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.build_temp = str(Path("build", "objects"))
+
+
 class AnyPythonWheel(bdist_wheel):
     """Tags the wheel for one platform and any Python."""
 
@@ -120,6 +128,6 @@ setup(
     ext_modules=[extension()],
     cmdclass={
         "bdist_wheel": AnyPythonWheel,
-        "build_ext": BuildExtension.with_options(no_python_abi_suffix=True),
+        "build_ext": SharedObjects,
     },
 )

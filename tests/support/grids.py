@@ -86,8 +86,11 @@ def covering(axes, strength, valid=lambda case: True):
     return cases
 
 
-def cases_of(axes, *, often, seldom=None, valid=lambda case: True):
-    """A selection of strength `often`; as slow cases, one of strength `seldom`, or all others."""
+def cases_of(axes, *, often, seldom=None, rare=False, valid=lambda case: True):
+    """A selection of strength `often`; as slow cases, one of strength `seldom`, or all others.
+
+    The slow ones may be rare as well, where a push has no time for them.
+    """
     chosen = covering(axes, often, valid)
     if seldom is None:
         names = tuple(axes)
@@ -96,9 +99,10 @@ def cases_of(axes, *, often, seldom=None, valid=lambda case: True):
     else:
         others = covering(axes, seldom, valid)
     slow = [case for case in others if case not in chosen]
+    marks = [pytest.mark.slow, *([pytest.mark.rare] if rare else [])]
     return [
         *(pytest.param(case, id=name_of(case)) for case in chosen),
-        *(pytest.param(case, id=name_of(case), marks=pytest.mark.slow) for case in slow),
+        *(pytest.param(case, id=name_of(case), marks=marks) for case in slow),
     ]
 
 
