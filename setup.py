@@ -110,8 +110,8 @@ class SharedObjects(BuildExtension.with_options(no_python_abi_suffix=True)):
     """Keeps its objects in one place; setuptools would throw those of an editable install away."""
 
     def finalize_options(self):
+        self.build_temp = self.build_temp or str(Path("build", "objects"))
         super().finalize_options()
-        self.build_temp = str(Path("build", "objects"))
 
 
 class AnyPythonWheel(bdist_wheel):
