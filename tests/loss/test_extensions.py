@@ -300,6 +300,18 @@ def test_weights_that_require_grad_get_the_composed_gradient(name, reduction, we
         torch.testing.assert_close(found, other)
 
 
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "no grad"])
+@pytest.mark.parametrize("rows", ["lanes", "short rows", "rows of several blocks"])
+@pytest.mark.on_simulator
+def test_a_certain_row_of_probabilities_keeps_the_digits_of_its_z_loss(rows, mode):
+    """What is left where p and q cancel: 2 z lse p, a thousandth of either."""
+    input, _ = problem(rows, torch.float32, "index")
+    input[:, 3] += 40.0
+    target = torch.zeros_like(input)
+    target[:, 3] = 1.0
+    check(input, target, {"z_loss": 1e-5, "reduction": "sum"}, mode)
+
+
 def test_a_certain_row_has_a_focal_gradient_of_zero():
     input = torch.zeros(2, 4)
     input[:, 1] = 200.0  # the others' exps vanish beside it

@@ -395,6 +395,7 @@ class LaneKernel {
 #pragma omp simd
       for (int64_t l = 0; l < n_; l++) {
         factor_[l] = static_cast<A>(batch_.exp_factor[l]);
+        factor_rest_[l] = batch_.factor_rest(batch_.exp_factor[l]);
         scale_[l] = static_cast<A>(batch_.scale[l]);
       }
       for (int64_t c = 0; c < p_.classes; c++) write_class_gradients(c, has_terms);
@@ -455,8 +456,17 @@ class LaneKernel {
       return;
     }
     with_lane_coefficients(c, [&](auto coefficient) {
+      if (batch_.has_factor_rest()) {
 #pragma omp simd
-      for (int64_t l = 0; l < n_; l++) out[l] = scale_[l] * (factor_[l] * term(l) - coefficient(l));
+        for (int64_t l = 0; l < n_; l++) {
+          const A e = term(l);
+          out[l] = scale_[l] * (factor_rest_[l] * e + (factor_[l] * e - coefficient(l)));
+        }
+      } else {
+#pragma omp simd
+        for (int64_t l = 0; l < n_; l++)
+          out[l] = scale_[l] * (factor_[l] * term(l) - coefficient(l));
+      }
     });
   }
 
@@ -492,7 +502,7 @@ class LaneKernel {
   bool is_normal_ = false;  // no exp of the tile comes near to being subnormal
 
   alignas(kLine) PerRow<A> min_, sums_, ones_;
-  alignas(kLine) PerRow<A> factor_, scale_, slopes_;
+  alignas(kLine) PerRow<A> factor_, factor_rest_, scale_, slopes_;
   alignas(kLine) PerRow<A> probability_buffer_;
   alignas(kLine) A buffer_[kGroup * kPadded], terms_[kGroup * kPadded];
 };

@@ -156,6 +156,14 @@ class RowBatch {
     store_runs(low, p_.row_mass_low, tile.runs(p_.row_mass_low));
   }
 
+  // What an exp_factor loses as an A. With a z-loss it is no number of few digits, which a
+  // coefficient cancels exactly in a row that is certain.
+  A factor_rest(double factor) const {
+    const double lost = factor - static_cast<A>(factor);
+    return has_factor_rest() && std::isfinite(lost) ? static_cast<A>(lost) : A(0);
+  }
+  bool has_factor_rest() const { return common_.z_loss != 0.0; }
+
   // From the statistics to exp_factor and target_grad.
   void find_gradients() { run<false, true>(); }
 

@@ -187,17 +187,18 @@ class RowKernel {
 
   template <bool kScaled>
   void rewrite_gradient(int64_t r, int64_t first, int64_t last) {
-    const A factor = static_cast<A>(batch_.exp_factor[r]), max = batch_.max[r], scale = factor_;
+    const A max = batch_.max[r], scale = factor_;
+    const double factor = batch_.exp_factor[r];
     write_blocks<false>(r, first, last, [&](int64_t b, int64_t n) {
       const A* x = read_logits_and_slopes(r, b, n, buffer_);
       if constexpr (kAvx512) {
         A* e = grad_direct_ ? grad_block(r, b) : buffer_;
         avx512::exp_differences<kScaled>(x, scale, max, n, e);
-        return [=](int64_t i) { return factor * e[i]; };
+        return weighted_exps(factor, [=](int64_t i) { return e[i]; });
       } else {
-        return [=](int64_t i) {
-          return factor * math::exp_nonpositive((kScaled ? scale * x[i] : x[i]) - max);
-        };
+        return weighted_exps(factor, [=](int64_t i) {
+          return math::exp_nonpositive((kScaled ? scale * x[i] : x[i]) - max);
+        });
       }
     });
   }
@@ -446,8 +447,26 @@ class RowKernel {
     batch_.set(r, row);
   }
 
-  // Writes scale (exp_factor exp(x_c - M) - a_c) block by block; term(b, n) gives the function
-  // i -> exp_factor exp(x_i - M) of the block at b.
+  // exp_factor exp(x_c - M), and the same less a coefficient.
+  template <class Exp>
+  struct WeightedExps {
+    A factor, factor_rest;
+    Exp exp;
+
+    A operator()(int64_t i) const { return factor * exp(i); }
+    A less(A coefficient, int64_t i) const {
+      const A e = exp(i);
+      return factor_rest * e + (factor * e - coefficient);
+    }
+  };
+
+  template <class Exp>
+  WeightedExps<Exp> weighted_exps(double factor, const Exp& exp) const {
+    return {static_cast<A>(factor), batch_.factor_rest(factor), exp};
+  }
+
+  // Writes scale (exp_factor exp(x_c - M) - a_c) block by block; term(b, n) gives the weighted exps
+  // of the block at b.
   template <bool kHasTerms, class Term>
   void write_blocks(int64_t r, int64_t first, int64_t last, const Term& term) {
     if (!is_counted(r)) return write_uncounted(r, first, last, p_.grad, grad_);
@@ -463,8 +482,13 @@ class RowKernel {
         // The difference comes before the scale, so that equal terms cancel.
         const A* q = read_probabilities(r, b, n);
         with_coefficients(p_, b, n, q, smoothing_, coefficients_, [&](auto coefficient) {
+          if (weighted_exp.factor_rest != A(0)) {
 #pragma omp simd
-          for (int64_t i = 0; i < n; i++) out[i] = scale * (weighted_exp(i) - coefficient(i));
+            for (int64_t i = 0; i < n; i++) out[i] = scale * weighted_exp.less(coefficient(i), i);
+          } else {
+#pragma omp simd
+            for (int64_t i = 0; i < n; i++) out[i] = scale * (weighted_exp(i) - coefficient(i));
+          }
         });
       }
       if (batch_.map.bends()) {
@@ -483,9 +507,8 @@ class RowKernel {
   void scale_terms(int64_t r, const BlockSums<A>* blocks, int64_t first, int64_t last) {
     write_blocks<true>(r, first, last, [&](int64_t b, int64_t) {
       const double decay = blocks[b / kRowBlock].decay(batch_.max[r], exp_of_double);
-      const A factor = static_cast<A>(batch_.exp_factor[r] * decay);
       const A* e = term_block(r, b);
-      return [=](int64_t i) { return factor * e[i]; };
+      return weighted_exps(batch_.exp_factor[r] * decay, [=](int64_t i) { return e[i]; });
     });
   }
 
@@ -499,17 +522,18 @@ class RowKernel {
   double scale_gradient(int64_t r) {
     if (!is_counted(r)) return batch_.uncounted_value(r);
     const A scale = batch_.spreads() ? static_cast<A>(batch_.scale[r]) : A(1);
-    const A factor = static_cast<A>(batch_.exp_factor[r]), max = batch_.max[r];
+    const A max = batch_.max[r];
     const int64_t target = p_.probabilities ? -1 : batch_.target_class[r];
     double sum = 0.0;
     for (int64_t b = 0; b < p_.classes; b += kRowBlock) {
       const int64_t n = std::min(kRowBlock, p_.classes - b);
       const A* x = read_logits_and_slopes(r, b, n, buffer_);
+      const auto exps = weighted_exps(batch_.exp_factor[r], [=, this](int64_t i) {
+        return math::exp_nonpositive(factor_ * x[i] - max);
+      });
       const auto differentiate = [&](auto coefficient) {
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++)
-          buffer_[i] =
-              scale * (factor * math::exp_nonpositive(factor_ * x[i] - max) - coefficient(i));
+        for (int64_t i = 0; i < n; i++) buffer_[i] = scale * exps.less(coefficient(i), i);
       };
       if (batch_.spreads())
         with_coefficients(p_, b, n, read_probabilities(r, b, n), smoothing_, coefficients_,

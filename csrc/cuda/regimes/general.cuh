@@ -58,7 +58,9 @@ __device__ __forceinline__ void for_gradient(const Problem& p, const RowIndex& r
 #pragma unroll 2
   for (int64_t c = first; c < p.classes; c += step) {
     const auto [x, slope] = logits.mapped(c);
-    A value = a.spreads() ? gradient.of(x, a(c)) : gradient.of(x);
+    A value = kProbabilities ? gradient.of_probability(x, a(c))
+              : a.spreads()  ? gradient.of(x, a(c))
+                             : gradient.of(x);
     if (!kProbabilities && c == target.index)
       value = target_gradient<true>(max, rest, x, weight, scale, k);
     use(c, slope * value);

@@ -312,9 +312,10 @@ __device__ __forceinline__ auto row_loss(const Problem& p, const Index& index, c
 // The gradient of a row, from what is the same for all its classes.
 template <class A>
 struct RowGradient {
-  A base;    // what logits are relative to
-  A factor;  // of exp(x_c - base); where classes do not spread, with the scale in it
-  A scale;   // grad_output / denominator
+  A base;             // what logits are relative to
+  A factor;           // of exp(x_c - base); where classes do not spread, with the scale in it
+  A scale;            // grad_output / denominator
+  A factor_rest = 0;  // what the factor loses as an A, where coefficients are probabilities
 
   // For a class other than the target.
   __device__ __forceinline__ A of(A x) const { return factor * exp_nonpositive(x - base); }
@@ -322,6 +323,11 @@ struct RowGradient {
   // The difference comes before the scale, so that equal terms cancel.
   __device__ __forceinline__ A of(A x, A coefficient) const {
     return scale * fma(factor, exp_nonpositive(x - base), -coefficient);
+  }
+
+  __device__ __forceinline__ A of_probability(A x, A coefficient) const {
+    const A e = exp_nonpositive(x - base);
+    return scale * fma(factor_rest, e, fma(factor, e, -coefficient));
   }
 };
 
@@ -348,7 +354,10 @@ template <class A>
 __device__ __forceinline__ RowGradient<A> probability_gradient(A max, A rest, double mass,
                                                                double scale, const Constants& k) {
   const auto row = probability_row(max, defined_rest(rest, max), mass, k);
-  return {base_of(max), static_cast<A>(row.exp_factor()), static_cast<A>(scale)};
+  const double factor = row.exp_factor(), lost = factor - static_cast<A>(factor);
+  const bool has_rest = k.z_loss != 0.0 && lost - lost == 0.0;  // finite
+  return {base_of(max), static_cast<A>(factor), static_cast<A>(scale),
+          has_rest ? static_cast<A>(lost) : A(0)};
 }
 
 template <bool kProbabilities, class A>
