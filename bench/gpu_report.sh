@@ -58,6 +58,8 @@ step test_cuda 120 "${pytest[@]}" tests/cuda/test_gpu.py
 step test_parity 170 "${pytest[@]}" tests --ignore tests/cuda/test_gpu.py
 # A head's times are written before its memory, the slower half, is measured.
 step linear 80 "$python" -m bench --device cuda --linear --seconds "${BENCH_SECONDS:-1}" --out "$out"
+# The losses in the order of their table; those that come too late are not in the file.
+step losses 100 "$python" -m bench --device cuda --losses --seconds "${BENCH_SECONDS:-1}" --out "$out"
 # The file is written after every case; the charts at the end, for which half a minute is kept.
 step bench 530 "$python" -m bench --device cuda --seconds "${BENCH_SECONDS:-1}" \
   --budget $((limit - SECONDS - 40)) --out "$out"

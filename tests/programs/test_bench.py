@@ -250,7 +250,7 @@ def test_report_goes_on_after_a_failure_and_tells_it(tmp_path, broken):
     assert done.returncode == (1 if broken else 0), done.stdout
     assert ("failed: test_cuda test_parity" in done.stdout) == bool(broken)
     logs = {path.stem for path in (tmp_path / "out").glob("*.log")}
-    assert logs == {"machine", "test_cuda", "test_parity", "linear", "bench"}
+    assert logs == {"machine", "test_cuda", "test_parity", "linear", "losses", "bench"}
     assert "-m bench --device cuda" in (tmp_path / "out" / "bench.log").read_text()
 
 
