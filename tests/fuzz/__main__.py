@@ -27,6 +27,8 @@ OURS = {
     "torch.autograd.grad(loss, input, torch.full_like(loss, scale)), mode)",
     "options": "print(loss := fused_ce.cross_entropy(input.requires_grad_(), target, **options), "
     "torch.autograd.grad(loss, input, torch.full_like(loss, scale)), mode)",
+    "pointwise": "print(loss := getattr(fused_ce, function)(input.requires_grad_(), target, "
+    "**options), torch.autograd.grad(loss, input, torch.full_like(loss, scale)), mode)",
     "head": "print(loss := fused_ce.linear_cross_entropy(input.requires_grad_(), "
     "linear_weight.requires_grad_(), target, linear_bias=linear_bias, **options, **chunks), "
     "torch.autograd.grad(loss.sum(), (input, linear_weight)))",

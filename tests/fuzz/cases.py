@@ -8,7 +8,7 @@ from all that stock takes, and for operators from what nobody should pass.
 import math
 
 from hypothesis import strategies as st
-from support.grids import MODES
+from support.grids import DIFFERENTIATING, MODES
 
 FLOATS = ("float32", "float64", "bfloat16", "float16")
 MAX_ELEMENTS = 200_000
@@ -83,6 +83,52 @@ EXTENSIONS = {
     "focal_gamma": st.sampled_from([0.0, 1.0, 2.0, 5.0]),
     "denominator": st.sampled_from([None, 3.0]),
     "on_all_ignored": st.sampled_from(["nan", "zero"]),
+}
+
+
+@st.composite
+def pointwise(draw):
+    """`function`, `input`, `target`, `options`, `mode` and `scale` of a loss of single elements."""
+    shape, dtype = draw(shapes()), draw(st.sampled_from(FLOATS))
+    function = draw(st.sampled_from(sorted(POINTWISE)))
+    mode = draw(st.sampled_from(sorted(DIFFERENTIATING)))
+    options = {name: draw(values) for name, values in POINTWISE[function].items()}
+    lines = ["import torch", f"torch.manual_seed({draw(st.integers(0, 2**31))})"]
+    lines += [strided(draw, name, shape, dtype) for name in ("input", "target")]
+    lines += [f"options = {options}"]
+    numbers, axis = values(draw, shape), min(1, len(shape) - 1)
+    if function == "kl_div":
+        lines += [
+            f"input.copy_(({numbers}).log_softmax({axis}))",
+            f"target.copy_(torch.randn({shape}).log_softmax({axis}))",
+            "if not options['log_target']:",
+            "    target.exp_().masked_fill_(target < 0.01, 0)",
+        ]
+    else:
+        # What is sure of the wrong class has losses of 1e3, and one that is not sure is beside it.
+        lines += [f"input.copy_({numbers})", f"target.copy_(torch.randint(2, {shape}))"]
+        lines += [f"target.copy_(target.where(torch.rand({shape}) < 0.7, torch.rand({shape})))"]
+    if function == "binary_cross_entropy_with_logits":
+        for name in ("weight", "pos_weight"):
+            kept = draw(st.sampled_from([None, shape[1:], shape[-1:], (), shape]))
+            if kept is not None:
+                lines += [f"options[{name!r}] = torch.rand({kept}).mul(3).to(torch.{dtype})"]
+    lines += [f"mode, scale = {mode!r}, {draw(st.sampled_from([1.0, 0.25, -3.0, 1024.0]))}"]
+    return "\n".join([*lines, f"function = {function!r}"])
+
+
+_REDUCTIONS = ["none", "mean", "sum"]
+POINTWISE = {
+    "binary_cross_entropy_with_logits": {"reduction": st.sampled_from(_REDUCTIONS)},
+    "sigmoid_focal_loss": {
+        "reduction": st.sampled_from(_REDUCTIONS),
+        "alpha": st.sampled_from([0.25, -1, 0.0, 1.0]),
+        "gamma": st.sampled_from([2, 0.0, 0.5, 1.0, 1.5, 2.5, 3.0, 5.0, 0.3]),
+    },
+    "kl_div": {
+        "reduction": st.sampled_from([*_REDUCTIONS, "batchmean"]),
+        "log_target": st.booleans(),
+    },
 }
 
 
@@ -235,4 +281,10 @@ def targets(draw, shape, axis, dtype):
     return lines
 
 
-CASES = {"loss": losses, "options": extended, "head": heads, "operator": calls}
+CASES = {
+    "loss": losses,
+    "options": extended,
+    "pointwise": pointwise,
+    "head": heads,
+    "operator": calls,
+}

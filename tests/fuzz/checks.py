@@ -9,8 +9,10 @@ import math
 
 import torch
 import torch.nn.functional as F
-from support import reference
+from support import pointwise_reference, reference
 from support.composed import composed, in_float64
+from support.grids import MODES
+from support.pointwise_reference import BCE, FOCAL, KL
 from support.reference import Outcome, ulp
 
 import fused_ce
@@ -44,6 +46,31 @@ def check_options(input, target, options, mode, scale):
     for what, *three in zip(Outcome._fields, ours, plain, exact, strict=True):
         if three[0] is not None:
             _check_near(what, *three, rounded=largest)
+
+
+def check_pointwise(function, input, target, options, mode, scale):
+    loss = {each.function.__name__: each for each in (BCE, FOCAL, KL)}[function]
+    given = MODES[mode]
+    said = fused_ce.explain_call(loss.function, input, target, **options, **given)
+    assert said.startswith("fused"), said
+    ours = pointwise_reference.differentiate(
+        loss.function,
+        *(input, target),
+        in_place=given.get("inplace", False),
+        scale=scale,
+        **options,
+        **given,
+    )
+    with reference.one_thread():
+        stock = pointwise_reference.differentiate(loss.stock, input, target, scale=scale, **options)
+        wide = input.double(), target.double()
+        exact = pointwise_reference.differentiate(
+            loss.exact, *wide, scale=scale, **in_float64(options)
+        )
+    # What is rounded before it is a power is wrong by as many times as much.
+    rounded = max(1.0, options.get("gamma", 0.0))
+    for what, *three in zip(("loss", "gradient"), ours, stock, exact, strict=True):
+        _check_near(what, *three, rounded=rounded)
 
 
 def check_head(input, linear_weight, linear_bias, target, options, chunks):
@@ -118,6 +145,7 @@ def _check_near(what, ours, stock, exact, rounded=1.0):
 CHECKS = {
     "loss": check_loss,
     "options": check_options,
+    "pointwise": check_pointwise,
     "head": check_head,
     "operator": check_operator,
 }

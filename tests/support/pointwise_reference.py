@@ -19,7 +19,29 @@ def composed_focal(inputs, targets, alpha=0.25, gamma=2.0, reduction="none"):
     loss = ce * (1 - p_t) ** gamma
     if alpha >= 0:
         loss = (alpha * targets + (1 - alpha) * (1 - targets)) * loss
+    return _reduced(loss, reduction)
+
+
+def _reduced(loss, reduction):
     return {"none": lambda x: x, "mean": torch.mean, "sum": torch.sum}[reduction](loss)
+
+
+def _softplus(x):
+    return F.softplus(x, threshold=700)  # whose derivative in torch is nan from exp's end on
+
+
+def exact_bce(input, target, weight=1.0, reduction="mean", pos_weight=1.0):
+    """Without a difference of nearly equal numbers, where stock's has one for a sure element."""
+    loss = (1 - target) * _softplus(input) + pos_weight * target * _softplus(-input)
+    return _reduced(weight * loss, reduction)
+
+
+def exact_focal(inputs, targets, alpha=0.25, gamma=2.0, reduction="none"):
+    """As exact_bce; and a power of a number that is 0 has a derivative of 0."""
+    u = (1 - targets) * torch.sigmoid(inputs) + targets * torch.sigmoid(-inputs)
+    power = torch.where(u > 0, u.clamp(min=1e-300) ** gamma, float(gamma == 0))
+    a = alpha * targets + (1 - alpha) * (1 - targets) if alpha >= 0 else 1.0
+    return _reduced(a * power * exact_bce(inputs, targets, reduction="none"), reduction)
 
 
 class Loss(NamedTuple):
@@ -29,18 +51,21 @@ class Loss(NamedTuple):
     stock: object
     options: dict
     name: str
+    exact: object  # in float64
 
 
-BCE = Loss(fused_ce.binary_cross_entropy_with_logits, F.binary_cross_entropy_with_logits, {}, "bce")
-FOCAL = Loss(fused_ce.sigmoid_focal_loss, composed_focal, {}, "focal")
-FOCAL_3 = Loss(
-    fused_ce.sigmoid_focal_loss, composed_focal, {"gamma": 3.0, "alpha": -1}, "focal_of_gamma_3"
+BCE = Loss(
+    fused_ce.binary_cross_entropy_with_logits,
+    F.binary_cross_entropy_with_logits,
+    {},
+    "bce",
+    exact_bce,
 )
-FOCAL_HALF = Loss(
-    fused_ce.sigmoid_focal_loss, composed_focal, {"gamma": 0.5, "alpha": 0.4}, "focal_of_gamma_half"
-)
-KL = Loss(fused_ce.kl_div, F.kl_div, {}, "kl")
-KL_LOG = Loss(fused_ce.kl_div, F.kl_div, {"log_target": True}, "kl_of_logs")
+FOCAL = Loss(fused_ce.sigmoid_focal_loss, composed_focal, {}, "focal", exact_focal)
+FOCAL_3 = FOCAL._replace(options={"gamma": 3.0, "alpha": -1}, name="focal_of_gamma_3")
+FOCAL_HALF = FOCAL._replace(options={"gamma": 0.5, "alpha": 0.4}, name="focal_of_gamma_half")
+KL = Loss(fused_ce.kl_div, F.kl_div, {}, "kl", F.kl_div)
+KL_LOG = KL._replace(options={"log_target": True}, name="kl_of_logs")
 LOSSES = (BCE, FOCAL, FOCAL_3, FOCAL_HALF, KL, KL_LOG)
 
 
@@ -56,7 +81,7 @@ def tensors_of(loss, shape, layout="contiguous", dtype=torch.float32, target_lay
         input = (torch.randn(shape) * 2).log_softmax(dim)
         target = (torch.randn(shape) * 2).softmax(dim)
         target[torch.rand(shape) < 0.1] = 0.0
-        if loss is KL_LOG:
+        if loss.options.get("log_target"):
             target = (torch.randn(shape) * 2).log_softmax(dim)
     else:
         input = torch.randn(shape) * 4
