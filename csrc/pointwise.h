@@ -29,6 +29,22 @@ FCE_HOST_DEVICE A product_or_zero(A factor, A value) {
   return factor == A(0) ? A(0) : factor * value;
 }
 
+// A factor of all slopes, in two parts, so that what a float loses of it is no error of theirs.
+template <class A>
+struct Scale {
+  A value, rest;
+
+  FCE_HOST_DEVICE explicit Scale(double scale)
+      : value(static_cast<A>(scale)), rest(static_cast<A>(scale - static_cast<double>(value))) {}
+
+  FCE_HOST_DEVICE A operator*(A slope) const {
+    const A product = value * slope;
+    if constexpr (sizeof(A) == sizeof(double)) return product;
+    const bool is_finite = product - product == A(0);
+    return is_finite ? value * slope + rest * slope : product;
+  }
+};
+
 // s(x), s(-x) and l, from one exp.
 template <class A>
 struct Logistic {
@@ -40,8 +56,9 @@ struct Logistic {
   FCE_HOST_DEVICE Logistic(A x, const Math& math) {
     magnitude = math.abs(x);
     const A e = math.exp_nonpositive(-magnitude);
-    const auto [larger, log] = math.one_plus(e);
-    const A smaller = e * larger;
+    const auto [inverse, log] = math.one_plus(e);
+    // The larger one as a difference has less of the error of 1 + exp(-|x|), which was rounded.
+    const A smaller = e * inverse, larger = A(1) - smaller;
     positive = x > A(0) ? larger : smaller;
     negative = x > A(0) ? smaller : larger;
     log1p = log;
@@ -59,7 +76,7 @@ FCE_HOST_DEVICE Element<A> cross_entropy_of(A x, const Logistic<A>& s, A of_zero
 
 template <class A, bool kHasPosWeight>
 struct BinaryCrossEntropy {
-  static constexpr bool kIsLogistic = true, kWeighsTarget = kHasPosWeight;
+  static constexpr bool kIsLogistic = true, kWeighsTarget = kHasPosWeight, kTakesPower = false;
 
   explicit BinaryCrossEntropy(const Pointwise&) {}
 
@@ -74,7 +91,7 @@ struct BinaryCrossEntropy {
 // A gamma of 2, which is the usual one, takes no pow.
 template <class A, bool kIsSquare>
 struct SigmoidFocal {
-  static constexpr bool kIsLogistic = true, kWeighsTarget = false;
+  static constexpr bool kIsLogistic = true, kWeighsTarget = false, kTakesPower = !kIsSquare;
 
   A alpha, other_alpha;  // of class 1 and of class 0
   A gamma;
@@ -89,6 +106,11 @@ struct SigmoidFocal {
     of_negative = is_even ? A(1) : is_whole ? A(-1) : static_cast<A>(__builtin_nan(""));
   }
 
+  // The probability of what the target is not, whose power is taken.
+  FCE_HOST_DEVICE A base_of(const Logistic<A>& s, A y) const {
+    return (A(1) - y) * s.positive + y * s.negative;
+  }
+
   template <class Math>
   FCE_HOST_DEVICE A power_of(A u, const Math& math) const {
     if constexpr (kIsSquare) return u * u;
@@ -101,7 +123,7 @@ struct SigmoidFocal {
     const Logistic<A> s(x, math);
     const A not_y = A(1) - y;
     const Element<A> ce = cross_entropy_of(x, s, not_y, y, A(1));
-    const A u = not_y * s.positive + y * s.negative;
+    const A u = base_of(s, y);
     const A power = power_of(u, math);
     // The derivative of the power by u; at 0, where for gamma < 1 it is infinite, s(x) s(-x) is 0.
     const A rise = kIsSquare ? A(2) * u : u == A(0) ? A(0) : gamma * power / u;
@@ -114,7 +136,7 @@ struct SigmoidFocal {
 
 template <class A>
 struct KlDivergence {
-  static constexpr bool kIsLogistic = false, kWeighsTarget = false;
+  static constexpr bool kIsLogistic = false, kWeighsTarget = false, kTakesPower = false;
 
   explicit KlDivergence(const Pointwise&) {}
 
@@ -126,7 +148,7 @@ struct KlDivergence {
 
 template <class A>
 struct KlDivergenceOfLogs {
-  static constexpr bool kIsLogistic = false, kWeighsTarget = false;
+  static constexpr bool kIsLogistic = false, kWeighsTarget = false, kTakesPower = false;
 
   explicit KlDivergenceOfLogs(const Pointwise&) {}
 

@@ -1,61 +1,21 @@
 // Losses and gradients of elements, a block of them at a time.
 //
-// One loop evaluates the formula of pointwise.h, but for the exp of a logistic function, which one
-// before it does: processors of few waiting instructions take a third less time for two short
-// chains of dependent ones than for a long one. Weights, incoming gradients and the sum of the
-// losses are loops of their own over what it left in the first-level cache, so that a loss is
-// compiled three times and not thirty. A run that is contiguous and of the accumulation type is
-// used where it lies, and a gradient that is one is written there.
+// A loss is evaluated by evaluate.h. All else that a call may have, as layouts, types, weights,
+// incoming gradients and the sum of the losses, are loops of their own over what that left in the
+// first-level cache, and are compiled once for all losses. A run that is contiguous and of the
+// accumulation type is used where it lies, and a gradient that is one is written there.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <type_traits>
 
-#include "../../pointwise.h"
-#include "../vector/log.h"
 #include "../vector/scratch.h"
 #include "../vector/simd.h"
 #include "../vector/span.h"
+#include "evaluate.h"
 #include "kernels.h"
 
 namespace fused_ce::cpu {
-
-struct VectorMath {
-  template <class A>
-  A abs(A x) const {
-    return std::fabs(x);
-  }
-  template <class A>
-  A exp_nonpositive(A x) const {
-    return math::exp_nonpositive(x);
-  }
-  template <class A>
-  math::OnePlus<A> one_plus(A y) const {
-    return math::one_plus(y);
-  }
-  template <class A>
-  A log_or_zero(A x) const {
-    return math::log_or_zero(x);
-  }
-  template <class A>
-  A exp(A x) const {
-    return math::exp(x);
-  }
-  template <class A>
-  A pow_nonnegative(A base, A exponent) const {
-    return math::pow_nonnegative(base, exponent);
-  }
-};
-
-// For an element whose exp(-|x|) is there already.
-template <class A>
-struct MathWithExp : VectorMath {
-  A e;
-  explicit MathWithExp(A e) : e(e) {}
-  A exp_nonpositive(A) const { return e; }
-};
 
 // The numbers of one operand for a block of elements.
 template <class A>
@@ -110,11 +70,12 @@ class BlockOperand {
   alignas(kLine) A buffer_[kPointwiseBlock];
 };
 
-template <class A, class Loss>
+template <class A>
 class ElementKernel {
  public:
-  ElementKernel(const Problem& p, const Pointwise& s, const Loss& loss)
-      : loss_of_(loss),
+  ElementKernel(const Problem& p, const Pointwise& s, Evaluate<A> evaluate)
+      : settings_(s),
+        evaluate_(evaluate),
         reduces_(p.reduces()),
         input_(p.input),
         target_(p.target),
@@ -124,11 +85,8 @@ class ElementKernel {
         losses_(p.reduces() ? kNothing : p.loss),
         grads_(p.grad),
         wants_loss_(p.loss.data != nullptr),
-        wants_grad_(p.grad.data != nullptr) {
-    double scale = 1.0 / s.denominator;
-    if (p.reduces() && p.grad_output.data) scale *= load_value<double>(p.grad_output, 0);
-    scale_ = static_cast<A>(scale);
-  }
+        wants_grad_(p.grad.data != nullptr),
+        scale_(scale_of(p, s)) {}
 
   // The sum of the tile's losses.
   double tile(const Tile& tile) {
@@ -147,18 +105,19 @@ class ElementKernel {
  private:
   inline static const Operand kNothing{};
 
+  static double scale_of(const Problem& p, const Pointwise& s) {
+    const double scale = 1.0 / s.denominator;
+    return p.reduces() && p.grad_output.data ? scale * load_value<double>(p.grad_output, 0) : scale;
+  }
+
   double block(int64_t first, int64_t n, bool whole_tile) {
     const A* x = input_.read(first, n, whole_tile);
     const A* y = target_.read(first, n, whole_tile);
     const A* pos_weight = pos_weight_.read(first, n, whole_tile);
     A* losses = losses_.result(first, whole_tile);
     A* slopes = grads_.result(first, whole_tile);
-    if (!wants_grad_)
-      evaluate<true, false>(x, y, pos_weight, n, losses, slopes);
-    else if (!wants_loss_)
-      evaluate<false, true>(x, y, pos_weight, n, losses, slopes);
-    else
-      evaluate<true, true>(x, y, pos_weight, n, losses, slopes);
+    evaluate_(settings_, {x, y, pos_weight, n, scale_, wants_loss_ ? losses : nullptr,
+                          wants_grad_ ? slopes : nullptr});
     if (const A* weight = weight_.read(first, n, whole_tile)) {
       if (wants_loss_) multiply(losses, weight, n);
       if (wants_grad_) multiply(slopes, weight, n);
@@ -171,30 +130,6 @@ class ElementKernel {
     if (reduces_) return sum_of(losses, n);
     losses_.store(first, n, whole_tile);
     return 0;
-  }
-
-  template <bool kLoss, bool kSlope>
-  void evaluate(const A* x, const A* y, const A* pos_weight, int64_t n, A* losses, A* slopes) {
-    const Loss loss_of = loss_of_;
-    const A scale = scale_;
-    if constexpr (Loss::kIsLogistic) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; i++) exps_[i] = math::exp_nonpositive(-std::fabs(x[i]));
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-      const A weight = Loss::kWeighsTarget ? pos_weight[i] : A(1);
-      const Element<A> element = loss_of(x[i], y[i], weight, math_for(i));
-      if (kLoss) losses[i] = element.loss;
-      if (kSlope) slopes[i] = scale * element.slope;
-    }
-  }
-
-  auto math_for(int64_t i) const {
-    if constexpr (Loss::kIsLogistic)
-      return MathWithExp<A>(exps_[i]);
-    else
-      return VectorMath{};
   }
 
   static void multiply(A* values, const A* factors, int64_t n) {
@@ -214,20 +149,21 @@ class ElementKernel {
     return sum;
   }
 
-  const Loss loss_of_;
+  const Pointwise& settings_;
+  const Evaluate<A> evaluate_;
   const bool reduces_;
   BlockOperand<A> input_, target_, weight_, pos_weight_, grad_output_, losses_, grads_;
   const bool wants_loss_, wants_grad_;
-  A scale_;
-  alignas(kLine) A exps_[kPointwiseBlock];
+  const Scale<A> scale_;
 };
 
 template <class A>
 void pointwise_tiles(const Problem& p, const Pointwise& s, const Tiling& tiling, int64_t begin,
                      int64_t end, double* tile_sums) {
-  with_pointwise_loss<A>(s, [&](const auto& loss) {
-    simd::run([&] {
-      ElementKernel<A, std::decay_t<decltype(loss)>> kernel(p, s, loss);
+  simd::with_level([&](auto level) {
+    const Evaluate<A> evaluate = evaluate_for<level, A>(s);
+    simd::run_as<level>([&] {
+      ElementKernel<A> kernel(p, s, evaluate);
       for (int64_t t = begin; t < end; t++) tile_sums[t] = kernel.tile(Tile(p, tiling, t));
     });
   });

@@ -3,8 +3,8 @@
 // log1p(y) for y in [0, 1] is 2 atanh(s), s = y / (2 + y), as 2 s (1 + z P(z)) with z = s^2 <= 1/9
 // and the polynomial of degree 3 whose largest relative error, 0.08 ulp, is the least of its degree
 // (found with Remez' algorithm). One division of 1 / ((1 + y) (2 + y)) gives s, and the 1 / (1 + y)
-// that callers want with it. The logarithm is that of log1p_nonnegative in math.h; pow is
-// exp(exponent log(base)), whose error grows with the size of that product.
+// that callers want with it. The logarithm is that of log1p_nonnegative in math.h; the
+// error of exp(exponent log(base)) grows with the size of that product.
 #pragma once
 
 #include "math.h"
@@ -107,12 +107,12 @@ inline double exp(double x) {
   return x > 0.0 ? 1.0 / e : e;
 }
 
-// For a base and an exponent that are not negative; 1 for an exponent of 0.
+// What exp() of is base^exponent, for numbers that are not negative; 0 for an exponent of 0.
 template <class A>
-inline A pow_nonnegative(A base, A exponent) {
+inline A log_of_power(A base, A exponent) {
   constexpr A kVeryNegative = sizeof(A) == sizeof(double) ? A(-1e300) : A(-1e30);
   const A log = log_normal(base);
-  return math::exp(exponent * (base < std::numeric_limits<A>::min() ? kVeryNegative : log));
+  return exponent * (base < std::numeric_limits<A>::min() ? kVeryNegative : log);
 }
 
 }  // namespace fused_ce::cpu::math
