@@ -110,10 +110,9 @@ def differentiate(function, input, target, *, in_place=False, scale=1.0, **optio
 
 
 @one_thread()
-def check(loss, input, target, *, mode=None, scale=1.0, luck=1.0, **options):
-    """Ours is no further from float64 than stock is, plus one ulp."""
-    options = loss.options | options
-    mode = mode or {}
+def _measured(loss, input, target, mode, scale, options):
+    """Ours, stock's and that in float64, of loss and gradient each."""
+    options, mode = loss.options | options, mode or {}
     said = fused_ce.explain_call(loss.function, input, target, **options, **mode)
     assert said.startswith("fused"), said
     in_place = mode.get("inplace", False)
@@ -123,6 +122,34 @@ def check(loss, input, target, *, mode=None, scale=1.0, luck=1.0, **options):
     same = differentiate(loss.stock, input, target, scale=scale, **options)
     wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
     exact = differentiate(loss.stock, input.double(), target.double(), scale=scale, **wide)
-    for name, *values in zip(("loss", "gradient"), found, same, exact, strict=True):
+    return tuple(zip(found, same, exact, strict=True))
+
+
+def check(loss, input, target, *, mode=None, scale=1.0, luck=1.0, **options):
+    """Ours is no further from float64 than stock is, plus one ulp."""
+    measured = _measured(loss, input, target, mode, scale, options)
+    for name, values in zip(("loss", "gradient"), measured, strict=True):
         assert_as_accurate(*values, name, luck=luck)
-    return found
+    return tuple(values[0] for values in measured)
+
+
+ENOUGH = 400  # different elements, of which the largest error is no matter of luck
+MOST_DRAWS = 25  # where an expanded tensor has a single element
+
+
+def check_enough(loss, draw, *, mode=None, scale=1.0, luck=1.0, **options):
+    """As check, of `draw()`, as often as it takes to have enough different elements together.
+
+    Of one element, or of few, stock's result is now and then the exact one.
+    """
+    measured, elements = [], 0
+    while not measured or (0 < elements < ENOUGH and len(measured) < MOST_DRAWS):
+        input, target = draw()
+        elements += len(torch.stack((input.flatten(), target.flatten())).unique(dim=1)[0])
+        measured.append(_measured(loss, input, target, mode, scale, options))
+        if input.dtype == torch.float64:
+            break  # which is compared with stock itself
+    for name, draws in zip(("loss", "gradient"), zip(*measured, strict=True), strict=True):
+        together = (torch.cat([t.flatten() for t in each]) for each in zip(*draws, strict=True))
+        assert_as_accurate(*together, name, luck=luck)
+    return tuple(values[0] for values in measured[-1])
