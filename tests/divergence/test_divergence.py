@@ -381,6 +381,11 @@ def test_the_number_of_threads_changes_no_bit(shape, dtype, reverse):
     assert len(found) == 1
 
 
+# A first row, and how many come with it: alone, less and more than a vector of lanes and beside the
+# border of a tile.
+PARTS = [(0, 1), (1, 5), (100, 17), (100, 2), (255, 2), (256, 40), (300, 1), (0, 40)]
+
+
 @both_directions
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("classes", [3, 64, 65, 300, 4099])
@@ -401,11 +406,10 @@ def test_a_rows_bits_do_not_depend_on_how_many_rows_come_with_it(dtype, classes,
 
     for mode in ("recompute", "in place"):
         whole = of(0, rows, mode)
-        for row in (0, 1, 100, 255, 256, 300):
-            for count in (1, 2, 5, 17, 40):
-                part = of(row, min(row + count, rows), mode)
-                for value, all_values in zip(part, whole, strict=True):
-                    assert torch.equal(value[0], all_values[row]), (row, count)
+        for row, count in PARTS:
+            part = of(row, min(row + count, rows), mode)
+            for value, all_values in zip(part, whole, strict=True):
+                assert torch.equal(value, all_values[row : row + count]), (row, count)
 
 
 @both_directions
@@ -415,10 +419,10 @@ def test_nor_do_they_where_the_gradient_comes_with_the_loss(dtype, classes, reve
     input, teacher = (torch.randn(301, classes).mul(4).to(dtype) for _ in range(2))
     options = {"reverse": reverse, "reduction": "sum"}
     whole = ours(input, teacher, **options)
-    for row in (0, 1, 100, 255, 256, 300):
-        for count in (1, 5, 40):
-            part = ours(input[row : row + count], teacher[row : row + count], **options)
-            assert torch.equal(part.grad_input[0], whole.grad_input[row]), (row, count)
+    for row, count in PARTS:
+        some = slice(row, row + count)
+        part = ours(input[some], teacher[some], **options)
+        assert torch.equal(part.grad_input, whole.grad_input[some]), (row, count)
 
 
 @both_directions

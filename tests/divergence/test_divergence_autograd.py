@@ -55,8 +55,9 @@ def test_both_derivatives_are_those_of_differences(shape, options, mode):
     def function(x):
         return fused(x, teacher, **options, **MODES[mode])
 
-    assert torch.autograd.gradcheck(function, input)
-    assert torch.autograd.gradgradcheck(function, input)
+    # Along one direction of all elements, in a tenth of the time of one after the other.
+    assert torch.autograd.gradcheck(function, input, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, input, fast_mode=True)
 
 
 @every_option
@@ -231,8 +232,9 @@ def compiled(function, backend="aot_eager", **options):
     return torch.compile(function, backend=backend, fullgraph=True, **options)
 
 
-@every_option
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options, dtype", [*((o, torch.float32) for o in OPTIONS), ({}, torch.bfloat16)], ids=str
+)
 def test_a_compiled_call_is_one_graph_of_our_operators(options, dtype):
     input, teacher = problem((5, 70), dtype)
     weights = weights_of(input) if "denominator" in options else None

@@ -311,16 +311,13 @@ def test_a_rows_results_do_not_depend_on_how_many_rows_come_with_it(dtype, class
         input[::5, 1] = -torch.inf
     target = torch.randint(0, classes, (rows,))
 
-    def of(first, last):
-        stats, grad = differentiate_rows(input[first:last], target[first:last], first)
-        return [v[0] for v in (*stats, grad)]
-
     stats, grad = differentiate_rows(input, target, 0)
-    for row in (0, 1, 100, 255, 256, 300):
-        for count in (1, 2, 5, 17, 40):
-            found = of(row, min(row + count, rows))
-            for value, whole in zip(found, (*stats, grad), strict=True):
-                assert torch.equal(value.view(-1), whole[row].view(-1)), (row, count)
+    # Alone, less and more than a vector of lanes and beside the border of a tile.
+    for row, count in [(0, 1), (1, 5), (100, 17), (100, 2), (255, 2), (256, 40), (300, 1), (0, 40)]:
+        some = slice(row, row + count)
+        part, part_grad = differentiate_rows(input[some], target[some], row)
+        for value, whole in zip((*part, part_grad), (*stats, grad), strict=True):
+            assert torch.equal(value, whole[some]), (row, count)
 
 
 def differentiate_rows(input, target, first):

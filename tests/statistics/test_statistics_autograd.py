@@ -59,8 +59,9 @@ def test_both_derivatives_are_those_of_differences(shape, options):
     def function(x):
         return floats(ours(x, target, **options))
 
-    assert torch.autograd.gradcheck(function, input)
-    assert torch.autograd.gradgradcheck(function, input)
+    # Along one direction of all elements, in a tenth of the time of one after the other.
+    assert torch.autograd.gradcheck(function, input, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, input, fast_mode=True)
 
 
 @pytest.mark.parametrize("wanted", FIELDS)
