@@ -235,26 +235,25 @@ struct DivergenceGradient {
 // The student is the first.
 template <class A>
 struct ReverseDivergenceGradient {
-  A constant, by_gap;
+  A mean_gap, by_exp;
 
   // `mean_gap` is G / E.
   FCE_HOST_DEVICE static ReverseDivergenceGradient of(DivergenceRow row, double mean_gap,
                                                       double scale) {
-    const double by_gap = -scale * row.first_inverse;
-    return {static_cast<A>(-by_gap * mean_gap), static_cast<A>(by_gap)};
+    return {static_cast<A>(mean_gap), static_cast<A>(scale * row.first_inverse)};
   }
 
-  FCE_HOST_DEVICE static A at(A student, A gap, A constant, A by_gap) {
-    return student * (constant + by_gap * gap);
+  // The gaps come without a factor, whose rounding would be left where the two cancel.
+  FCE_HOST_DEVICE static A at(A student, A gap, A mean_gap, A by_exp) {
+    return (by_exp * student) * (mean_gap - gap);
   }
 
-  FCE_HOST_DEVICE A at(A student, A gap) const { return at(student, gap, constant, by_gap); }
+  FCE_HOST_DEVICE A at(A student, A gap) const { return at(student, gap, mean_gap, by_exp); }
 
   // `growth` is what the gaps grow by; see DivergenceSums::lower().
   FCE_HOST_DEVICE ReverseDivergenceGradient lowered(A student_decay, A growth) const {
     const bool is_gone = student_decay == A(0);
-    return {is_gone ? A(0) : student_decay * (constant + by_gap * growth),
-            is_gone ? A(0) : student_decay * by_gap};
+    return {is_gone ? A(0) : mean_gap - growth, is_gone ? A(0) : student_decay * by_exp};
   }
 };
 

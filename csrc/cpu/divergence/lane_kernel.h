@@ -215,8 +215,8 @@ class DivergenceLaneKernel {
     for (int64_t l = 0; l < n_; l++) {
       if constexpr (kReverse) {
         const ReverseDivergenceGradient<double> gradient = batch_.reverse_gradient(l);
-        coefficients_[0][l] = static_cast<A>(gradient.constant);
-        coefficients_[1][l] = static_cast<A>(gradient.by_gap);
+        coefficients_[0][l] = static_cast<A>(gradient.mean_gap);
+        coefficients_[1][l] = static_cast<A>(gradient.by_exp);
       } else {
         const DivergenceGradient<double> gradient = batch_.gradient(l);
         coefficients_[0][l] = static_cast<A>(gradient.by_student);

@@ -258,7 +258,7 @@ class DivergenceRowKernel {
   }
 
   static Gradient narrowed(const ReverseDivergenceGradient<double>& g) {
-    return {static_cast<A>(g.constant), static_cast<A>(g.by_gap)};
+    return {static_cast<A>(g.mean_gap), static_cast<A>(g.by_exp)};
   }
   static Gradient narrowed(const DivergenceGradient<double>& g) {
     return {static_cast<A>(g.by_student), static_cast<A>(g.by_teacher),

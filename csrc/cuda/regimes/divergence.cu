@@ -172,8 +172,8 @@ __device__ __forceinline__ void write_gradient(const Problem& p, const Rows<T, A
     const A e = exp_nonpositive(of_first);
     A value;
     if constexpr (kReverse) {
-      const ReverseDivergenceGradient<A> gradient{static_cast<A>(exact.constant),
-                                                  static_cast<A>(exact.by_gap)};
+      const ReverseDivergenceGradient<A> gradient{static_cast<A>(exact.mean_gap),
+                                                  static_cast<A>(exact.by_exp)};
       value = gradient.at(e, e == A(0) ? A(0) : of_second - of_first);
     } else {
       const DivergenceGradient<A> gradient{static_cast<A>(exact.by_student),
