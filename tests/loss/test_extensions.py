@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.composed import composed, in_float64
 from support.devices import every_device
-from support.grids import MODES, REDUCTIONS, cases_of
+from support.grids import MODES, REDUCTIONS, cases_of, every_differentiating_mode
 from support.reference import assert_as_accurate, differentiate, one_thread, ours
 
 import fused_ce
@@ -300,7 +300,7 @@ def test_weights_that_require_grad_get_the_composed_gradient(name, reduction, we
         torch.testing.assert_close(found, other)
 
 
-@pytest.mark.parametrize("mode", [m for m in MODES if m != "no grad"])
+@every_differentiating_mode
 @pytest.mark.parametrize("rows", ["lanes", "short rows", "rows of several blocks"])
 @pytest.mark.on_simulator
 def test_a_certain_row_of_probabilities_keeps_the_digits_of_its_z_loss(rows, mode):

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 import torch
-from support.grids import DTYPES, SHAPES, cases_of, covering, every_dtype, name_of
+from support.grids import DTYPES, PARTS_OF_301, SHAPES, cases_of, covering, every_dtype, name_of
 from support.layouts import GEOMETRIES, is_dense, lay_out
 from support.reference import one_thread
 from support.statistics_reference import (
@@ -312,8 +312,7 @@ def test_a_rows_results_do_not_depend_on_how_many_rows_come_with_it(dtype, class
     target = torch.randint(0, classes, (rows,))
 
     stats, grad = differentiate_rows(input, target, 0)
-    # Alone, less and more than a vector of lanes and beside the border of a tile.
-    for row, count in [(0, 1), (1, 5), (100, 17), (100, 2), (255, 2), (256, 40), (300, 1), (0, 40)]:
+    for row, count in PARTS_OF_301:
         some = slice(row, row + count)
         part, part_grad = differentiate_rows(input[some], target[some], row)
         for value, whole in zip((*part, part_grad), (*stats, grad), strict=True):

@@ -27,6 +27,10 @@ MODES = {
 DIFFERENTIATING = {name: MODES[name] for name in ("default", "recompute", "in place")}
 REPEATABLE = {name: MODES[name] for name in ("default", "recompute")}
 
+# Of 301 rows, more than a tile of any kind: a first row, and how many from it on. Alone, less and
+# more than a vector of lanes, and beside the border of a tile.
+PARTS_OF_301 = [(0, 1), (1, 5), (100, 17), (100, 2), (255, 2), (256, 40), (300, 1), (0, 40)]
+
 # One shape of each rank that stock tells apart: unbatched, rows, and one to four further axes
 # (stock has code of its own for exactly two). Sizes are small, odd and different from each other;
 # a size of 1 appears once because its stride means nothing.

@@ -137,7 +137,7 @@ ENOUGH = 400  # different elements, of which the largest error is no matter of l
 MOST_DRAWS = 25  # where an expanded tensor has a single element
 
 
-def check_enough(loss, draw, *, mode=None, scale=1.0, luck=1.0, **options):
+def check_enough(loss, draw, *, mode=None, **options):
     """As check, of `draw()`, as often as it takes to have enough different elements together.
 
     Of one element, or of few, stock's result is now and then the exact one.
@@ -146,10 +146,10 @@ def check_enough(loss, draw, *, mode=None, scale=1.0, luck=1.0, **options):
     while not measured or (0 < elements < ENOUGH and len(measured) < MOST_DRAWS):
         input, target = draw()
         elements += len(torch.stack((input.flatten(), target.flatten())).unique(dim=1)[0])
-        measured.append(_measured(loss, input, target, mode, scale, options))
+        measured.append(_measured(loss, input, target, mode, 1.0, options))
         if input.dtype == torch.float64:
             break  # which is compared with stock itself
     for name, draws in zip(("loss", "gradient"), zip(*measured, strict=True), strict=True):
         together = (torch.cat([t.flatten() for t in each]) for each in zip(*draws, strict=True))
-        assert_as_accurate(*together, name, luck=luck)
+        assert_as_accurate(*together, name)
     return tuple(values[0] for values in measured[-1])
