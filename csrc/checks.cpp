@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "shard_problem.h"
+
 namespace fused_ce {
 
 // What there is to know of a tensor, asked once: every question is a call across the stable ABI.
@@ -145,17 +147,9 @@ Operand single_operand(const Facts& tensor, const char* name) {
 // Every operand with rows, whether in use or not.
 template <class P>
 auto operands(P& p) {
-  return std::array{&p.input,
-                    &p.target,
-                    &p.grad,
-                    &p.target_grad,
-                    &p.loss,
-                    &p.grad_output,
-                    &p.row_max,
-                    &p.row_rest,
-                    &p.row_mass,
-                    &p.row_mass_low,
-                    &p.options.sample_weight};
+  return std::array{&p.input,    &p.target,       &p.grad,     &p.target_grad,
+                    &p.loss,     &p.grad_output,  &p.row_max,  &p.row_rest,
+                    &p.row_mass, &p.row_mass_low, &p.row_gaps, &p.options.sample_weight};
 }
 
 }  // namespace
@@ -240,7 +234,7 @@ ProblemBuilder::ProblemBuilder(const Tensor& input_tensor, const OptionArguments
   const Facts input(input_tensor);
   device_type_ = input.device_type;
   device_index_ = input.device_index;
-  const bool has_classes = rows == Rows::kOfClasses;
+  const bool has_classes = rows != Rows::kOfElements;
   FCE_CHECK(input.dim() >= has_classes && input.dim() <= kMaxRowDims + has_classes,
             "input must have " + std::to_string(has_classes) + " to " +
                 std::to_string(kMaxRowDims + has_classes) + " dimensions, got " +
@@ -248,7 +242,7 @@ ProblemBuilder::ProblemBuilder(const Tensor& input_tensor, const OptionArguments
   class_dim_ = !has_classes ? -1 : input.dim() == 1 ? 0 : 1;
   sizes_ = input.sizes;
   p.classes = has_classes ? sizes_[class_dim_] : 1;
-  FCE_CHECK(p.classes > 0, "input must have at least one class");
+  FCE_CHECK(p.classes > 0 || rows == Rows::kOfShard, "input must have at least one class");
   p.rows = 1;
   for (int64_t d = 0; d < input.dim(); d++) {
     if (d == class_dim_) continue;
@@ -448,11 +442,48 @@ void ProblemBuilder::set_stats(std::initializer_list<Operand*> operands, const T
   const bool is_dense = stats.contiguous || stats.numel == 0;
   FCE_CHECK(stats.type == dtype && is_dense && equal(stats.sizes, sizes),
             "stats must be what the forward operator returned for the same arguments");
-  auto* data = static_cast<std::byte*>(checked_data(stats, "stats"));
+  set_numbers(operands, stats, problem_.rows);
+}
+
+// Each of them `distance` elements after the last.
+void ProblemBuilder::set_numbers(std::initializer_list<Operand*> operands, const Facts& tensor,
+                                 int64_t distance) {
+  auto* data = static_cast<std::byte*>(checked_data(tensor, "stats"));
   for (Operand* operand : operands) {
-    set_logical(*operand, data, dtype);
-    data += problem_.rows * stats.item_bytes;
+    set_logical(*operand, data, tensor.type);
+    data += distance * tensor.item_bytes;
   }
+}
+
+void ProblemBuilder::set_shard(int64_t first_class, int64_t classes, int64_t vocabulary) {
+  Problem& p = problem_;
+  FCE_CHECK(vocabulary > 0, "num_classes must be positive, got " + std::to_string(vocabulary));
+  FCE_CHECK(classes >= 0 && classes <= p.classes, "shard_classes must be from 0 to the input's " +
+                                                      std::to_string(p.classes) + " columns, got " +
+                                                      std::to_string(classes));
+  FCE_CHECK(first_class >= 0 && first_class <= vocabulary - classes,
+            "class_offset must leave the shard's classes within the " + std::to_string(vocabulary) +
+                ", got " + std::to_string(first_class));
+  FCE_CHECK(!p.is_focal(), "a shard of the classes takes no focal_gamma");
+  p.classes = classes;
+  p.first_class = first_class;
+  p.vocabulary = vocabulary;
+}
+
+void ProblemBuilder::set_shard_sums(const Tensor& tensor, int64_t shards) {
+  Problem& p = problem_;
+  const Facts packets(tensor);
+  check_device(packets, "packets");
+  const std::array<int64_t, 3> sizes{shards, kShardNumbers, p.rows + kShardColumns};
+  FCE_CHECK(packets.type == stats_dtype_ && packets.contiguous && shards > 0 &&
+                equal(packets.sizes, sizes),
+            "packets must be those of shard_forward for the same rows, stacked");
+  set_numbers({&p.row_max, &p.row_rest, &p.row_gaps, &p.row_mass}, packets, p.rows + kShardColumns);
+}
+
+void ProblemBuilder::set_shard_stats(const Tensor& stats) {
+  Problem& p = problem_;
+  set_stats({&p.row_max, &p.row_rest, &p.row_mass}, stats, ScalarType::Double);
 }
 
 void ProblemBuilder::set_totals(const Tensor& tensor) {

@@ -46,7 +46,8 @@ class ProblemBuilder {
                  const OptionArguments& options);
   // Without targets. Where elements have nothing to do with one another, each is a row of one
   // class, and the shape of the rows is the input's.
-  enum class Rows { kOfClasses, kOfElements };
+  // A shard of the classes may be empty.
+  enum class Rows { kOfClasses, kOfElements, kOfShard };
   ProblemBuilder(const Tensor& input, const OptionArguments& options, Rows rows = Rows::kOfClasses);
 
   void set_target(const Tensor& target);            // as above
@@ -58,8 +59,13 @@ class ProblemBuilder {
   void set_stats(const Tensor& stats);              // stats_sizes()
   // The same where the caller says which numbers a row comes down to: [operands, rows], of a type.
   void add_stats(std::initializer_list<Operand*> operands, const Tensor& stats, ScalarType dtype);
-  void set_totals(const Tensor& totals);            // [3]
-  void set_grad_output(const Tensor& grad_output);  // [N, ...] or []
+  void set_totals(const Tensor& totals);  // [3]
+  // Of `vocabulary` classes the first `classes` of the input are those from `first_class` on, and
+  // the others none.
+  void set_shard(int64_t first_class, int64_t classes, int64_t vocabulary);
+  void set_shard_sums(const Tensor& packets, int64_t shards);  // shard_problem.h
+  void set_shard_stats(const Tensor& stats);                   // [3, rows] in float64
+  void set_grad_output(const Tensor& grad_output);             // [N, ...] or []
 
   // Of a floating type unless it is to be written as another. The operand, which belongs to the
   // caller, is laid out by build() along with the others.
@@ -70,6 +76,7 @@ class ProblemBuilder {
   // Sizes of the row dimensions, in the input's order.
   Sizes row_sizes() const { return {row_sizes_.data(), static_cast<size_t>(row_dims_)}; }
   int64_t rows() const { return problem_.rows; }
+  int64_t classes() const { return problem_.classes; }
   bool has_probabilities() const { return problem_.probabilities; }
   ScalarType stats_dtype() const { return stats_dtype_; }
   std::array<int64_t, 2> stats_sizes() const {
@@ -90,6 +97,7 @@ class ProblemBuilder {
                    const char* name) const;
   void set_class_operand(Operand& operand, const Facts& tensor, const char* name);
   void set_row_operand(Operand& operand, const Facts& tensor, const char* name);
+  void set_numbers(std::initializer_list<Operand*> operands, const Facts& tensor, int64_t distance);
   void set_logical(Operand& operand, void* data, ScalarType dtype);
   void check_device(const Facts& tensor, const char* name) const;
 

@@ -69,7 +69,7 @@ struct Common {
 
   FCE_HOST_DEVICE explicit Common(const Problem& p)
       : focal_gamma(static_cast<A>(p.options.focal_gamma)),
-        smoothing(p.options.label_smoothing, p.classes) {}
+        smoothing(p.options.label_smoothing, p.all_classes()) {}
 
   FCE_HOST_DEVICE Common(const Problem& p, const Totals& totals) : Common(p) {
     set_totals(p, totals);

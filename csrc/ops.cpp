@@ -34,6 +34,9 @@
 #define FCE_DIVERGENCE_BACKWARD                                             \
   "Tensor target_logits, Tensor stats, Tensor totals, Tensor grad_output, " \
   "Tensor? sample_weight, " FCE_DIVERGENCE_NUMBERS
+#define FCE_SHARD "int class_offset, int shard_classes, int num_classes" FCE_OPTIONS_SCHEMA
+#define FCE_SHARD_BACKWARD \
+  "Tensor target, Tensor stats, Tensor totals, Tensor grad_output, " FCE_SHARD
 #define FCE_DIVERGENCE_NUMBERS "float temperature, bool reverse, int reduction"
 
 STABLE_TORCH_LIBRARY(fused_ce, m) {
@@ -99,6 +102,18 @@ STABLE_TORCH_LIBRARY(fused_ce, m) {
   // As rescale_, for what kl_div_with_logits_grad returned.
   m.def("kl_div_with_logits_rescale_(Tensor(a!) grad, Tensor input, " FCE_DIVERGENCE_BACKWARD
         ") -> Tensor(a!)");
+  // The loss where the vocabulary of num_classes is sharded: the input's first shard_classes
+  // columns are its classes from class_offset on, and the others none. Targets of probabilities and
+  // class weights have the input's columns, class indices are of the whole vocabulary. `packets`
+  // are those of all shards in their order, one after another; nothing here exchanges them. `stats`
+  // is of the whole vocabulary, [3, rows] in float64. (shard_problem.h)
+  m.def("shard_forward(Tensor input, Tensor target, " FCE_SHARD ") -> Tensor");
+  m.def(
+      "shard_merge(Tensor packets, Tensor input, Tensor target, int num_classes" FCE_OPTIONS_SCHEMA
+      ") -> (" FCE_STATS ")");
+  m.def("shard_backward(Tensor input, " FCE_SHARD_BACKWARD ") -> Tensor");
+  m.def("shard_backward_(Tensor(a!) input, " FCE_SHARD_BACKWARD ") -> Tensor(a!)");
+  m.def("shard_backward_target(Tensor input, " FCE_SHARD_BACKWARD ") -> Tensor");
   // Raises unless the logits may be overwritten.
   m.def("check_overwritable(Tensor input, " FCE_FORWARD ") -> ()");
   // For memory that nobody has touched yet; of no effect where it is not the CPU's, or small.

@@ -21,6 +21,9 @@ struct Totals {
 
 struct Problem {
   int64_t classes = 0;
+  // Where these are a shard of a vocabulary, which shard.h is about: its size, and which of it the
+  // first of them is. A target that belongs to another shard counts, but has no logit here.
+  int64_t vocabulary = 0, first_class = 0;
   int64_t rows = 0;
   int row_dims = 0;
   int64_t row_sizes[kMaxRowDims] = {};
@@ -37,12 +40,17 @@ struct Problem {
   // [rows] sum of the coefficients, for probability targets: as it is in the accumulation type, and
   // what that leaves out. It goes into every element of the gradient.
   Operand row_mass, row_mass_low;
+  Operand row_gaps;  // [rows] of a shard alone: the sum of a_c (row_max - x_c)
   // In memory of the input's device: written by forward where there is any, read by backward.
   Totals* totals = nullptr;
 
   bool probabilities = false;
   Options options;
   Totals known;  // what the host knows of the totals, where a kernel is not to read them
+
+  FCE_HOST_DEVICE bool is_shard() const { return vocabulary > 0; }
+  // Those that label smoothing spreads over.
+  FCE_HOST_DEVICE int64_t all_classes() const { return is_shard() ? vocabulary : classes; }
 
   FCE_HOST_DEVICE bool accumulates_in_double() const { return input.dtype == DType::kFloat64; }
   FCE_HOST_DEVICE bool is_smoothed() const { return options.label_smoothing > 0.0; }

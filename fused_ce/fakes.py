@@ -73,12 +73,14 @@ def _(input, target, *options):
 
 @register_fake("fused_ce::backward")
 @register_fake("fused_ce::graph_backward")
+@register_fake("fused_ce::shard_backward")
 def _(input, *_):
     return empty_gradient(input)
 
 
 @register_fake("fused_ce::backward_target")
 @register_fake("fused_ce::graph_backward_target")
+@register_fake("fused_ce::shard_backward_target")
 def _(input, target, *_):
     return empty_gradient(target)
 
@@ -91,8 +93,27 @@ def _(input, *_):
 @register_fake("fused_ce::backward_")
 @register_fake("fused_ce::rescale_")
 @register_fake("fused_ce::scale_")
+@register_fake("fused_ce::shard_backward_")
 def _(written, *_):
     return written
+
+
+# Of sharded classes (csrc/shard_problem.h): what a packet has of each row, and columns after the
+# rows.
+_SHARD_NUMBERS, _SHARD_COLUMNS = 4, 3
+
+
+@register_fake("fused_ce::shard_forward")
+def _(input, *_):
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    columns = math.prod(row_shape(input.shape)) + _SHARD_COLUMNS
+    return input.new_empty((1, _SHARD_NUMBERS, columns), dtype=dtype)
+
+
+@register_fake("fused_ce::shard_merge")
+def _(packets, input, target, num_classes, *options):
+    stats = input.new_empty((3, math.prod(row_shape(input.shape))), dtype=torch.float64)
+    return _loss(input, *options), stats, input.new_empty(3, dtype=torch.float64)
 
 
 @register_fake("fused_ce::check_overwritable")

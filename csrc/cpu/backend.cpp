@@ -7,10 +7,12 @@
 #include "../divergence_operators.h"
 #include "../operators.h"
 #include "../pointwise_operators.h"
+#include "../shard_operators.h"
 #include "../statistics_operators.h"
 #include "divergence/divergence.h"
 #include "kernels.h"
 #include "pointwise/pointwise.h"
+#include "shard/shard.h"
 #include "statistics/statistics.h"
 #include "vector/huge_pages.h"
 #include "vector/span.h"
@@ -52,6 +54,15 @@ class Cpu {
     find_divergence_gradient(p, d);
   }
 
+  void pack_shard(const Problem& p, const Shards& s) { cpu::pack_shard(p, s, kThreads); }
+  void merge_shards(Problem& p, const Shards& s) { cpu::merge_shards(p, s, kThreads); }
+  void find_shard_gradient(Problem& p, const Shards& s) {
+    cpu::find_shard_gradient(p, s, kThreads);
+  }
+  void find_shard_target_gradient(Problem& p, const Shards& s) {
+    cpu::find_shard_target_gradient(p, s, kThreads);
+  }
+
   void scale(const Elements& elements, const Operand& factor) {
     cpu::scale(elements, load_value<double>(factor, 0), kThreads);
   }
@@ -80,6 +91,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) {
   fused_ce::register_statistics<fused_ce::cpu::Cpu>(m);
   fused_ce::register_pointwise<fused_ce::cpu::Cpu>(m);
   fused_ce::register_divergence<fused_ce::cpu::Cpu>(m);
+  fused_ce::register_shards<fused_ce::cpu::Cpu>(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {

@@ -29,7 +29,17 @@ void with_accumulation_type(const Problem& p, const F& f) {
     f(float{});
 }
 
+// The problem of all classes, as far as it is about targets.
+Problem vocabulary_of(const Problem& shard) {
+  Problem p = shard;
+  p.classes = shard.vocabulary;
+  p.vocabulary = 0;
+  p.options.weight = {};
+  return p;
+}
+
 std::vector<TargetScan> scan_targets(const Problem& p, const Threads& threads, bool weighs) {
+  if (p.is_shard()) return scan_targets(vocabulary_of(p), threads, false);
   constexpr int64_t kScanRows = 4096;
   const Tiling tiling = make_tiling(p, kScanRows, 4);
   std::vector<TargetScan> scans(tiling.count);
@@ -67,6 +77,8 @@ TargetScan add_scans(const Problem& p, const std::vector<TargetScan>& scans) {
   return all;
 }
 
+}  // namespace
+
 void find_denominators(Problem& p, const TargetScan& all) {
   if (!p.divides()) return;
   const auto set = [&](double of_losses, double of_z_losses) {
@@ -80,6 +92,12 @@ void find_denominators(Problem& p, const TargetScan& all) {
   set(is_undefined ? std::numeric_limits<double>::quiet_NaN() : all.weights, all.sample_weights);
 }
 
+TargetScan scan_rows(const Problem& p, const Threads& threads) {
+  std::vector<TargetScan> scans;
+  if (scans_targets(p)) scans = scan_targets(p, threads, p.options.weight.data);
+  return add_scans(p, scans);
+}
+
 double sum_class_weights(const Problem& p) {
   if (!p.options.weight.data) return static_cast<double>(p.classes);
   CompensatedSum sum;
@@ -87,11 +105,14 @@ double sum_class_weights(const Problem& p) {
   return sum.value();
 }
 
+namespace {
+
 bool shares_rows(const Problem& p, const Threads& threads) {
   return has_long_rows(p) && p.rows < threads.count();
 }
 
-// What a backward needs to know before it writes: that the targets are in range.
+// What a backward needs to know before it writes: that the targets are in range, those of a shard
+// in that of the whole vocabulary.
 void begin_backward(Problem& p, const Threads& threads) {
   if (!p.probabilities && !p.allows_bad_targets()) check_targets(p, threads);
   p.known = *p.totals;
@@ -107,6 +128,16 @@ void find_denominators(Problem& p, const Threads& threads) {
   std::vector<TargetScan> scans;
   if (p.weighs_samples()) scans = scan_targets(p, threads, false);
   find_denominators(p, add_scans(p, scans));
+}
+
+void find_shard_sums(const Problem& p, const Threads& threads) {
+  const Tiling tiling = row_tiling(p);
+  std::vector<double> no_losses(tiling.count);
+  with_accumulation_type(p, [&](auto zero) {
+    using A = decltype(zero);
+    if (shares_rows(p, threads)) return forward_shared<A>(p, tiling, threads, no_losses.data());
+    forward_tiles<A>(p, tiling, threads, no_losses.data(), nullptr);
+  });
 }
 
 void store_loss(const Problem& p, const std::vector<double>& tile_losses) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../problem.h"
+#include "rows/targets.h"
 #include "rows/tiles.h"
 
 namespace fused_ce::cpu {
@@ -28,6 +29,19 @@ void check_targets(const Problem& p, const Threads& threads);
 
 // What the losses of rows are divided by, into p.known; of rows that have no class indices.
 void find_denominators(Problem& p, const Threads& threads);
+
+// The same from what is known of the rows.
+void find_denominators(Problem& p, const TargetScan& all);
+
+// What the rows that count add up to. Raises std::out_of_range for a target that is no class, of a
+// shard none of the whole vocabulary; a shard's rows have no class weights here.
+TargetScan scan_rows(const Problem& p, const Threads& threads);
+
+// Of all class weights, or the number of classes.
+double sum_class_weights(const Problem& p);
+
+// What the classes of a shard come down to, row by row; targets out of range count as ignored.
+void find_shard_sums(const Problem& p, const Threads& threads);
 
 // The loss, from the sums of the tiles' losses.
 void store_loss(const Problem& p, const std::vector<double>& tile_losses);

@@ -706,7 +706,8 @@ def test_operator_keeps_its_schema(shape, layout, kind, reduction, dtype):
         opcheck(operator, arguments, test_utils=checks_of(operator))
         called.add(operator._schema.name)
     if kind == "probability" and reduction:
-        families = ("softmax_stats", "pointwise", "kl_div_with_logits")  # with tests of their own
+        # With tests of their own.
+        families = ("softmax_stats", "pointwise", "kl_div_with_logits", "shard_")
         others = {each for each in all_operators() if any(name in each for name in families)}
         others |= {"fused_ce::instruction_set", "fused_ce::has_cuda_code"}
         assert called == all_operators() - others

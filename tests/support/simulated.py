@@ -83,10 +83,13 @@ class Options(ctypes.Structure):
 class Problem(ctypes.Structure):
     _fields_ = [
         ("classes", ctypes.c_int64),
+        ("vocabulary", ctypes.c_int64),
+        ("first_class", ctypes.c_int64),
         ("rows", ctypes.c_int64),
         ("row_dims", ctypes.c_int32),
         ("row_sizes", ctypes.c_int64 * MAX_ROW_DIMS),
         *((name, Operand) for name in OPERANDS),
+        ("row_gaps", Operand),  # of shards, which have no kernels for CUDA
         ("totals", ctypes.c_uint64),
         ("probabilities", ctypes.c_bool),
         ("options", Options),

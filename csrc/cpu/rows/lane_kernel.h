@@ -29,7 +29,7 @@ class LaneKernel {
       : p_(p),
         out_(p.target_grad.data ? p.target_grad : p.grad),
         batch_(p, tiling.tile_rows),
-        smoothing_(p.options.label_smoothing, p.classes),
+        smoothing_(p.options.label_smoothing, p.all_classes()),
         weight_(static_cast<const A*>(p.options.weight.data)),
         input_direct_(is_direct(tiling, p.input) && !p.maps_logits()),
         grad_direct_(is_direct(tiling, out_)),

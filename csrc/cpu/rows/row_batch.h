@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 #include "../../formula.h"
 #include "../vector/math.h"
@@ -51,6 +52,7 @@ class RowBatch {
     std::fill(scale, scale + rows, scale_of(grad_output));
     std::fill(target_weight_, target_weight_ + rows, A(1));
     if (p.probabilities) std::fill(target_class, target_class + rows, int64_t{0});
+    if (p.is_shard()) is_elsewhere_.resize(rows);
   }
 
   // Whether a class other than the target has a coefficient a_c.
@@ -119,9 +121,10 @@ class RowBatch {
     load_runs(p_.row_max, tile.runs(p_.row_max), max);
     load_runs(p_.row_rest, tile.runs(p_.row_rest), rest);
     // The gradient of the targets themselves does without the mass.
-    if (!p_.probabilities || p_.target_grad.data) return;
-    PerRow<double> low;
+    if (!p_.row_mass.data || p_.target_grad.data) return;
     load_runs(p_.row_mass, tile.runs(p_.row_mass), mass);
+    if (p_.is_shard()) return;
+    PerRow<double> low;
     load_runs(p_.row_mass_low, tile.runs(p_.row_mass_low), low);
     for (int64_t r = 0; r < size; r++) mass[r] += low[r];
   }
@@ -129,6 +132,7 @@ class RowBatch {
   // Writes the losses and the statistics, and finds what the gradient needs where there is one;
   // returns the sum of the losses.
   double write_losses(const Tile& tile) {
+    if (p_.is_shard()) return write_shard(tile), 0.0;
     if (p_.grad.data)
       run<true, true>();
     else
@@ -165,7 +169,10 @@ class RowBatch {
   bool has_factor_rest() const { return common_.z_loss != 0.0; }
 
   // From the statistics to exp_factor and target_grad.
-  void find_gradients() { run<false, true>(); }
+  void find_gradients() {
+    if (p_.is_shard()) return find_shard_gradients();
+    run<false, true>();
+  }
 
   // log(sum_c exp(x_c - M)); a row whose largest logit is infinite has none.
   A log_total(int64_t r) const {
@@ -197,6 +204,10 @@ class RowBatch {
     with_index_pointer(p_.target, 0, [&](const auto* data) {
       if (runs.count == 1 && runs.stride == 1) prefetch(p_.target, runs.first + size, size);
       runs.for_each([&](int64_t first, int64_t offset) {
+        if (p_.is_shard()) {
+          any |= read_shard_run(data + offset, runs.stride, runs.length, first);
+          return;
+        }
         any |= with_stride(runs.stride, [&](auto stride) {
           return read_target_run(data + offset, stride, runs.length, target_class + first);
         });
@@ -217,6 +228,26 @@ class RowBatch {
       const int64_t found = index >= 0 && index < classes ? index : outside;
       read[r] = index == ignored ? kNotCounted : found;
       any |= read[r];
+    }
+    return any;
+  }
+
+  // The same of a shard. A row whose target is elsewhere is taken for one of class 0, so that the
+  // kernels need not know, and the class has no part of its own there.
+  template <class Index>
+  __attribute__((noinline)) int64_t read_shard_run(const Index* targets, int64_t stride, int64_t n,
+                                                   int64_t first) {
+    const int64_t outside = p_.allows_bad_targets() ? kNoSuchClass : kNotCounted;
+    int64_t any = 0;
+    for (int64_t r = 0; r < n; r++) {
+      const int64_t index = targets[r * stride];
+      const bool is_class = index >= 0 && index < p_.vocabulary;
+      const int64_t own = is_class ? index - p_.first_class : -1;
+      const bool is_own = own >= 0 && own < p_.classes;
+      const int64_t found = is_class ? (is_own ? own : 0) : outside;
+      target_class[first + r] = index == p_.options.ignore_index ? kNotCounted : found;
+      is_elsewhere_[first + r] = !is_own;
+      any |= target_class[first + r];
     }
     return any;
   }
@@ -354,6 +385,73 @@ class RowBatch {
     return row;
   }
 
+  // Instead of losses: what the classes of a shard come down to, zeros for a row that does not
+  // count.
+  __attribute__((noinline)) void write_shard(const Tile& tile) {
+    for (int64_t r = 0; r < size; r++) {
+      if (!is_counted(r))
+        max[r] = A(0), rest[r] = gaps[r] = mass[r] = 0.0;
+      else if (max[r] == -kInfinity<A>)
+        sum_masked(tile, r);
+      if (is_counted(r) && !p_.probabilities) add_target(r);
+    }
+    store_runs(max, p_.row_max, tile.runs(p_.row_max));
+    store_runs(rest, p_.row_rest, tile.runs(p_.row_rest));
+    store_runs(gaps, p_.row_gaps, tile.runs(p_.row_gaps));
+    store_runs(mass, p_.row_mass, tile.runs(p_.row_mass));
+  }
+
+  // Of a row without a finite logit here, which in the whole vocabulary may have one: relative to
+  // 0, as some kernels do not take it. It may have a nan.
+  void sum_masked(const Tile& tile, int64_t r) {
+    const int64_t row = tile.runs(p_.input).at(r);
+    const int64_t targets = p_.probabilities ? tile.runs(p_.target).at(r) : 0;
+    rest[r] = gaps[r] = 0.0;
+    for (int64_t c = 0; c < p_.classes; c++) {
+      const A x = map.factor * load_value<A>(p_.input, row + c * p_.input.class_stride);
+      if (std::isnan(x)) rest[r] = x;
+      const A weight = p_.options.weight.data ? load_value<A>(p_.options.weight, c) : A(1);
+      const Smoothing<A> smoothing(common_.smoothing);
+      const A coefficient =
+          p_.probabilities ? probability_coefficient(
+                                 load_value<A>(p_.target, targets + c * p_.target.class_stride),
+                                 weight, smoothing)
+                           : index_coefficient(weight, smoothing);
+      if (spreads_) gaps[r] += coefficient_gap(coefficient, kInfinity<A>);
+    }
+  }
+
+  void add_target(int64_t r) {
+    if (!spreads_) gaps[r] = mass[r] = 0.0;
+    if (is_elsewhere_[r]) return;
+    const double coefficient = common_.smoothing.hard * target_weight_[r];
+    const double gap = static_cast<double>(base_of(max[r])) - target_logit_[r];
+    gaps[r] += coefficient_gap(coefficient, gap);
+    mass[r] += coefficient;
+  }
+
+  // From the statistics of the whole vocabulary.
+  __attribute__((noinline)) void find_shard_gradients() {
+    for (int64_t r = 0; r < size; r++) {
+      if (!is_counted(r)) continue;
+      const double of_factor = spreads_ ? 1.0 : scale[r];
+      if (p_.probabilities || is_elsewhere_[r]) {
+        const double factor = probability_row(r, common_).exp_factor();
+        exp_factor[r] = of_factor * factor;
+        if (p_.probabilities) continue;
+        const double e = math::exp_nonpositive(target_logit_[r] - max[r]);
+        const double weight = target_weight_[r];
+        target_grad[r] = scale[r] * (factor * e - index_coefficient(weight, common_.smoothing));
+      } else {
+        const IndexRow<double> row = index_row(r, common_);
+        exp_factor[r] = of_factor * row.exp_factor();
+        target_grad[r] = scale[r] * row.target_grad();
+      }
+    }
+    if (map.bends())
+      for (int64_t r = 0; r < size; r++) target_grad[r] *= target_slope_[r];
+  }
+
   // One function for each result of a row: the variables of a function that is inlined into a loop
   // stay in registers, those of the loop itself may become arrays, which GCC does not vectorise.
   // What they have in common is computed once.
@@ -379,6 +477,7 @@ class RowBatch {
   alignas(kLine) PerRow<A> target_logit_, target_slope_, target_weight_;
   // The loss of probabilities may be wider than the logits.
   alignas(kLine) PerRow<double> loss_;
+  std::vector<uint8_t> is_elsewhere_;  // of a shard's rows
 };
 
 }  // namespace fused_ce::cpu

@@ -58,7 +58,7 @@ class RowKernel {
   RowKernel(const Problem& p, const Tiling& tiling)
       : p_(p),
         batch_(p, tiling.tile_rows),
-        smoothing_(p.options.label_smoothing, p.classes),
+        smoothing_(p.options.label_smoothing, p.all_classes()),
         factor_(batch_.map.bends() ? A(1) : batch_.map.factor),
         adjacent_(p.input.class_stride == 1),
         grad_direct_(is_direct<A>(p.grad, p.grad.class_stride)),

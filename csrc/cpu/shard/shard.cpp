@@ -1,0 +1,357 @@
+// What a shard's packet has besides its rows' sums, and the merge of packets.
+//
+// The merge is compiled for no level of simd.h: processes on different processors must get the same
+// bits, and it is one exp for each row and shard.
+#include "shard.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../../shard.h"
+#include "../kernels.h"
+#include "../rows/parts.h"
+#include "../rows/targets.h"
+#include "../vector/math.h"
+#include "../vector/span.h"
+#include "../vector/sum.h"
+
+namespace fused_ce::cpu {
+
+namespace {
+
+constexpr int64_t kTileRows = 4096;
+
+// One number of a packet, for all rows, is so many elements from the next.
+int64_t number_distance(const Problem& p) { return p.rows + kShardColumns; }
+
+template <class A>
+A* packet_at(const Problem& p, const Shards& s, int64_t shard) {
+  return static_cast<A*>(s.packets) + shard * kShardNumbers * number_distance(p);
+}
+
+// Calls move(element, part) for the elements of a packet that hold the facts, and their parts of
+// `bytes`, which are as many.
+constexpr int64_t kFactElements = kShardNumbers * kShardColumns;
+
+template <class A, class Move>
+void for_fact_elements(const Problem& p, A* packet, std::byte* bytes, const Move& move) {
+  for (int64_t i = 0; i < kFactElements; i++)
+    move(packet + i / kShardColumns * number_distance(p) + p.rows + i % kShardColumns,
+         bytes + i * sizeof(A));
+}
+
+template <class A>
+void store_facts(const Problem& p, const ShardFacts& facts, A* packet) {
+  std::byte bytes[kFactElements * sizeof(A)] = {};
+  std::memcpy(bytes, &facts, sizeof(facts));
+  for_fact_elements(p, packet, bytes,
+                    [](A* element, std::byte* part) { std::memcpy(element, part, sizeof(A)); });
+}
+
+template <class A>
+ShardFacts load_facts(const Problem& p, A* packet) {
+  std::byte bytes[kFactElements * sizeof(A)];
+  for_fact_elements(p, packet, bytes,
+                    [](A* element, std::byte* part) { std::memcpy(part, element, sizeof(A)); });
+  ShardFacts facts;
+  std::memcpy(&facts, bytes, sizeof(facts));
+  return facts;
+}
+
+uint64_t mixed(uint64_t bits) {  // the finisher of MurmurHash3
+  bits = (bits ^ bits >> 33) * 0xff51afd7ed558ccdULL;
+  bits = (bits ^ bits >> 33) * 0xc4ceb9fe1a85ec53ULL;
+  return bits ^ bits >> 33;
+}
+
+class Hash {
+ public:
+  void add(double value) {
+    uint64_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    bits_ = mixed(bits_ + 0x9e3779b97f4a7c15ULL + bits);
+  }
+
+  void add(const Values& values) {
+    add(static_cast<double>(values.count));
+    for (int64_t i = 0; i < values.count; i++) add(load_value<double>(values, i));
+  }
+
+  uint32_t value() const { return static_cast<uint32_t>(bits_ >> 32); }
+
+ private:
+  uint64_t bits_ = 0;
+};
+
+// Of all that must be the same for every shard but the targets.
+uint32_t hash_of_options(const Problem& p, const Shards& s) {
+  const Options& o = p.options;
+  Hash hash;
+  for (const auto choice :
+       {static_cast<int64_t>(o.reduction), static_cast<int64_t>(o.on_all_ignored),
+        static_cast<int64_t>(o.on_out_of_range), o.ignore_index, p.vocabulary,
+        static_cast<int64_t>(p.probabilities), static_cast<int64_t>(s.has_weights),
+        static_cast<int64_t>(p.weighs_samples())})
+    hash.add(static_cast<double>(choice));
+  for (const double number : {o.label_smoothing, o.softcap, o.z_loss}) hash.add(number);
+  hash.add(o.denominator);
+  hash.add(o.logit_scale);
+  return hash.value();
+}
+
+// What a shard finds in some rows' targets.
+struct ShardScan {
+  double weights = 0.0;
+  int64_t bad_target = 0;
+  uint64_t targets = 0;  // a sum over rows, whose order the shard's memory decides
+
+  void add(const ShardScan& scan) {
+    if (bad_target == 0) bad_target = scan.bad_target;
+    targets += scan.targets;
+  }
+};
+
+ShardScan scan_shard(const Problem& p, const Tile& tile) {
+  const Runs targets = tile.runs(p.target), samples = tile.runs(p.options.sample_weight);
+  const Runs numbers = tile.runs(p.row_max);
+  CompensatedSum weights;
+  ShardScan scan;
+  with_index_pointer(p.target, 0, [&](const auto* data) {
+    for (int64_t r = 0; r < tile.rows; r++) {
+      const auto index = static_cast<int64_t>(data[targets.at(r)]);
+      const auto row = static_cast<uint64_t>(numbers.at(r));
+      scan.targets += mixed(static_cast<uint64_t>(index) + mixed(row + 1));
+      if (index == p.options.ignore_index) continue;
+      const double sample =
+          p.weighs_samples() ? load_value<double>(p.options.sample_weight, samples.at(r)) : 1.0;
+      if (sample == 0.0) continue;
+      if (index < 0 || index >= p.vocabulary) {
+        if (scan.bad_target == 0) scan.bad_target = index;
+        continue;
+      }
+      const int64_t own = index - p.first_class;
+      if (own < 0 || own >= p.classes) continue;
+      const Values& weight = p.options.weight;
+      weights.add(weight.data ? sample * load_value<double>(weight, own) : sample);
+    }
+  });
+  scan.weights = weights.value();
+  return scan;
+}
+
+ShardFacts facts_of(const Problem& p, const Shards& s, const Threads& threads) {
+  ShardFacts facts;
+  facts.first_class = p.first_class;
+  facts.end_class = p.first_class + p.classes;
+  facts.options = hash_of_options(p, s);
+  if (p.probabilities) return facts;
+  if (p.is_smoothed()) facts.class_weights = sum_class_weights(p);
+  const Tiling tiling = make_tiling(p, kTileRows, 4);
+  std::vector<ShardScan> scans(tiling.count);
+  for_tiles(tiling, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) scans[t] = scan_shard(p, Tile(p, tiling, t));
+  });
+  CompensatedSum weights;
+  ShardScan all;
+  for (const ShardScan& scan : scans) {
+    weights.add(scan.weights);
+    all.add(scan);
+  }
+  facts.target_weights = weights.value();
+  facts.bad_target = p.allows_bad_targets() ? 0 : all.bad_target;
+  facts.targets = static_cast<uint32_t>(all.targets >> 32);
+  return facts;
+}
+
+// A shard without classes.
+template <class A>
+void fill_empty(const Problem& p, A* packet) {
+  const int64_t n = number_distance(p);
+  std::fill(packet, packet + n, -kInfinity<A>);
+  std::fill(packet + n, packet + kShardNumbers * n, A(0));
+}
+
+void check_facts(const Problem& p, const Shards& s, const std::vector<ShardFacts>& all) {
+  const auto fail = [](const std::string& message) {
+    throw std::runtime_error("fused_ce: " + message);
+  };
+  const uint32_t options = hash_of_options(p, s);
+  int64_t next = 0;
+  for (size_t shard = 0; shard < all.size(); shard++) {
+    const ShardFacts& facts = all[shard];
+    const std::string rank = std::to_string(shard);
+    if (facts.options != options)
+      fail("the options of rank " + rank + " differ from those of this one; pass the same");
+    if (facts.targets != all[0].targets)
+      fail("the targets of rank " + rank + " differ from those of rank 0; pass the same");
+    if (facts.first_class != next || facts.end_class < next)
+      fail("the classes of rank " + rank + " should begin at " + std::to_string(next) +
+           ", where those before it end, and are " + std::to_string(facts.first_class) + " to " +
+           std::to_string(facts.end_class) + "; pass another class_offset");
+    next = facts.end_class;
+  }
+  if (next != p.vocabulary)
+    fail("the shards end at class " + std::to_string(next) + " of " + std::to_string(p.vocabulary) +
+         "; pass another num_classes or class_offset");
+  for (const ShardFacts& facts : all)
+    if (facts.bad_target != 0)
+      throw std::out_of_range("Target " + std::to_string(facts.bad_target) + " is out of bounds.");
+}
+
+// What the facts add up to, into p.known.
+void find_totals(Problem& p, const Shards& s, const std::vector<ShardFacts>& all,
+                 const Threads& threads) {
+  CompensatedSum target_weights, class_weights;
+  for (const ShardFacts& facts : all) {
+    target_weights.add(facts.target_weights);
+    class_weights.add(facts.class_weights);
+  }
+  TargetScan rows = scan_rows(p, threads);
+  if (!p.probabilities && s.has_weights) rows.weights = target_weights.value();
+  p.known.weight_sum = class_weights.value();
+  find_denominators(p, rows);
+}
+
+// Whether a row counts, and if not its loss.
+struct RowState {
+  bool is_counted;
+  double loss;
+};
+
+RowState state_of(const Problem& p, int64_t target, double sample) {
+  if (sample == 0.0) return {false, 0.0};
+  if (p.probabilities) return {true, 0.0};
+  if (target == p.options.ignore_index) return {false, 0.0};
+  if (target >= 0 && target < p.vocabulary) return {true, 0.0};
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  return {false, p.allows_bad_targets() ? nan : 0.0};
+}
+
+template <class A>
+RowSums<double> merged_row(const Problem& p, const Shards& s, int64_t row) {
+  RowSums<double> sums;
+  for (int64_t shard = 0; shard < s.count; shard++) {
+    const A* numbers = packet_at<A>(p, s, shard) + row;
+    const int64_t n = number_distance(p);
+    merge_shard(sums, numbers[0], numbers[n], numbers[2 * n], numbers[3 * n],
+                [](double x) { return math::exp_nonpositive(x); });
+  }
+  sums.close();
+  return sums;
+}
+
+double loss_of(const RowSums<double>& sums, const Common<double>& common) {
+  // A row whose largest logit is infinite has no softmax.
+  const bool is_defined = sums.max - sums.max == 0.0;
+  const double rest = is_defined ? sums.rest : std::numeric_limits<double>::quiet_NaN();
+  const double inverse = 1.0 / (1.0 + rest);
+  return Row<double>(sums.max, rest, math::log1p_nonnegative(rest, inverse), inverse, sums.mass,
+                     common)
+      .loss(sums.gaps);
+}
+
+// Returns the sum of the losses.
+template <class A>
+double merge_tile(const Problem& p, const Shards& s, const Tile& tile,
+                  const Common<double>& common) {
+  const Runs numbers = tile.runs(p.row_max), stats = tile.runs(s.max), losses = tile.runs(p.loss);
+  const Runs targets = tile.runs(p.target), samples = tile.runs(p.options.sample_weight);
+  const auto target_at = [&](int64_t r) {
+    int64_t target = 0;
+    with_index_pointer(p.target, targets.at(r),
+                       [&](const auto* at) { target = static_cast<int64_t>(*at); });
+    return target;
+  };
+  double total = 0.0;
+  for (int64_t r = 0; r < tile.rows; r++) {
+    const double sample =
+        p.weighs_samples() ? load_value<double>(p.options.sample_weight, samples.at(r)) : 1.0;
+    const RowState state = state_of(p, p.probabilities ? 0 : target_at(r), sample);
+    RowSums<double> sums;
+    sums.max = 0.0;
+    double loss = state.loss;
+    if (state.is_counted) {
+      sums = merged_row<A>(p, s, numbers.at(r));
+      loss = sample * loss_of(sums, common);
+    }
+    const int64_t at = stats.at(r);
+    static_cast<double*>(s.max.data)[at] = sums.max;
+    static_cast<double*>(s.rest.data)[at] = sums.rest;
+    static_cast<double*>(s.mass.data)[at] = sums.mass;
+    if (!p.reduces()) store_value(loss, p.loss, losses.at(r));
+    total += loss;
+  }
+  return total;
+}
+
+template <class A>
+void merge(Problem& p, const Shards& s, const Threads& threads) {
+  std::vector<ShardFacts> facts;
+  for (int64_t shard = 0; shard < s.count; shard++)
+    facts.push_back(load_facts(p, packet_at<A>(p, s, shard)));
+  check_facts(p, s, facts);
+  find_totals(p, s, facts, threads);
+  const Common<double> common(p, p.known);
+  const Tiling tiling = make_tiling(p, kTileRows, 16 * s.count);
+  std::vector<double> tile_losses(tiling.count);
+  for_tiles(tiling, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++)
+      tile_losses[t] = merge_tile<A>(p, s, Tile(p, tiling, t), common);
+  });
+  *p.totals = p.known;
+  if (p.reduces()) store_loss(p, tile_losses);
+}
+
+// Columns that are no classes have a gradient of 0.
+void clear_padding(const Problem& p, const Operand& grad, int64_t padding, const Threads& threads) {
+  if (padding == 0) return;
+  const Tiling tiling = make_tiling(p, kTileRows, padding);
+  for_tiles(tiling, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+      const Tile tile(p, tiling, t);
+      const Runs rows = tile.runs(grad);
+      for (int64_t r = 0; r < tile.rows; r++)
+        for (int64_t c = p.classes; c < p.classes + padding; c++)
+          store_value(0.0, grad, rows.at(r) + c * grad.class_stride);
+    }
+  });
+}
+
+}  // namespace
+
+void pack_shard(const Problem& p, const Shards& s, const Threads& threads) {
+  if (p.classes > 0) find_shard_sums(p, threads);
+  const auto finish = [&](auto* packet) {
+    if (p.classes == 0) fill_empty(p, packet);
+    store_facts(p, facts_of(p, s, threads), packet);
+  };
+  if (p.accumulates_in_double())
+    finish(packet_at<double>(p, s, 0));
+  else
+    finish(packet_at<float>(p, s, 0));
+}
+
+void merge_shards(Problem& p, const Shards& s, const Threads& threads) {
+  if (p.accumulates_in_double())
+    merge<double>(p, s, threads);
+  else
+    merge<float>(p, s, threads);
+}
+
+void find_shard_gradient(Problem& p, const Shards& s, const Threads& threads) {
+  if (p.classes > 0) backward(p, threads);
+  clear_padding(p, p.grad, s.padding, threads);
+}
+
+void find_shard_target_gradient(Problem& p, const Shards& s, const Threads& threads) {
+  if (p.classes > 0) backward_target(p, threads);
+  clear_padding(p, p.target_grad, s.padding, threads);
+}
+
+}  // namespace fused_ce::cpu
