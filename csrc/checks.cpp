@@ -461,7 +461,8 @@ void ProblemBuilder::set_shard(int64_t first_class, int64_t classes, int64_t voc
   FCE_CHECK(classes >= 0 && classes <= p.classes, "shard_classes must be from 0 to the input's " +
                                                       std::to_string(p.classes) + " columns, got " +
                                                       std::to_string(classes));
-  FCE_CHECK(first_class >= 0 && first_class <= vocabulary - classes,
+  const bool is_refused = first_class == kRefused && classes == 0;
+  FCE_CHECK(is_refused || (first_class >= 0 && first_class <= vocabulary - classes),
             "class_offset must leave the shard's classes within the " + std::to_string(vocabulary) +
                 ", got " + std::to_string(first_class));
   FCE_CHECK(!p.is_focal(), "a shard of the classes takes no focal_gamma");

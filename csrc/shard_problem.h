@@ -13,6 +13,10 @@ namespace fused_ce {
 
 constexpr int64_t kShardNumbers = 4, kShardColumns = 3;
 
+// The first class of a shard, without classes, whose process has found something wrong before the
+// exchange: the others wait for its packet, and then raise too.
+constexpr int64_t kRefused = -1;
+
 // What a shard says of itself and of what all shards must agree on.
 struct ShardFacts {
   double target_weights = 0.0;  // of the samples whose target is in the shard, times those of these

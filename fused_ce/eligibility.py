@@ -15,6 +15,7 @@ from . import ops
 from .stock import INDEX_DTYPES
 
 INVALID = "the kernels do not know these arguments, which stock takes or refuses"
+DISTRIBUTED = "the logits are a DTensor"  # as foreign() has it
 OVERRIDDEN = "an argument overrides __torch_function__"
 _STRIDED = torch.strided
 _HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})

@@ -65,9 +65,7 @@ class Extensions(NamedTuple):
         return self._replace(
             z_loss=z_loss,
             focal_gamma=focal_gamma,
-            denominator=None
-            if self.denominator is None
-            else single(self.denominator, "denominator"),
+            denominator=_divisors(self.denominator),
             logit_scale=single(self.logit_scale, "logit_scale"),
             softcap=_cap(self.softcap),
             sample_weight=weight_of_rows(self.sample_weight, row_shape),
@@ -132,6 +130,8 @@ def composes(given: Extensions, options: Options, target: Tensor) -> bool:
     if not (requires_grad(given.denominator) or requires_grad(given.sample_weight)):
         return False
     by_class = options.weight is not None and not target.is_floating_point()
+    if isinstance(given.denominator, Tensor) and given.denominator.numel() > 1:
+        return True
     return given.on_all_ignored == "zero" or (
         options.reduction == MEAN and given.denominator is None and by_class
     )
@@ -228,6 +228,15 @@ def single(value: Any, name: str) -> float | Tensor:
     raise ValueError(f"fused_ce: {name} must be a number or a tensor of one element, got {got}.")
 
 
+def _divisors(value: Any) -> float | Tensor | None:
+    """What a mean divides by: one for losses and z-losses, or one for each."""
+    if value is None:
+        return None
+    if isinstance(value, Tensor) and value.shape == (2,) and not requires_grad(value):
+        return value
+    return single(value, "denominator")
+
+
 def _is_one(scale: float | Tensor) -> bool:
     return not isinstance(scale, Tensor) and scale == 1.0
 
@@ -254,5 +263,6 @@ def as_tensor(value: float | Tensor | None, device: torch.device) -> Tensor | No
     if value is None:
         return None
     if isinstance(value, Tensor):
-        return value.reshape(()).to(device, torch.float64)
+        shape = () if value.numel() == 1 else value.shape
+        return value.reshape(shape).to(device, torch.float64)
     return torch.full((), value, dtype=torch.float64, device=device)

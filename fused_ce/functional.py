@@ -15,6 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import eager, extensions, fallback, graph, ops, stock
 from .eligibility import (
+    DISTRIBUTED,
     INVALID,
     OVERRIDDEN,
     foreign,
@@ -55,6 +56,9 @@ def cross_entropy(
     sample_weight: Tensor | None = None,
     focal_gamma: float = _ZERO,
     on_out_of_range: str = _ASSERT,
+    process_group: Any = None,
+    num_classes: int | None = None,
+    class_offset: int | None = None,
 ) -> Tensor:
     r"""Computes the cross entropy between logits and target, in one fused pass.
 
@@ -88,7 +92,8 @@ def cross_entropy(
             :func:`torch.nn.functional.log_softmax` does; the gradient keeps the input's. With
             ``torch.float32`` half types need no copy of the logits. Default: the input's
         denominator (float or Tensor, optional): what ``'mean'`` divides by, instead of the weight
-            of the rows that count. A tensor has one element and is not waited for.
+            of the rows that count. A tensor has one element, or a second for the z-losses, and is
+            not waited for.
         on_all_ignored (str): what ``'mean'`` is if no row counts: ``'nan'``, as in stock, or
             ``'zero'``, with a gradient of zero. Default: ``'nan'``
         z_loss (float): adds :math:`z\,\mathrm{lse}^2` to the loss of each row that counts, with its
@@ -111,6 +116,17 @@ def cross_entropy(
             ``'nan'``, the loss and the gradient of its row are nan; ``'raise'``, an ``IndexError``
             on CUDA too, which waits for the device, and names the row (in a graph of
             ``torch.compile`` it is ``'assert'``). Default: ``'assert'``
+        process_group (ProcessGroup, optional): the ranks over which the classes are sharded, as
+            with tensor parallelism. The input is this rank's classes; the target has indices of the
+            whole vocabulary and is the same on all ranks, as all options are. Probabilities are
+            sharded like the input, and class weights are those of all classes or of this rank's.
+            The loss has the same bits on all ranks, and ``grad_output`` must be the same too. One
+            all-gather of 16 bytes a row is all that moves. Every rank raises where one finds an
+            error. The gradient is computed in the backward.
+        num_classes (int, optional): the size of the sharded vocabulary. Columns beyond it are
+            padding: they take no part, and their gradient is 0. Default: the ranks' columns
+        class_offset (int, optional): which class this rank's first is. Default: that of
+            :func:`torch.chunk` and ``DTensor``; for padded shards, rank times columns
 
     Shape:
         - Input: :math:`(C)`, :math:`(N, C)` or :math:`(N, C, d_1, ..., d_K)`.
@@ -121,7 +137,8 @@ def cross_entropy(
         Exception: what torch raises for the same call, among it ``IndexError`` for a target that is
             no class. Nothing has been written by then. On CUDA such a target is torch's device-side
             assertion, noticed when the device is next waited for.
-        ValueError: for an option that torch's function does not have, and that makes no sense.
+        ValueError: for an option that torch's function does not have, and that makes no sense; on
+            every rank of a process group, where the shards, options or targets do not agree.
         RuntimeError: with ``inplace=True``, for logits whose elements share memory, for a second
             backward, for a backward with ``create_graph=True``, and for a backward through what was
             computed from overwritten logits.
@@ -157,6 +174,9 @@ def cross_entropy(
             sample_weight=sample_weight,
             focal_gamma=focal_gamma,
             on_out_of_range=on_out_of_range,
+            process_group=process_group,
+            num_classes=num_classes,
+            class_offset=class_offset,
         )
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
@@ -165,6 +185,26 @@ def cross_entropy(
         ignore_index = integer(ignore_index)
     if type(label_smoothing) is not float:
         label_smoothing = real(label_smoothing)
+    if not process_group is num_classes is class_offset is None:
+        options = Options(
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+        given = Extensions(
+            dtype,
+            denominator,
+            on_all_ignored,
+            z_loss,
+            logit_scale,
+            softcap,
+            sample_weight,
+            focal_gamma,
+            on_out_of_range,
+        )
+        place = process_group, num_classes, class_offset
+        return _sharded().cross_entropy(input, target, options, given, place, inplace)
     if not (
         z_loss is focal_gamma is _ZERO
         and logit_scale is _ONE
@@ -199,6 +239,10 @@ def cross_entropy(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
         )
+        if reason == DISTRIBUTED:
+            reason = _distributed().reason(input, target, options, Extensions())
+            if reason is None:
+                return _of_dtensor(input, target, options, Extensions(), grad_in_forward, inplace)
         return _by_stock(input, target, options, reason)
     dtype = loss_dtype(input.dtype, target, weight)
     # In a plain tuple, since making Options takes a while.
@@ -242,6 +286,7 @@ def explain(*args: Any, **kwargs: Any) -> str:
     call = bound(cross_entropy, args, kwargs)
     input, target = call["input"], call["target"]
     given = Extensions(*(call[name] for name in extensions.NAMES))
+    place = tuple(call[name] for name in _SHARDING)
     if any(overrides(t) for t in (input, target, call["weight"])):
         return f"stock: {OVERRIDDEN}"
     reduction, legacy = call["reduction"], (call["size_average"], call["reduce"])
@@ -251,8 +296,15 @@ def explain(*args: Any, **kwargs: Any) -> str:
         options = options_of(call | {"reduction": reduction})
     except ValueError:
         return f"stock: {INVALID}"
+    if place != (None, None, None):
+        return _sharded().explain(input, target, options, given, place, call["inplace"])
     try:
         reason = _reason(input, target, options, given)
+        if reason == DISTRIBUTED:
+            reason = _distributed().reason(input, target, options, given)
+            if reason is None:
+                modes = call["grad_in_forward"], call["inplace"]
+                return _distributed().explain(input, target, options, given, *modes)
         if reason is not None:
             return f"stock: {reason}"
         given = given.checked(options, target.is_floating_point(), row_shape(input.shape))
@@ -275,6 +327,42 @@ def explain(*args: Any, **kwargs: Any) -> str:
         except RuntimeError as error:
             return f"refused: {str(error).splitlines()[0]}"
     return f"fused: {mode}, {instructions(input)}"
+
+
+_SHARDING = "process_group", "num_classes", "class_offset"
+
+
+def _sharded() -> Any:
+    """The package that knows torch.distributed, which is there when a call first needs it."""
+    from . import parallel
+
+    return parallel
+
+
+def _distributed() -> Any:
+    """The same of what knows DTensor, whose import takes longer."""
+    from .parallel import dtensor
+
+    return dtensor
+
+
+def _of_dtensor(
+    input, target, options: Options, given: Extensions, grad_in_forward: bool, inplace: bool
+) -> Tensor:
+    """By the loss of the parts of this rank."""
+    dtensor = _distributed()
+    loss = cross_entropy(
+        **dtensor.local_arguments(input, target, options, given),
+        ignore_index=options.ignore_index,
+        reduction=REDUCTIONS[options.reduction],
+        label_smoothing=options.label_smoothing,
+        grad_in_forward=grad_in_forward,
+        inplace=inplace,
+    )
+    return dtensor.placed(loss, input, options.reduction)
+
+
+REDUCTIONS = {_Reduction.get_enum(name): name for name in ("none", "mean", "sum")}
 
 
 def options_of(arguments: Mapping[str, Any]) -> Options:
@@ -300,6 +388,11 @@ def _overridden(input, target, weight, *, grad_in_forward, inplace, **arguments)
     """A subclass gets the function that it knows, torch's; a mode (a device context, say) ours."""
     tensors = (input, target, weight)
     if any(overrides(t) for t in tensors):
+        if any(arguments.pop(name) is not None for name in _SHARDING):
+            raise ValueError(
+                "fused_ce: a process_group goes with plain tensors, got one that overrides "
+                "__torch_function__; pass the tensor that it holds."
+            )
         given = Extensions(*(arguments.pop(name) for name in extensions.NAMES))
         if given.are_default:
             loss = stock.overridden(*tensors, **arguments)
@@ -321,6 +414,10 @@ def _extended(
 ) -> Tensor:
     """A call with options that stock does not have."""
     reason = _reason(input, target, options, given)
+    if reason == DISTRIBUTED:
+        reason = _distributed().reason(input, target, options, given)
+        if reason is None:
+            return _of_dtensor(input, target, options, given, grad_in_forward, inplace)
     if reason is None:
         given = given.checked(options, target.is_floating_point(), row_shape(input.shape))
         if extensions.composes(given, options, target):

@@ -8,6 +8,7 @@ before 2.13 has no
 ``nn.LinearCrossEntropyLoss``; there its constructor is ours.
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Callable
@@ -65,8 +66,27 @@ def _with_options_of(function: Callable, *but: str) -> Callable[[M], M]:
     return decorate
 
 
+class _SharesGroup(nn.Module):
+    """What may have a process group, which can be neither copied nor pickled."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_SharesGroup":
+        group = getattr(self, "process_group", None)
+        memo[id(group)] = group
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        if getattr(self, "process_group", None) is not None:
+            raise TypeError(
+                f"fused_ce: a {type(self).__name__} with a process_group cannot be pickled; save "
+                "its state_dict, or give the process_group to its call."
+            )
+        return self.__dict__
+
+
 @_with_options_of(cross_entropy)
-class CrossEntropyLoss(nn.CrossEntropyLoss):
+class CrossEntropyLoss(nn.CrossEntropyLoss, _SharesGroup):
     r"""Cross entropy between logits and target, in one fused pass; a drop-in for
     :class:`torch.nn.CrossEntropyLoss`.
 

@@ -190,9 +190,22 @@ def _extended(input: Tensor, target: Tensor, options: Options, left_out: Tensor 
     losses = rows_of(options.weight, options.label_smoothing)
     if options.focal_gamma > 0:
         losses = losses * (-torch.expm1(-rows_of(None, 0.0))) ** options.focal_gamma
+    lse = input.logsumexp(classes_at) if options.z_loss > 0 else None
+    return reduced(losses, lse, of_class, left_out, options)
+
+
+def reduced(
+    losses: Tensor,
+    lse: Tensor | None,
+    of_class: Tensor | None,
+    left_out: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """The loss from the rows': the lse is that of each, which a z-loss has to have, and `of_class`
+    the weight of its class, None for 1."""
     z_losses = torch.zeros_like(losses)
     if options.z_loss > 0:
-        z_losses = options.z_loss * input.logsumexp(classes_at).square()
+        z_losses = options.z_loss * lse.square()
     of_row = torch.ones_like(losses)
     if options.sample_weight is not None:
         of_row = of_row * options.sample_weight.to(losses.dtype)

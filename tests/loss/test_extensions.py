@@ -354,7 +354,7 @@ def test_half_types_keep_a_float32_loss_without_a_copy():
 ONE = {"z_loss": 0.1}
 CHECKED = [
     ({"denominator": 2.0, "reduction": "sum"}, "denominator is what 'mean' divides by"),
-    ({"denominator": torch.ones(2)}, "denominator must be a number or a tensor of one element"),
+    ({"denominator": torch.ones(3)}, "denominator must be a number or a tensor of one element"),
     ({"denominator": "many"}, "denominator must be a number"),
     ({"z_loss": -1.0}, "z_loss must be a finite number from 0 on, got -1.0"),
     ({"z_loss": float("nan")}, "z_loss must be"),

@@ -177,24 +177,31 @@ void fill_empty(const Problem& p, A* packet) {
   std::fill(packet + n, packet + kShardNumbers * n, A(0));
 }
 
-void check_facts(const Problem& p, const Shards& s, const std::vector<ShardFacts>& all) {
+// In an order in which every rank raises the same.
+void check_facts(const Problem& p, const std::vector<ShardFacts>& all) {
   const auto fail = [](const std::string& message) {
-    throw std::runtime_error("fused_ce: " + message);
+    throw std::invalid_argument("fused_ce: " + message);
   };
-  const uint32_t options = hash_of_options(p, s);
+  for (size_t shard = 0; shard < all.size(); shard++)
+    if (all[shard].first_class == kRefused)
+      fail("rank " + std::to_string(shard) + " refused its arguments; its own error says why");
   int64_t next = 0;
   for (size_t shard = 0; shard < all.size(); shard++) {
     const ShardFacts& facts = all[shard];
-    const std::string rank = std::to_string(shard);
-    if (facts.options != options)
-      fail("the options of rank " + rank + " differ from those of this one; pass the same");
-    if (facts.targets != all[0].targets)
-      fail("the targets of rank " + rank + " differ from those of rank 0; pass the same");
     if (facts.first_class != next || facts.end_class < next)
-      fail("the classes of rank " + rank + " should begin at " + std::to_string(next) +
-           ", where those before it end, and are " + std::to_string(facts.first_class) + " to " +
-           std::to_string(facts.end_class) + "; pass another class_offset");
+      fail("the classes of rank " + std::to_string(shard) + " should begin at " +
+           std::to_string(next) + ", where those before it end, and are " +
+           std::to_string(facts.first_class) + " to " + std::to_string(facts.end_class) +
+           "; pass another class_offset");
     next = facts.end_class;
+  }
+  for (size_t shard = 0; shard < all.size(); shard++) {
+    const char* which = all[shard].options != all[0].options   ? "options"
+                        : all[shard].targets != all[0].targets ? "targets"
+                                                               : nullptr;
+    if (which)
+      fail("the " + std::string(which) + " of rank " + std::to_string(shard) +
+           " differ from those of rank 0; pass the same");
   }
   if (next != p.vocabulary)
     fail("the shards end at class " + std::to_string(next) + " of " + std::to_string(p.vocabulary) +
@@ -295,7 +302,7 @@ void merge(Problem& p, const Shards& s, const Threads& threads) {
   std::vector<ShardFacts> facts;
   for (int64_t shard = 0; shard < s.count; shard++)
     facts.push_back(load_facts(p, packet_at<A>(p, s, shard)));
-  check_facts(p, s, facts);
+  check_facts(p, facts);
   find_totals(p, s, facts, threads);
   const Common<double> common(p, p.known);
   const Tiling tiling = make_tiling(p, kTileRows, 16 * s.count);

@@ -11,7 +11,7 @@ namespace fused_ce::cpu {
 void pack_shard(const Problem& p, const Shards& s, const Threads& threads);
 
 // The loss, the statistics and the totals, from all packets. Raises std::out_of_range for a target
-// that is no class, and std::runtime_error where the shards do not belong together.
+// that is no class, and std::invalid_argument where the shards do not belong together.
 void merge_shards(Problem& p, const Shards& s, const Threads& threads);
 
 // The gradient with respect to the logits, and that with respect to probability targets.

@@ -1,0 +1,280 @@
+"""``cross_entropy`` where the classes are sharded over the ranks of a process group.
+
+Every rank calls it alike, and what one finds wrong before the exchange keeps none waiting: it takes
+part with a packet that says so, and then all of them raise. ``partition`` says which classes a rank
+has, ``collectives`` what moves, ``eager`` how the kernels are differentiated, and ``reference`` has
+the formula for the rest.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from .. import extensions, fallback, ops, stock
+from ..eligibility import (
+    INVALID,
+    foreign,
+    loss_dtype,
+    stock_reason_of_logits,
+    transform_is_active,
+)
+from ..extensions import Extensions, requires_grad
+from ..fakes import row_shape
+from ..functional import instructions
+from ..options import SUM, Options
+from . import eager, reference
+from .collectives import Group, gathered, group_of, shared
+from .partition import Place, Sharding, own_weights, place_of
+
+_MODES = {
+    "no gradient": lambda *call: eager.loss(*call)[0],
+    "recomputed in backward": eager.recompute,
+    "in place in backward": eager.overwrite_in_backward,
+}
+
+
+class _Plan(NamedTuple):
+    """How a call is taken, once its arguments have been checked."""
+
+    place: Place
+    given: Extensions
+    reason: str | None  # why not by the kernels
+    mode: str
+    loss_dtype: torch.dtype
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    options: Options,
+    given: Extensions,
+    sharding: tuple,
+    inplace: bool,
+) -> Tensor:
+    """The loss, with the options as the caller gives them; the class weights may be all or ours."""
+    sharding = Sharding(*sharding)
+    group = _group(sharding)
+    if transform_is_active():
+        raise NotImplementedError(eager.NO_TRANSFORMS)
+    try:
+        plan = _planned(input, target, options, given, sharding, group, inplace)
+    except Exception:
+        _refuse(input, group)
+        raise
+    if plan.reason is not None:
+        if fallback.is_on:
+            fallback.warn("cross_entropy", plan.reason)
+        return _by_reference(input, target, options, plan, group)
+    given = plan.given
+    if requires_grad(given.denominator) or requires_grad(given.sample_weight):
+
+        def without(options: Options, given: Extensions) -> Tensor:
+            return cross_entropy(input, target, options, given, sharding, inplace)
+
+        return extensions.weighed(given, options, target, input.dtype, without)
+    return _MODES[plan.mode](
+        input, target, plan.place, group, *_for_operators(input, options, plan)
+    )
+
+
+def explain(
+    input: Tensor,
+    target: Tensor,
+    options: Options,
+    given: Extensions,
+    sharding: tuple,
+    inplace: bool,
+) -> str:
+    """As :func:`fused_ce.explain`; asks nothing of the other ranks."""
+    sharding = Sharding(*sharding)
+    try:
+        group = _group(sharding)
+        plan = _planned(input, target, options, given, sharding, group, inplace)
+    except Exception as error:
+        return f"refused: {str(error).splitlines()[0]}"
+    if plan.reason is not None:
+        return f"stock: {plan.reason}"
+    return described(plan.mode, group.size, instructions(input))
+
+
+def described(mode: str, ranks: int, made_of: str) -> str:
+    return f"fused: {mode}, statistics of {ranks} ranks in one all-gather, {made_of}"
+
+
+def _group(sharding: Sharding) -> Group:
+    if sharding.process_group is None:
+        raise ValueError(
+            "fused_ce: num_classes and class_offset are about logits that are sharded; pass "
+            "process_group with them, or leave them out."
+        )
+    return group_of(sharding.process_group)
+
+
+def _planned(
+    input: Tensor,
+    target: Tensor,
+    options: Options,
+    given: Extensions,
+    sharding: Sharding,
+    group: Group,
+    inplace: bool,
+) -> _Plan:
+    for tensor, name in ((input, "logits"), (target, "target"), (options.weight, "weight")):
+        reason = None if tensor is None else foreign(tensor, name)
+        if reason is not None:
+            raise ValueError(
+                f"fused_ce: a process_group goes with plain tensors, and {reason}; pass the part "
+                "of this rank (a DTensor needs no process_group)."
+            )
+    extensions.check_dtype(given.dtype)
+    at = 1 if input.dim() > 1 else 0
+    if input.dim() == 0:
+        stock.cross_entropy(input, target, options)  # raises what it has to say
+    width = input.shape[at]
+    place = place_of(width, sharding, group)
+    own_weights(options.weight, width, place)
+    reason = _reason(input, target, options, given, place, at)
+    probabilities = target.is_floating_point()
+    rows = row_shape(input.shape)
+    given = given.checked(options, probabilities, rows)
+    if reason is None and extensions.composes(given, options, target):
+        reason = extensions.COMPOSED
+    extensions.check_targets(given, options, target, _whole(input, at, place).shape)
+    dtype = given.dtype or input.dtype
+    dtype = loss_dtype(dtype, target, options.weight) or dtype
+    mode = mode_of(input, target, inplace)
+    if mode == "in place in backward" and width > 0:
+        ops.check_overwritable(input, target, *Options(reduction=options.reduction))
+    return _Plan(place, given, reason, mode, dtype)
+
+
+def _reason(
+    input: Tensor, target: Tensor, options: Options, given: Extensions, place: Place, at: int
+) -> str | None:
+    """Why the kernels cannot take this call. The question is that of the whole vocabulary."""
+    whole = _whole(input, at, place)
+    whole_target = _whole(target, at, place) if target.shape == input.shape else target
+    weight = options.weight
+    if weight is not None:
+        weight = weight.new_empty(()).expand(place.num_classes)
+        weight.requires_grad_(options.weight.requires_grad)
+    reason = stock_reason_of_logits(
+        input,
+        whole.shape,
+        given.dtype or input.dtype,
+        whole_target,
+        weight,
+        options.ignore_index,
+        options.label_smoothing,
+    )
+    if reason == INVALID:
+        # torch raises what it has to say, and computes nothing on this device.
+        nowhere = options._replace(weight=None if weight is None else weight.to("meta"))
+        try:
+            stock.cross_entropy(whole.to("meta"), whole_target.to("meta"), nowhere)
+        except AssertionError:  # as torch's shapes have it where its kernels have a sentence
+            raise ValueError(
+                f"fused_ce: target must have the shape {tuple(row_shape(whole.shape))} of the rows "
+                f"or, for probabilities, that of the logits, got {tuple(target.shape)}."
+            ) from None
+    if reason is not None:
+        return reason
+    if not input.is_cpu and not _has_kernels(input.device.type):
+        return f"there are no kernels for sharded classes on {input.device.type}"
+    if given.focal_gamma:
+        return "there is no kernel for focal_gamma of sharded classes"
+    if requires_grad(given.logit_scale):
+        return "there is no kernel for the gradient of logit_scale of sharded classes"
+    return given.reference_reason(input.dtype)
+
+
+def _has_kernels(kind: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("fused_ce::shard_forward", kind.upper())
+
+
+def _whole(tensor: Tensor, at: int, place: Place) -> Tensor:
+    """In the shape that it has with all classes, without their memory."""
+    shape = list(tensor.shape)
+    shape[at] = place.num_classes
+    return tensor.detach().new_empty(()).expand(shape)
+
+
+def mode_of(input: Tensor, target: Tensor, inplace: bool) -> str:
+    """When the gradient is computed; a key of _MODES."""
+    if not torch.is_grad_enabled() or not (input.requires_grad or target.requires_grad):
+        return "no gradient"
+    if torch.compiler.is_compiling() or not (inplace and input.requires_grad):
+        return "recomputed in backward"
+    if input.is_neg() or type(input) is FunctionalTensor:  # see functional.mode_of
+        return "recomputed in backward"
+    return "in place in backward"
+
+
+def _for_operators(input: Tensor, options: Options, plan: _Plan) -> Options:
+    weight = own_weights(options.weight, input.shape[1 if input.dim() > 1 else 0], plan.place)
+    options = plan.given.added_to(options._replace(weight=weight), input.device)
+    dtype = plan.loss_dtype
+    return options._replace(loss_dtype=None if dtype == input.dtype else dtype)
+
+
+def _by_reference(
+    input: Tensor, target: Tensor, options: Options, plan: _Plan, group: Group
+) -> Tensor:
+    place, given = plan.place, plan.given
+    weight = options.weight
+    _check_agreement(input, target, options, plan, group)
+    if weight is not None:
+        if weight.shape == (place.num_classes,) and weight.requires_grad:
+            weight = shared(weight, group)  # every rank has all of them, and uses its own
+        weight = own_weights(weight, input.shape[1 if input.dim() > 1 else 0], place)
+    options = given.added_for_reference(options._replace(weight=weight))
+    dtype = plan.loss_dtype
+    found = reference.loss(input.to(given.dtype), target, options, place, group, dtype)
+    return found.to(dtype)
+
+
+# What every rank has to be told before the reference's collectives.
+
+
+def _speaks(input: Any) -> bool:
+    """Whether the kernels' packet can carry what a rank has to say."""
+    return isinstance(input, Tensor) and input.is_cpu and not torch.compiler.is_compiling()
+
+
+def _refuse(input: Any, group: Group) -> None:
+    """Has the others raise too, who wait for the packet of this rank."""
+    if not _speaks(input):
+        return
+    rows = math.prod(row_shape(input.shape))
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    nothing = torch.zeros((rows, 0), dtype=dtype)
+    target = torch.zeros(rows, dtype=torch.int64)
+    gathered(ops.shard_forward(nothing, target, eager.REFUSED, 0, 1), group)
+
+
+def _check_agreement(
+    input: Tensor, target: Tensor, options: Options, plan: _Plan, group: Group
+) -> None:
+    """Raises on every rank what the kernels would, from packets of logits that are all 0."""
+    if not _speaks(input):
+        return
+    place, given = plan.place, plan.given
+    rows = math.prod(row_shape(input.shape))
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    zeros = torch.zeros((), dtype=dtype).expand(rows, place.shard_classes)
+    if target.is_floating_point():
+        target = torch.zeros(rows, dtype=torch.int64)
+        options = options._replace(ignore_index=-100)
+    sample_weight = given.sample_weight
+    plain = options._replace(
+        weight=None,
+        reduction=SUM,
+        sample_weight=None if sample_weight is None else sample_weight.detach().reshape(-1),
+        z_loss=given.z_loss,
+        softcap=given.softcap or 0.0,
+        on_out_of_range=extensions.ON_OUT_OF_RANGE[given.on_out_of_range],
+    )
+    eager.loss(zeros, target.reshape(-1), place, group, *plain)

@@ -1,0 +1,195 @@
+"""The loss of a DTensor is that of the tensor that it is a part of, whatever is sharded.
+
+The ranks are threads, as in test_ranks.py, and the whole is compared in float64.
+"""
+
+import contextlib
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.composed import composed
+from support.grids import REDUCTIONS, cases_of
+from support.ranks import in_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import loss_parallel
+
+import fused_ce
+
+ALL, ROWS, CLASSES = Replicate(), Shard(0), Shard(1)
+# Of logits on a mesh of so many ranks each way.
+PLACEMENTS = {
+    "classes": ((3,), [CLASSES]),
+    "rows": ((3,), [ROWS]),
+    "all": ((2,), [ALL]),
+    "rows and classes": ((2, 2), [ROWS, CLASSES]),
+    "classes, and the same twice": ((2, 2), [CLASSES, ALL]),
+    "pixels and classes": ((2, 2), [Shard(2), CLASSES]),
+}
+AXES = {
+    "placed": tuple(PLACEMENTS),
+    "kind": ("index", "probability"),
+    "reduction": REDUCTIONS,
+    "weighted": (None, "plain", "replicated", "sharded"),
+    "options": ("none", "z-loss and smoothing", "focal", "sampled", "zero"),
+    "inplace": (False, True),
+}
+OPTIONS = {
+    "none": {},
+    "z-loss and smoothing": {"label_smoothing": 0.1, "z_loss": 0.05},
+    "focal": {"focal_gamma": 1.5},
+    "sampled": {"z_loss": 0.05},
+    "zero": {"on_all_ignored": "zero"},
+}
+
+
+def of_rows(placements):
+    """The placements of what has a value a row."""
+    return [
+        ALL if p in (ALL, CLASSES) else Shard(p.dim - 1 if p.dim > 1 else p.dim) for p in placements
+    ]
+
+
+def problem(kind="index", shape=(7, 11, 5)):
+    input = torch.randn(shape, dtype=torch.float64)
+    if kind == "probability":
+        return input, torch.randn(shape, dtype=torch.float64).softmax(1)
+    target = torch.randint(0, shape[1], (shape[0], *shape[2:]))
+    target[:4].view(-1)[1:] = -100  # more in one part of the rows than in the other
+    return input, target
+
+
+def is_valid(case):
+    return not (case.get("kind") == "probability" and case.get("options") == "focal")
+
+
+@pytest.mark.parametrize("case", cases_of(AXES, often=2, seldom=3, valid=is_valid))
+def test_the_loss_of_a_part_is_that_of_the_whole(case):
+    size, placements = PLACEMENTS[case["placed"]]
+    input, target = problem(case["kind"])
+    call = {"reduction": case["reduction"], **OPTIONS[case["options"]]}
+    weight = torch.rand(11, dtype=torch.float64) + 0.5 if case["weighted"] else None
+    samples = None
+    if case["options"] == "sampled":
+        samples = torch.rand(7, 5, dtype=torch.float64) + 0.5
+        samples[3] = 0
+    whole = input.clone().requires_grad_()
+    expected = composed(whole, target, weight, sample_weight=samples, **call)
+    expected.sum().backward()
+
+    def of_rank(rank):
+        mesh = init_device_mesh("cpu", size)
+        own = distribute_tensor(input.clone(), mesh, placements).requires_grad_()
+        rows = of_rows(placements)
+        of_target = placements if case["kind"] == "probability" else rows
+        own_target = distribute_tensor(target, mesh, of_target)
+        given = weight
+        if case["weighted"] in ("replicated", "sharded"):
+            of_weight = [
+                Shard(0) if p == CLASSES and case["weighted"] == "sharded" else ALL
+                for p in placements
+            ]
+            given = distribute_tensor(weight, mesh, of_weight)
+        own_call = dict(call, inplace=case["inplace"])
+        if samples is not None:
+            own_call["sample_weight"] = distribute_tensor(samples, mesh, rows)
+        loss = fused_ce.cross_entropy(own * 1, own_target, given, **own_call)
+        loss.sum().backward()
+        assert own.grad.placements == tuple(placements)
+        if case["reduction"] == "none":
+            assert loss.placements == tuple(rows)
+        else:
+            assert loss.placements == tuple(Partial() if p.is_shard() else p for p in rows)
+        return loss.full_tensor().detach(), own.grad.full_tensor()
+
+    # The context is of no consequence, and the same for all threads.
+    with loss_parallel() if case["inplace"] else contextlib.nullcontext():
+        found = in_ranks(math.prod(size), of_rank)
+    for loss, grad in found:
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(grad, whole.grad, rtol=1e-13, atol=1e-15)
+
+
+def test_rows_on_no_rank_that_count_leave_the_mean_alone():
+    input, target = problem(shape=(6, 11))
+    target[:] = torch.tensor([-100, -100, -100, 1, 2, 3])  # of two ranks the first has none
+
+    def of_rank(rank):
+        mesh = init_device_mesh("cpu", (2,))
+        own = distribute_tensor(input, mesh, [ROWS])
+        loss = fused_ce.cross_entropy(own, distribute_tensor(target, mesh, [ROWS]))
+        return loss.full_tensor()
+
+    for loss in in_ranks(2, of_rank):
+        torch.testing.assert_close(loss, F.cross_entropy(input, target))
+
+
+def test_what_travels():
+    input, target = problem(shape=(6, 11))
+
+    def of_rank(rank):
+        mesh = init_device_mesh("cpu", (2, 2))
+        own = distribute_tensor(input, mesh, [ROWS, CLASSES]).requires_grad_()
+        own_target = distribute_tensor(target, mesh, [ROWS, ALL])
+        with CommDebugMode() as communication:
+            fused_ce.cross_entropy(own, own_target).backward()
+        counts = communication.get_comm_counts()
+        return {str(operator).rpartition(".")[2]: n for operator, n in counts.items() if n}
+
+    # The statistics of the classes, and the denominator of the rows.
+    assert in_ranks(4, of_rank)[0] == {"all_gather_into_tensor": 1, "all_reduce": 1}
+
+
+def test_a_plain_target_is_taken_where_it_would_be_whole():
+    input, target = problem(shape=(6, 11))
+
+    def of_rank(rank):
+        mesh = init_device_mesh("cpu", (2,))
+        own = distribute_tensor(input, mesh, [CLASSES])
+        assert fused_ce.explain(own, target).startswith("fused: no gradient, statistics of 2 ranks")
+        return fused_ce.cross_entropy(own, target).full_tensor()
+
+    for loss in in_ranks(2, of_rank):
+        torch.testing.assert_close(loss, F.cross_entropy(input, target))
+
+
+def test_explain_names_what_goes_to_stock():
+    input, target = problem(shape=(8, 12))
+
+    def of_rank(rank):
+        mesh, other = init_device_mesh("cpu", (2, 2)), init_device_mesh("cpu", (4,))
+        whole = distribute_tensor(target, mesh, [ALL, ALL])
+
+        def reason(placements, target=whole, **options):
+            logits = DTensor.from_local(input, mesh, placements, run_check=False)
+            said = fused_ce.explain(logits, target, **options)
+            assert said.startswith("stock: "), said
+            return said.removeprefix("stock: ")
+
+        partial = "the logits are a DTensor with the placement Partial(sum)"
+        assert reason([Partial(), CLASSES]) == partial.replace("Partial(sum)", str(Partial()))
+        assert reason([CLASSES, CLASSES]) == "two mesh dimensions shard the classes of the logits"
+        elsewhere = distribute_tensor(target, other, [ALL])
+        assert reason([ALL, CLASSES], elsewhere) == "the target is on another mesh than the logits"
+        says = "the target is no DTensor, and would be sharded as the logits are"
+        assert reason([ROWS, CLASSES], target) == says
+        scale = torch.tensor(1.0, requires_grad=True)
+        says = "the logits are a DTensor, and the logit_scale requires grad"
+        assert reason([ALL, CLASSES], logit_scale=scale) == says
+
+        def fused(placements, **options):
+            logits = distribute_tensor(input, mesh, placements).requires_grad_()
+            return fused_ce.explain(logits, whole, **options).rpartition(",")[0]
+
+        gathered = "statistics of 2 ranks in one all-gather"
+        assert fused([ROWS, CLASSES]) == f"fused: recomputed in backward, {gathered}"
+        assert fused([ROWS, ALL]) == "fused: gradient in forward"
+        assert fused([ROWS, ALL], inplace=True) == "fused: in place in forward"
+        says = "stock: there is no kernel for focal_gamma of sharded classes"
+        logits = distribute_tensor(input, mesh, [ROWS, CLASSES])
+        assert fused_ce.explain(logits, whole, focal_gamma=1.0) == says
+
+    in_ranks(4, of_rank)
