@@ -286,7 +286,7 @@ def explain(*args: Any, **kwargs: Any) -> str:
     call = bound(cross_entropy, args, kwargs)
     input, target = call["input"], call["target"]
     given = Extensions(*(call[name] for name in extensions.NAMES))
-    place = tuple(call[name] for name in _SHARDING)
+    place = tuple(call[name] for name in SHARDING)
     if any(overrides(t) for t in (input, target, call["weight"])):
         return f"stock: {OVERRIDDEN}"
     reduction, legacy = call["reduction"], (call["size_average"], call["reduce"])
@@ -329,7 +329,7 @@ def explain(*args: Any, **kwargs: Any) -> str:
     return f"fused: {mode}, {instructions(input)}"
 
 
-_SHARDING = "process_group", "num_classes", "class_offset"
+SHARDING = "process_group", "num_classes", "class_offset"
 
 
 def _sharded() -> Any:
@@ -388,7 +388,7 @@ def _overridden(input, target, weight, *, grad_in_forward, inplace, **arguments)
     """A subclass gets the function that it knows, torch's; a mode (a device context, say) ours."""
     tensors = (input, target, weight)
     if any(overrides(t) for t in tensors):
-        if any(arguments.pop(name) is not None for name in _SHARDING):
+        if any(arguments.pop(name) is not None for name in SHARDING):
             raise ValueError(
                 "fused_ce: a process_group goes with plain tensors, got one that overrides "
                 "__torch_function__; pass the tensor that it holds."

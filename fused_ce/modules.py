@@ -12,6 +12,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -42,7 +43,10 @@ def _with_options_of(function: Callable, *but: str) -> Callable[[M], M]:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             given = {name: kwargs.pop(name, default) for name, default in defaults.items()}
-            super(module, self).__init__(*args, **kwargs)
+            construct = super(module, self).__init__
+            if given.get("process_group") is not None:
+                construct = partial(self._of_rank, construct, given["process_group"])
+            construct(*args, **kwargs)
             for name, value in given.items():
                 setattr(self, name, value)
 
@@ -68,6 +72,10 @@ def _with_options_of(function: Callable, *but: str) -> Callable[[M], M]:
 
 class _SharesGroup(nn.Module):
     """What may have a process group, which can be neither copied nor pickled."""
+
+    def _of_rank(self, construct: Callable, process_group: Any, *args: Any, **kwargs: Any) -> None:
+        """Calls stock's constructor for this rank of a group."""
+        construct(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_SharesGroup":
         group = getattr(self, "process_group", None)
@@ -195,8 +203,9 @@ else:
             )
 
 
-@_with_options_of(linear_cross_entropy, "linear_bias")  # which is that of the layer
-class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
+# The bias is that of the layer, whose classes follow from the rank.
+@_with_options_of(linear_cross_entropy, "linear_bias", "class_offset")
+class LinearCrossEntropyLoss(_LinearCrossEntropyLoss, _SharesGroup):
     r"""A linear layer and the cross entropy of its output, which is never held as a whole; a
     drop-in for ``torch.nn.LinearCrossEntropyLoss`` of torch 2.13 and newer, for any torch.
 
@@ -206,7 +215,8 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
 
     Args:
         in_features (int): features of each input row, :math:`H`.
-        num_classes (int): number of classes, :math:`C`.
+        num_classes (int): number of classes, :math:`C`. With a ``process_group`` the layer has
+            those of this rank, as :func:`torch.chunk` divides them.
         out_features (tuple[int], optional): the dimensions :math:`(d_1, ..., d_K)` of a
             K-dimensional loss. Default: ``()``
         bias (bool): whether the layer has a bias. Default: ``False``
@@ -236,10 +246,30 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
         "LinearCrossEntropyLoss", "torch.nn.Linear and torch.nn.CrossEntropyLoss", "all of them"
     )
 
+    def _of_rank(
+        self,
+        construct: Callable,
+        process_group: Any,
+        in_features: int,
+        num_classes: int,
+        *,
+        weight: Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        from .parallel.partition import classes_of_rank
+
+        construct(in_features, classes_of_rank(num_classes, process_group), **others)
+        self.num_classes, self.weight = num_classes, weight
+
     def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Returns the loss of ``input``, through the layer, against ``target``, with options as in
         :class:`fused_ce.CrossEntropyLoss`."""
-        layer, shape = self.linear, (self.num_classes, *self.out_features)
+        layer = self.linear
+        positions = math.prod(self.out_features)
+        shape = (layer.out_features // max(positions, 1), *self.out_features)
+        options = self._options_of(options)
+        if options["process_group"] is not None:
+            options["num_classes"] = self.num_classes
         return linear_cross_entropy(
             input,
             layer.weight.reshape(*shape, layer.in_features),
@@ -250,7 +280,7 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             options=self.options,
-            **self._options_of(options),
+            **options,
         )
 
 

@@ -5,6 +5,9 @@ them, and two GEMMs that turn that into the gradients of the layer. The formula 
 logits is left for what differentiates it further, and for what the kernels do not take.
 """
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +51,7 @@ class _Call(NamedTuple):
     grad_in_forward: bool
     loss_shape: tuple[int, ...]  # with reduction='none'
     is_batched: bool  # in several dimensions
+    shard: tuple = operators.WHOLE  # of the classes, as the operators have it
 
 
 def linear_cross_entropy(
@@ -73,6 +77,10 @@ def linear_cross_entropy(
     sample_weight: Tensor | None = None,
     focal_gamma: float = 0.0,
     on_out_of_range: str = "assert",
+    process_group: Any = None,
+    num_classes: int | None = None,
+    class_offset: int | None = None,
+    reduce_input_grad: bool = True,
 ) -> Tensor:
     r"""Computes the cross entropy between ``input @ linear_weight.T + linear_bias`` and target
     without holding these logits.
@@ -107,6 +115,12 @@ def linear_cross_entropy(
             :func:`fused_ce.cross_entropy`, of the layer's output. A ``logit_scale`` that requires
             grad is multiplied into the input.
         focal_gamma, on_out_of_range: likewise.
+        process_group, num_classes, class_offset: as in :func:`fused_ce.cross_entropy`: weight and
+            bias are those of this rank's classes, and the input is the same on all ranks. A chunk's
+            statistics travel while the next one's logits are computed.
+        reduce_input_grad (bool): with a process group, sum the gradient of the input over the
+            ranks, in float32 for half types. ``False`` leaves this rank's part, for a framework
+            that sums it itself. Default: ``True``
 
     Shape:
         - Input: :math:`(H)`, :math:`(N, H)` or :math:`(B, ..., H)`, all but the last dimension
@@ -156,6 +170,11 @@ def linear_cross_entropy(
         "focal_gamma": focal_gamma,
         "on_out_of_range": on_out_of_range,
     }
+    place = process_group, num_classes, class_offset
+    if place != (None, None, None):
+        made = partial(_call, input, linear_weight, target, **keywords)
+        loss, shape = _sharded()(made, place, reduce_input_grad)
+        return loss if loss.dim() == 0 else loss.reshape(shape)
     overridden = False
     if has_torch_function_variadic(*tensors):
         overridden = any(overrides(t) for t in tensors)
@@ -165,7 +184,7 @@ def linear_cross_entropy(
     # A subclass is given the functions that it knows.
     reason = OVERRIDDEN if overridden else _stock_reason(call)
     if reason is None:
-        loss = _fused(call)
+        loss = fused(call)
     else:
         if reason == INVALID:
             _raise_as_stock(call)
@@ -209,11 +228,22 @@ def explain_linear(*args: Any, **kwargs: Any) -> str:
     arguments = bound(linear_cross_entropy, args, kwargs)
     if any(overrides(value) for value in arguments.values()):
         return f"stock: {OVERRIDDEN}"
+    reduce_input_grad = arguments.pop("reduce_input_grad")
+    place = tuple(arguments.pop(name) for name in functional.SHARDING)
+    if place != (None, None, None):
+        return _explained_shard(partial(_call, **arguments), place, reduce_input_grad)
     call = _call(**arguments)
     reason = _stock_reason(call)
     if reason is not None:
         return f"stock: {reason}"
     return f"fused: {_moment(call)}, {_chunks(call)}, {functional.instructions(call.input)}"
+
+
+def _sharded() -> Any:
+    """What knows torch.distributed, which is there when a call first needs it."""
+    from ..parallel.linear import sharded
+
+    return sharded
 
 
 def _call(
@@ -309,11 +339,9 @@ def _flat_target(target: Tensor, batch: tuple, classes: int, positions: list) ->
     )
 
 
-def _stock_reason(call: _Call) -> str | None:
-    """Why the formula with all logits takes this call; None if the chunks can."""
-    input, target = call.input, call.target
-    if call.is_batched:
-        target = example(target, len(input))
+def layer_reason(call: _Call) -> str | None:
+    """Why the chunks cannot take a call with these tensors of a layer."""
+    input = call.input
     layer = [t for t in (input, call.linear_weight, call.linear_bias) if t is not None]
     for tensor, name in zip(layer, ("input", "linear weight", "linear bias"), strict=False):
         reason = foreign(tensor, name)
@@ -327,6 +355,17 @@ def _stock_reason(call: _Call) -> str | None:
             return "the layer's tensors differ in device or dtype"
     if 0 in call.logits_shape[2:]:
         return "the loss has no positions"
+    return None
+
+
+def _stock_reason(call: _Call) -> str | None:
+    """Why the formula with all logits takes this call; None if the chunks can."""
+    reason = layer_reason(call)
+    if reason is not None:
+        return reason
+    input, target, dtype = call.input, call.target, logits_dtype(call.input)
+    if call.is_batched:
+        target = example(target, len(input))
     options, given = call.options, call.given
     of_stock = options.weight, options.ignore_index, options.label_smoothing
     computed = given.dtype or dtype
@@ -373,15 +412,31 @@ def _moment(call: _Call) -> str:
     return "recomputed in backward" if defers or not call.grad_in_forward else "gradient in forward"
 
 
-def _chunks(call: _Call) -> str:
+def _explained_shard(make_call: Callable[[], _Call], place: tuple, reduce: bool) -> str:
+    try:
+        call, shard, reason = _sharded()(make_call, place, reduce, explains=True)
+    except Exception as error:
+        return f"refused: {str(error).splitlines()[0]}"
+    if reason is not None:
+        return f"stock: {reason}"
+    chunks = _chunks(call, shard.classes, shard.held)
+    ranks = f"statistics of {shard.group.size} ranks in one all-gather each"
+    return f"fused: {_moment(call)}, {chunks}, {ranks}, {functional.instructions(call.input)}"
+
+
+def _chunks(call: _Call, classes: int | None = None, held: int = 1) -> str:
+    """Of so many classes, if not of the layer's own."""
     columns, features = call.linear_weight.shape
     count = call.logits_shape[0] if call.input.dim() > 1 else 1
     device = DEVICES[call.input.device.type]
     dtype = device.computed_dtype(logits_dtype(call.input))
-    classes = call.logits_shape[1 if call.input.dim() > 1 else 0]
+    if classes is None:
+        classes = call.logits_shape[1 if call.input.dim() > 1 else 0]
+    else:
+        columns = classes * math.prod(call.logits_shape[2:])
     copies = call.is_batched and len(call.target) != count
     copied = call.target.dtype.itemsize if copies else 0
-    sizes = Sizes(count, features, classes, columns, call.input.dtype != dtype, copied)
+    sizes = Sizes(count, features, classes, columns, call.input.dtype != dtype, copied, held)
     rows = sizes.chunk_rows(call.limits, dtype, device)
     chunks, rows = -(-count // rows), min(rows, count)
     size = rows * columns * dtype.itemsize
@@ -390,12 +445,12 @@ def _chunks(call: _Call) -> str:
     return f"{chunks} chunks of {rows} row{'s' * (rows != 1)}, {size} bytes each"
 
 
-def _fused(call: _Call) -> Tensor:
+def fused(call: _Call) -> Tensor:
     given = call.given
     if requires_grad(given.denominator) or requires_grad(given.sample_weight):
 
         def without(options: Options, given: Extensions) -> Tensor:
-            return _fused(call._replace(options=options, given=given))
+            return fused(call._replace(options=options, given=given))
 
         dtype = logits_dtype(call.input)
         return extensions.weighed(given, call.options, call.target, dtype, without)
@@ -415,7 +470,7 @@ def _fused(call: _Call) -> Tensor:
     if call.input.dim() == 1 and options.sample_weight is not None:
         options = options._replace(sample_weight=options.sample_weight.reshape(1))
     layer = (input, call.linear_weight, target, call.linear_bias)
-    arguments = (*layer, dtype, *call.limits, *options)
+    arguments = (*layer, dtype, *call.limits, *call.shard, *options)
     if _moment(call) == "gradient in forward":
         return operators.forward_grad(_needs(call), *arguments)[0]
     return operators.forward(*arguments)

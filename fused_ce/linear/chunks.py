@@ -43,15 +43,24 @@ class Problem:
         self.positions = target.shape[dims + self.probabilities :]
         columns = linear_weight.shape[0]
         self.classes = columns // max(math.prod(self.positions), 1)
-        if not self.probabilities and device.checks_values and not options.on_out_of_range:
-            _check_range(target, self.classes, options)
+        self.all_classes = self.whole(self.classes)
+        self.check_range(target, options)
         self.reduction, self.loss_dtype = options.reduction, options.loss_dtype
         if options.reduction == MEAN and (options.denominator is None or options.on_all_ignored):
             options = options._replace(denominator=self._denominators(options), on_all_ignored=0)
         self.options = options._replace(loss_dtype=torch.float64)  # of a chunk's own loss
         copied = target.dtype.itemsize if dims > 1 else 0
-        sizes = Sizes(*input.shape, self.classes, columns, input.dtype != self.dtype, copied)
-        self.rows = sizes.chunk_rows(limits, self.dtype, device)
+        self.rows = self.sizes(columns, copied).chunk_rows(limits, self.dtype, device)
+
+    def check_range(self, target: Tensor, options: Options) -> None:
+        """Before the first chunk, since the operators see each no more than their own."""
+        if not self.probabilities and self.device.checks_values and not options.on_out_of_range:
+            _check_range(target, self.classes, options)
+
+    def sizes(self, columns: int, copied_bytes: int) -> Sizes:
+        """What decides how many rows a chunk has."""
+        converts = self.input.dtype != self.dtype
+        return Sizes(*self.input.shape, self.classes, columns, converts, copied_bytes)
 
     def _denominators(self, options: Options) -> Tensor:
         """What the mean divides the losses and the z-losses by, in float64; no number visits the
@@ -67,7 +76,7 @@ class Problem:
                 weights = weights.double().masked_fill(left_out, 0)
                 of_rows = of_classes = weights.sum()
             if options.weight is not None and not self.probabilities:
-                by_class = options.weight.double()[self._classes_of(left_out)]
+                by_class = self.weights_of(options.weight.double(), self._classes_of(left_out))
                 by_class = by_class.masked_fill(left_out, 0)
                 if options.on_out_of_range:
                     by_class = by_class.masked_fill(self._outside(left_out), 1)
@@ -90,13 +99,25 @@ class Problem:
     def _outside(self, left_out: Tensor) -> Tensor:
         """Which targets of the rows that count are no classes."""
         target = self.target.long()
-        return ((target < 0) | (target >= self.classes)) & ~left_out
+        return ((target < 0) | (target >= self.all_classes)) & ~left_out
 
     def _classes_of(self, left_out: Tensor) -> Tensor:
         """The target of each row that has one, and class 0 of the others."""
         return self.target.long().masked_fill(left_out | self._outside(left_out), 0)
 
-    def _options_of(self, rows: slice) -> Options:
+    def whole(self, classes: int) -> int:
+        """How many classes there are in all."""
+        return classes
+
+    def own_class(self, target: Tensor) -> Tensor:
+        """Which of the logits is that of each target, if one of them is."""
+        return target
+
+    def weights_of(self, weight: Tensor, classes: Tensor) -> Tensor:
+        """The weight of the class of each row."""
+        return weight[classes]
+
+    def options_of(self, rows: slice) -> Options:
         weight = self.options.sample_weight
         return self.options if weight is None else self.options._replace(sample_weight=weight[rows])
 
@@ -111,14 +132,18 @@ class Problem:
         for start in range(0, columns, size):
             yield slice(start, min(start + size, columns))
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Which rows, these rows of the input, and their logits in memory that all chunks share."""
+    def chunks(self, held: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Which rows, these rows of the input, and their logits, in memory that is used again for
+        those of so many chunks later."""
         count, columns = self.input.shape[0], self.linear_weight.shape[0]
-        memory = fresh((min(self.rows, count), columns), self.input, self.dtype)
-        for start in range(0, count, self.rows):
+        shape = min(self.rows, count), columns
+        memory: list[Tensor] = []
+        for index, start in enumerate(range(0, count, self.rows)):
             rows = slice(start, min(start + self.rows, count))
             input = self.input[rows].to(self.dtype)
-            logits = memory[: input.shape[0]]
+            if index < held:
+                memory.append(fresh(shape, self.input, self.dtype))
+            logits = memory[index % held][: input.shape[0]]
             if self.linear_bias is None:
                 torch.mm(input, self.linear_weight.t(), out=logits)
             else:
@@ -128,7 +153,7 @@ class Problem:
     def losses(self) -> list[Tensor]:
         """Of each chunk, in float64."""
         return [
-            ops.forward(self._shaped(logits), self.target[rows], *self._options_of(rows))
+            ops.forward(self.shaped(logits), self.target[rows], *self.options_of(rows))
             for rows, _, logits in self.chunks()
         ]
 
@@ -145,10 +170,17 @@ class Problem:
             of_rows = grad_output
             if grad_output is not None and self.reduction == NONE:
                 of_rows = grad_output[rows]
-            arguments = self.target[rows], of_rows, *self._options_of(rows)
-            losses.append(ops.forward_grad_(self._shaped(logits), *arguments))
+            arguments = self.target[rows], of_rows, *self.options_of(rows)
+            losses.append(ops.forward_grad_(self.shaped(logits), *arguments))
             take(rows, input, logits)
         return losses
+
+    def input_grad_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In which the gradient of an input of this dtype is put together."""
+        return dtype
+
+    def take_input_grad(self, grad: Tensor) -> None:
+        """Is given that of each chunk."""
 
     def columns_of_targets(self, rows: slice) -> Tensor:
         """Where in a row of logits those of its targets are, or of the two most probable classes;
@@ -157,14 +189,14 @@ class Problem:
         if self.probabilities:
             found = target.topk(min(_CLASSES_APART, self.classes), 1).indices
         else:
-            found = target.long()
+            found = self.own_class(target.long())
             found = found.where((found >= 0) & (found < self.classes), 0).unsqueeze(1)
         found = found.reshape(*found.shape[:2], -1)
         count = found.shape[2]
         return (found * count + torch.arange(count, device=found.device)).flatten(1)
 
-    def _shaped(self, logits: Tensor) -> Tensor:
-        return logits.view(-1, self.classes, *self.positions)
+    def shaped(self, logits: Tensor) -> Tensor:
+        return logits.view(len(logits), self.classes, *self.positions)
 
     def total(self, losses: list[Tensor]) -> Tensor:
         """The loss, from those of the chunks."""
@@ -180,7 +212,6 @@ class Problem:
 
 
 def _check_range(target: Tensor, classes: int, options: Options) -> None:
-    """Before the first chunk, since the operators see each no more than their own."""
     target = target.long()
     outside = ((target < 0) | (target >= classes)) & (target != options.ignore_index)
     if options.sample_weight is not None:

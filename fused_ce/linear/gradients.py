@@ -20,8 +20,11 @@ class Gradients:
         self.like = like
         self.needs = needs
         input, linear_weight, linear_bias = like
+        dtype = problem.input_grad_dtype(input.dtype)
         self.input = (
-            torch.empty_like(input, memory_format=torch.contiguous_format) if needs[0] else None
+            torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
+            if needs[0]
+            else None
         )
         # Little is lost by summing in the GEMMs' own type where one of them gives the whole, or
         # where narrow results of two are added and rounded once.
@@ -33,13 +36,15 @@ class Gradients:
         self.linear_weight = self.linear_bias = None
         # A GEMM's narrow results are rounded before they are added, which stock's one GEMM is not.
         # What the targets' logits contribute is most of many, so it goes into the sum by itself.
-        self.targets_apart = problem.has_tiles and terms > 1
+        self.targets_apart = problem.has_tiles and terms > 1 and problem.classes > 0
         self.targets = []  # of each chunk, the columns of the logits and the gradients there
 
     def add(self, rows: slice, input: Tensor, logits_grad: Tensor) -> None:
         problem = self.problem
         if self.needs[0]:
-            _mm(logits_grad, problem.linear_weight, self.input[rows], problem.device.widens)
+            part = self.input[rows]
+            _mm(logits_grad, problem.linear_weight, part, problem.device.widens)
+            problem.take_input_grad(part)
         if self.needs[2]:
             self._add_bias(logits_grad)
         if self.needs[1]:

@@ -4,6 +4,7 @@
 a transform has reached, is that of the formula with all logits.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,13 +24,16 @@ from .plan import DEVICES, Limits
 from .targets import batch_dims, of_one_dimension
 
 # All of them end in a call, whose weight is [V, H]; the target's shape tells the positions. `needs`
-# says which gradients of input, weight and bias are wanted; the others are empty tensors.
+# says which gradients of input, weight and bias are wanted; the others are empty tensors. What
+# `group` and `shard` are is said in fused_ce/parallel/linear.py.
 _CALL = (
     "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, ScalarType dtype, "
-    f"SymInt? chunk_size, SymInt? max_chunk_bytes, str? chunking_method, {SCHEMA}"
+    "SymInt? chunk_size, SymInt? max_chunk_bytes, str? chunking_method, str? group, int[] shard, "
+    f"{SCHEMA}"
 )
+WHOLE = None, []  # the last two where the classes are not sharded
 # The gradients of a call's arguments after the bias.
-_NO_MORE_GRADIENTS = (None,) * (1 + len(Limits._fields)) + NO_GRADIENTS
+_NO_MORE_GRADIENTS = (None,) * (1 + len(Limits._fields) + len(WHOLE)) + NO_GRADIENTS
 
 
 def _operator(name: str, arguments: str, returns: str) -> Callable:
@@ -45,10 +49,18 @@ def _no_autocast(input: Tensor) -> Iterator[None]:
 
 
 def _problem(
-    input, linear_weight, target, linear_bias, dtype, chunk_size, max_chunk_bytes, method, *options
+    input, linear_weight, target, linear_bias, dtype, size, bytes_, method, group, shard, *options
 ) -> Problem:
-    limits = Limits(chunk_size, max_chunk_bytes, method)
-    return Problem(input, linear_weight, target, linear_bias, dtype, limits, Options(*options))
+    limits = Limits(size, bytes_, method)
+    call = input, linear_weight, target, linear_bias, dtype, limits, Options(*options)
+    return Problem(*call) if group is None else _sharded().ShardedProblem(*call, group, shard)
+
+
+def _sharded() -> Any:
+    """The module that knows torch.distributed, which is there when a call first needs it."""
+    from ..parallel import linear
+
+    return linear
 
 
 def _layer(input, linear_weight, target, linear_bias, *_) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -123,7 +135,7 @@ def _positions(target: Tensor, rows: int) -> torch.Size:
 
 
 def _fake_loss(
-    input, linear_weight, target, linear_bias, dtype, chunk_size, max_chunk_bytes, method, *options
+    input, linear_weight, target, linear_bias, dtype, size, bytes_, method, group, shard, *options
 ) -> Tensor:
     options = Options(*options)
     shape = (len(input), *_positions(target, len(input))) if options.reduction == NONE else ()
@@ -161,11 +173,13 @@ def _(*_):
 
 # Derivatives, in eager calls and in graphs alike.
 
+_PLAN = 1 + len(Limits._fields) + len(WHOLE)  # what comes between the tensors and the options
+
 
 def _save(ctx: Any, call: tuple, gradients: tuple) -> None:
-    input, linear_weight, target, linear_bias, dtype, size, bytes_, method, *options = call
-    option_tensors, ctx.options = split(options)
-    ctx.plan = dtype, size, bytes_, method
+    input, linear_weight, target, linear_bias, *plan = call
+    option_tensors, ctx.options = split(plan[_PLAN:])
+    ctx.plan = plan[:_PLAN]
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)  # of what is not differentiable, they would be made of zeros
     ctx.gradients = len(gradients)
@@ -234,17 +248,24 @@ def unfused_gradients(needs: list[bool], grad_output: Tensor, *call: Any) -> lis
     What may be a batch, or carry a tangent, meets only products: those of the linear layer's
     backward, written out. All is in float32 at least.
     """
-    input, linear_weight, target, linear_bias, _, _, _, _, *options = call
-    options = Options(*options)
+    input, linear_weight, target, linear_bias, *plan = call
+    group, shard = plan[_PLAN - len(WHOLE) : _PLAN]
+    sharding = None if group is None else _sharded().shard_of(group, shard)
+    options = Options(*plan[_PLAN:])
     dtype = torch.promote_types(input.dtype, torch.float32)
     create_graph = torch.is_grad_enabled()
     like = input, linear_weight, linear_bias
     with temporarily_clear_interpreter_stack(), torch.enable_grad(), _no_autocast(input):
         layer = [None if t is None else t.to(dtype) for t in like]
+        if sharding is not None:
+            layer[0] = sharding.shared(layer[0])
         logits = stock.linear(*layer)
         target = of_one_dimension(target, len(input))
-        rows = logits.reshape(len(input), -1, *_positions(target, len(input)))
-        loss = stock.loss(rows, target, options, dtype)
+        positions = _positions(target, len(input))
+        classes = len(linear_weight) // max(math.prod(positions), 1)
+        rows = logits.reshape(len(input), classes, *positions)
+        formula = stock.loss if sharding is None else sharding.loss
+        loss = formula(rows, target, options, dtype)
         (unit,) = torch.autograd.grad(loss, rows, torch.ones_like(loss), create_graph=create_graph)
     if loss.dim() > 0:
         grad_output = grad_output.unsqueeze(1)
@@ -253,8 +274,13 @@ def unfused_gradients(needs: list[bool], grad_output: Tensor, *call: Any) -> lis
     if left_out is not None:
         logits_grad = logits_grad.masked_fill(left_out, 0)
     logits_grad = logits_grad.reshape(logits.shape)
+
+    def of_input() -> Tensor:
+        found = logits_grad @ layer[1]
+        return found if sharding is None else sharding.summed(found)
+
     products = (
-        lambda: logits_grad @ layer[1],
+        of_input,
         lambda: logits_grad.t() @ layer[0],
         lambda: logits_grad.sum(0),
     )

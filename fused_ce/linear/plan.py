@@ -79,6 +79,7 @@ class Sizes(NamedTuple):
     columns: int  # the classes times all positions
     converts: bool  # the GEMMs' type is not the input's
     copied_bytes: int  # of a probability, where a chunk's are a copy
+    held: int = 1  # chunks whose logits are there at a time
 
     def chunk_rows(self, limits: Limits, dtype: torch.dtype, device: Device) -> int:
         """The rows of a chunk, of which the last may have fewer."""
@@ -90,7 +91,7 @@ class Sizes(NamedTuple):
             scratch = min(TILE_BYTES, weight_bytes) if device.sums_by_tiles(dtype) else 0
             budget = (max_chunk_bytes or device.chunk_bytes) - scratch
             # Besides the logits, the input and its gradient where they are converted.
-            columns = self.columns + 2 * self.features * self.converts
+            columns = self.columns * self.held + 2 * self.features * self.converts
             row_bytes = columns * dtype.itemsize + self.columns * self.copied_bytes
             chunk_size = max(budget // max(row_bytes, 1), 1)
             least = device.least_rows

@@ -7,7 +7,7 @@ the formula for the rest.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ _MODES = {
 }
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """How a call is taken, once its arguments have been checked."""
 
     place: Place
@@ -56,13 +56,14 @@ def cross_entropy(
 ) -> Tensor:
     """The loss, with the options as the caller gives them; the class weights may be all or ours."""
     sharding = Sharding(*sharding)
-    group = _group(sharding)
+    group = group_for(sharding)
     if transform_is_active():
         raise NotImplementedError(eager.NO_TRANSFORMS)
     try:
-        plan = _planned(input, target, options, given, sharding, group, inplace)
+        plan = plan_of(input, target, options, given, sharding, group, inplace)
     except Exception:
-        _refuse(input, group)
+        if isinstance(input, Tensor) and _speaks(input):
+            refuse(*_packet_of(input), group)
         raise
     if plan.reason is not None:
         if fallback.is_on:
@@ -91,8 +92,8 @@ def explain(
     """As :func:`fused_ce.explain`; asks nothing of the other ranks."""
     sharding = Sharding(*sharding)
     try:
-        group = _group(sharding)
-        plan = _planned(input, target, options, given, sharding, group, inplace)
+        group = group_for(sharding)
+        plan = plan_of(input, target, options, given, sharding, group, inplace)
     except Exception as error:
         return f"refused: {str(error).splitlines()[0]}"
     if plan.reason is not None:
@@ -104,7 +105,7 @@ def described(mode: str, ranks: int, made_of: str) -> str:
     return f"fused: {mode}, statistics of {ranks} ranks in one all-gather, {made_of}"
 
 
-def _group(sharding: Sharding) -> Group:
+def group_for(sharding: Sharding) -> Group:
     if sharding.process_group is None:
         raise ValueError(
             "fused_ce: num_classes and class_offset are about logits that are sharded; pass "
@@ -113,7 +114,7 @@ def _group(sharding: Sharding) -> Group:
     return group_of(sharding.process_group)
 
 
-def _planned(
+def plan_of(
     input: Tensor,
     target: Tensor,
     options: Options,
@@ -121,7 +122,7 @@ def _planned(
     sharding: Sharding,
     group: Group,
     inplace: bool,
-) -> _Plan:
+) -> Plan:
     for tensor, name in ((input, "logits"), (target, "target"), (options.weight, "weight")):
         reason = None if tensor is None else foreign(tensor, name)
         if reason is not None:
@@ -148,7 +149,7 @@ def _planned(
     mode = mode_of(input, target, inplace)
     if mode == "in place in backward" and width > 0:
         ops.check_overwritable(input, target, *Options(reduction=options.reduction))
-    return _Plan(place, given, reason, mode, dtype)
+    return Plan(place, given, reason, mode, dtype)
 
 
 def _reason(
@@ -213,7 +214,7 @@ def mode_of(input: Tensor, target: Tensor, inplace: bool) -> str:
     return "in place in backward"
 
 
-def _for_operators(input: Tensor, options: Options, plan: _Plan) -> Options:
+def _for_operators(input: Tensor, options: Options, plan: Plan) -> Options:
     weight = own_weights(options.weight, input.shape[1 if input.dim() > 1 else 0], plan.place)
     options = plan.given.added_to(options._replace(weight=weight), input.device)
     dtype = plan.loss_dtype
@@ -221,11 +222,17 @@ def _for_operators(input: Tensor, options: Options, plan: _Plan) -> Options:
 
 
 def _by_reference(
-    input: Tensor, target: Tensor, options: Options, plan: _Plan, group: Group
+    input: Tensor, target: Tensor, options: Options, plan: Plan, group: Group
 ) -> Tensor:
     place, given = plan.place, plan.given
     weight = options.weight
-    _check_agreement(input, target, options, plan, group)
+    if _speaks(input):
+        rows, kind = _packet_of(input)
+        if target.is_floating_point():
+            plain = options._replace(ignore_index=-100)
+            check_agreement(torch.zeros(rows, dtype=torch.int64), kind, plain, plan, group)
+        else:
+            check_agreement(target.reshape(-1), kind, options, plan, group)
     if weight is not None:
         if weight.shape == (place.num_classes,) and weight.requires_grad:
             weight = shared(weight, group)  # every rank has all of them, and uses its own
@@ -236,45 +243,43 @@ def _by_reference(
     return found.to(dtype)
 
 
-# What every rank has to be told before the reference's collectives.
+# What every rank has to be told before the reference's collectives, and those of a head.
 
 
-def _speaks(input: Any) -> bool:
+def _speaks(input: Tensor) -> bool:
     """Whether the kernels' packet can carry what a rank has to say."""
-    return isinstance(input, Tensor) and input.is_cpu and not torch.compiler.is_compiling()
+    return input.is_cpu and not torch.compiler.is_compiling()
 
 
-def _refuse(input: Any, group: Group) -> None:
-    """Has the others raise too, who wait for the packet of this rank."""
-    if not _speaks(input):
-        return
-    rows = math.prod(row_shape(input.shape))
+def _packet_of(input: Tensor) -> tuple[int, torch.dtype]:
+    """Rows and type of the packet that the others wait for."""
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return math.prod(row_shape(input.shape)), dtype
+
+
+def refuse(rows: int, dtype: torch.dtype, group: Group) -> None:
+    """Has the others raise too, who wait for the packet of this rank."""
     nothing = torch.zeros((rows, 0), dtype=dtype)
     target = torch.zeros(rows, dtype=torch.int64)
     gathered(ops.shard_forward(nothing, target, eager.REFUSED, 0, 1), group)
 
 
-def _check_agreement(
-    input: Tensor, target: Tensor, options: Options, plan: _Plan, group: Group
+def check_agreement(
+    rows: Tensor, dtype: torch.dtype, options: Options, plan: Plan, group: Group
 ) -> None:
-    """Raises on every rank what the kernels would, from packets of logits that are all 0."""
-    if not _speaks(input):
-        return
+    """Raises on every rank what the kernels would, from packets of logits that are all 0.
+
+    `rows` are the targets of so many, as indices.
+    """
     place, given = plan.place, plan.given
-    rows = math.prod(row_shape(input.shape))
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    zeros = torch.zeros((), dtype=dtype).expand(rows, place.shard_classes)
-    if target.is_floating_point():
-        target = torch.zeros(rows, dtype=torch.int64)
-        options = options._replace(ignore_index=-100)
-    sample_weight = given.sample_weight
+    weight = given.sample_weight
+    zeros = torch.zeros((), dtype=dtype).expand(len(rows), place.shard_classes)
     plain = options._replace(
         weight=None,
         reduction=SUM,
-        sample_weight=None if sample_weight is None else sample_weight.detach().reshape(-1),
+        sample_weight=None if weight is None else weight.detach().reshape(-1)[: len(rows)],
         z_loss=given.z_loss,
         softcap=given.softcap or 0.0,
         on_out_of_range=extensions.ON_OUT_OF_RANGE[given.on_out_of_range],
     )
-    eager.loss(zeros, target.reshape(-1), place, group, *plain)
+    eager.loss(zeros, rows, place, group, *plain)

@@ -48,15 +48,30 @@ def group_of(process_group: Any) -> Group:
 
 def gathered(tensor: Tensor, group: Group) -> Tensor:
     """The tensors of all ranks in their order, one after another along the first dimension."""
-    if group.size == 1:
-        return tensor
-    found = _functional.all_gather_into_tensor(tensor, group.size, group.name)
-    return _functional.wait_tensor(found)
+    return waited(started_gather(tensor, group))
 
 
 def total(tensor: Tensor, group: Group) -> Tensor:
     """The sum over the ranks, of what has no derivative."""
     return _reduced(tensor, "sum", group)
+
+
+def started_gather(tensor: Tensor, group: Group) -> Tensor:
+    """As :func:`gathered`, of what may be used only once it has been waited for."""
+    if group.size == 1:
+        return tensor
+    return _functional.all_gather_into_tensor(tensor, group.size, group.name)
+
+
+def started_sum(tensor: Tensor, group: Group) -> Tensor:
+    """As :func:`total`, likewise."""
+    if group.size == 1:
+        return tensor
+    return _functional.all_reduce(tensor, "sum", group.name)
+
+
+def waited(started: Tensor) -> Tensor:
+    return _functional.wait_tensor(started)
 
 
 def _reduced(tensor: Tensor, operation: str, group: Group) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..options import integer
-from .collectives import Group
+from .collectives import Group, group_of
 
 
 class Sharding(NamedTuple):
@@ -43,6 +43,13 @@ def place_of(width: int, sharding: Sharding, group: Group) -> Place:
         first = _whole("class_offset", sharding.class_offset, 0)
     first = min(first, num_classes)
     return Place(first, min(width, num_classes - first), num_classes)
+
+
+def classes_of_rank(num_classes: int, process_group: Any) -> int:
+    """How many of a vocabulary this rank has."""
+    group = group_of(process_group)
+    part = -(-num_classes // group.size)
+    return place_of(part, Sharding(process_group, num_classes), group).shard_classes
 
 
 def _whole(name: str, value: Any, least: int) -> int:
