@@ -183,6 +183,11 @@ def linear_cross_entropy(
     call = _call(input, linear_weight, target, **keywords)
     # A subclass is given the functions that it knows.
     reason = OVERRIDDEN if overridden else _stock_reason(call)
+    if reason in _DISTRIBUTED:
+        layer = input, linear_weight, linear_bias
+        reason = _distributed().head_reason(*layer, target, call.options, call.given)
+        if reason is None:
+            return _of_dtensors(layer, target, call, keywords)
     if reason is None:
         loss = fused(call)
     else:
@@ -234,9 +239,38 @@ def explain_linear(*args: Any, **kwargs: Any) -> str:
         return _explained_shard(partial(_call, **arguments), place, reduce_input_grad)
     call = _call(**arguments)
     reason = _stock_reason(call)
+    if reason in _DISTRIBUTED:
+        layer = [arguments[name] for name in ("input", "linear_weight", "linear_bias")]
+        of_rows = arguments["target"], call.options, call.given
+        reason = _distributed().head_reason(*layer, *of_rows)
+        if reason is None:
+            return f"fused: {_moment(call)}, by the parts of the DTensors"
     if reason is not None:
         return f"stock: {reason}"
     return f"fused: {_moment(call)}, {_chunks(call)}, {functional.instructions(call.input)}"
+
+
+# As foreign() has it.
+_DISTRIBUTED = "the input is a DTensor", "the linear weight is a DTensor"
+
+
+def _of_dtensors(layer: tuple, target: Tensor, call: _Call, keywords: dict[str, Any]) -> Tensor:
+    """By the head of the parts of this rank."""
+    dtensor = _distributed()
+    local = dtensor.local_head(*layer, target, call.options, _given(keywords))
+    loss = linear_cross_entropy(**keywords | local)
+    input, linear_weight, _ = layer
+    return dtensor.placed_head(loss, input, linear_weight, call.options.reduction)
+
+
+def _distributed() -> Any:
+    from ..parallel import dtensor
+
+    return dtensor
+
+
+def _given(arguments: dict[str, Any]) -> Extensions:
+    return Extensions(*(arguments[name] for name in extensions.NAMES))
 
 
 def _sharded() -> Any:
@@ -271,7 +305,7 @@ def _call(
         input = input.flatten(0, -2)
     loss_shape = (*batch, *positions)
     stocks = functional.options_of(loss_arguments)
-    given = Extensions(*(loss_arguments[name] for name in extensions.NAMES))
+    given = _given(loss_arguments)
     if not given.are_default:
         given = given.checked(stocks, target.is_floating_point(), loss_shape)
         if given.sample_weight is not None and len(batch) > 1:

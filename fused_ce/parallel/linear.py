@@ -144,7 +144,11 @@ class ShardedProblem(Problem):
         for rows, input, logits in self.chunks(HELD):
             packets = started_gather(self._packet(rows, logits), self.shard.group)
             if before is not None:
-                finish(*before)
+                try:
+                    finish(*before)
+                except Exception:
+                    waited(packets)  # nobody else will
+                    raise
             before = rows, input, logits, packets
         if before is not None:
             finish(*before)

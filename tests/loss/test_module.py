@@ -91,6 +91,9 @@ def test_signatures_agree_up_to_our_own_options():
                 ("sample_weight", None),
                 ("focal_gamma", 0.0),
                 ("on_out_of_range", "assert"),
+                ("process_group", None),
+                ("num_classes", None),
+                ("class_offset", None),
             )
         ]
 

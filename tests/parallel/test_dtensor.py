@@ -174,7 +174,7 @@ def test_explain_names_what_goes_to_stock():
         assert reason([CLASSES, CLASSES]) == "two mesh dimensions shard the classes of the logits"
         elsewhere = distribute_tensor(target, other, [ALL])
         assert reason([ALL, CLASSES], elsewhere) == "the target is on another mesh than the logits"
-        says = "the target is no DTensor, and would be sharded as the logits are"
+        says = "the target is no DTensor, and would be sharded as the logits would"
         assert reason([ROWS, CLASSES], target) == says
         scale = torch.tensor(1.0, requires_grad=True)
         says = "the logits are a DTensor, and the logit_scale requires grad"
@@ -193,3 +193,54 @@ def test_explain_names_what_goes_to_stock():
         assert fused_ce.explain(logits, whole, focal_gamma=1.0) == says
 
     in_ranks(4, of_rank)
+
+
+# Heads.
+
+HEADS = {
+    "tensor parallel": ((3,), [ALL], [Shard(0)]),
+    "sequence parallel": ((3,), [Shard(1)], [Shard(0)]),
+    "rows and classes": ((2, 2), [ROWS, ALL], [ALL, Shard(0)]),
+    "rows, sequence and classes": ((2, 2), [ROWS, Shard(1)], [ALL, Shard(0)]),
+    "rows": ((2,), [ROWS], [ALL]),
+}
+
+
+@pytest.mark.parametrize("kind", ["index", "probability"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("placed", HEADS)
+def test_a_head_of_parts_is_that_of_the_whole(placed, reduction, kind):
+    size, of_input, of_weight = HEADS[placed]
+    input = torch.randn(4, 6, 5, dtype=torch.float64)
+    weight, bias = torch.randn(11, 5, dtype=torch.float64), torch.randn(11, dtype=torch.float64)
+    target = torch.randint(0, 11, (4, 6))
+    target[:2, 1:] = -100
+    if kind == "probability":
+        target = torch.rand(4, 6, 11, dtype=torch.float64)
+    layer = [t.clone().requires_grad_() for t in (input, weight, bias)]
+    rows = F.linear(*layer).flatten(0, 1)
+    expected = F.cross_entropy(rows, target.flatten(0, 1), reduction=reduction)
+    expected.sum().backward()
+
+    def of_rank(rank):
+        mesh = init_device_mesh("cpu", size)
+        own = [
+            distribute_tensor(t.clone(), mesh, placements).requires_grad_()
+            for t, placements in ((input, of_input), (weight, of_weight), (bias, of_weight))
+        ]
+        of_target = [
+            (Shard(2) if kind == "probability" else ALL) if w == Shard(0) else i
+            for i, w in zip(of_input, of_weight, strict=True)
+        ]
+        own_target = distribute_tensor(target, mesh, of_target)
+        call = {"linear_bias": own[2], "reduction": reduction, "chunk_size": 4}
+        assert fused_ce.explain_linear(*own[:2], own_target, **call).startswith("fused: ")
+        loss = fused_ce.linear_cross_entropy(*own[:2], own_target, **call)
+        loss.sum().backward()
+        assert own[0].grad.placements == own[0].placements
+        return loss.full_tensor().detach(), *(t.grad.full_tensor() for t in own)
+
+    wanted = expected.detach(), *(t.grad for t in layer)
+    for found in in_ranks(math.prod(size), of_rank):
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours.reshape(theirs.shape), theirs)
