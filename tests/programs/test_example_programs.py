@@ -175,3 +175,13 @@ def test_the_readmes_call_of_distillation_has_the_composed_number(name):
     names = {"kl_div_with_logits": fused_ce.kl_div_with_logits, "T": 2.0, "mask": mask}
     found = eval(call, names | {"s": student, "t": teacher})
     torch.testing.assert_close(found, DIVERGENCES[name](student, teacher))
+
+
+@pytest.mark.slow  # three processes that start torch
+@pytest.mark.parametrize("name", ["tensor_parallel.py", "fsdp.py"])
+def test_ranks_take_the_curve_of_one_process(name):
+    printed = printed_by(name)
+    (apart,) = re.findall(r"2 ranks; the losses are within (\S+) of one process's", printed)
+    assert float(apart) < 1e-5
+    losses = [float(loss) for loss in re.findall(r"^ *\d+ +(\d+\.\d+)", printed, re.M)]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 1
