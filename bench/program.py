@@ -32,6 +32,9 @@ from bench.loss.run import run as run_cases
 from bench.losses.measure import LossesFigures
 from bench.losses.providers import PROVIDERS as LOSSES_PROVIDERS
 from bench.losses.run import run as run_losses
+from bench.parallel.measure import ShardedFigures
+from bench.parallel.providers import PROVIDERS as PARALLEL_PROVIDERS
+from bench.parallel.run import run as run_parallel
 from bench.scaling.measure import PROVIDERS as SIZE_PROVIDERS
 from bench.scaling.run import run as run_sizes
 from bench.statistics.measure import StatisticsFigures
@@ -44,6 +47,7 @@ RUNS = {
     "linear": run_heads,
     "statistics": run_statistics,
     "losses": run_losses,
+    "parallel": run_parallel,
     "scaling": run_sizes,
     "against": run_builds,
 }
@@ -52,6 +56,7 @@ OWN_PROVIDERS = {
     "linear": HEAD_PROVIDERS,
     "statistics": STATISTICS_PROVIDERS,
     "losses": LOSSES_PROVIDERS,
+    "parallel": PARALLEL_PROVIDERS,
 }
 
 
@@ -109,6 +114,11 @@ def parse(command_line: Sequence[str] | None) -> argparse.Namespace:
         help="instead of the cases: the losses beside the cross entropy, as BCE and log_softmax",
     )
     parser.add_argument(
+        "--parallel",
+        action="store_true",
+        help="instead of the cases: classes sharded over two processes of one thread, with gloo",
+    )
+    parser.add_argument(
         "--against",
         type=Path,
         metavar="FOLDER",
@@ -163,7 +173,9 @@ def main(command_line: Sequence[str] | None = None) -> int:
     start, records = perf_counter(), []
 
     def write(
-        records: Sequence[Record | HeadFigures | StatisticsFigures | LossesFigures | Comparison],
+        records: Sequence[
+            Record | HeadFigures | StatisticsFigures | LossesFigures | ShardedFigures | Comparison
+        ],
     ) -> None:
         data = {
             "kind": args.kind,

@@ -1,11 +1,11 @@
 """A language model under FSDP2, with its tied and sharded head in the loss.
 
-fully_shard gathers a weight for the forward of the module that it was given, and frees it after the
-backward. So the loss belongs into that forward: there the head's weight is a plain tensor, and its
-gradient is reduced and sharded like any other. Of a weight that is sharded when the loss is called,
-pass `weight.full_tensor()`. The losses are those of one process with torch's loss. Run it with
-`torchrun --standalone --nproc-per-node 2 examples/fsdp.py`, or alone with `python examples/fsdp.py`,
-which starts two processes so. Nothing leaves the machine.
+fully_shard gathers a weight for the forward of the module that it was given, and frees it after
+the backward. So the loss belongs into that forward: there the head's weight is a plain tensor, and
+its gradient is reduced and sharded like any other. Of a weight that is sharded when the loss is
+called, pass `weight.full_tensor()`. The losses are those of one process with torch's loss. Run it
+with `torchrun --standalone --nproc-per-node 2 examples/fsdp.py`, or alone with
+`python examples/fsdp.py`, which starts two processes so. Nothing leaves the machine.
 """
 
 import copy

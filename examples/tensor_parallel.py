@@ -1,9 +1,9 @@
 """A small language model whose vocabulary is sharded over processes, beside the same in one.
 
-torch's own parallelize_module shards the head's weight by class, which makes of the logits a DTensor
-that holds each rank's classes; fused_ce.cross_entropy takes it as it is, and
-fused_ce.linear_cross_entropy takes the head before it has logits. The losses are those of one process
-with torch's loss. Run it with
+torch's own parallelize_module shards the head's weight by class, which makes of the logits a
+DTensor that holds each rank's classes; fused_ce.cross_entropy takes it as it is, and
+fused_ce.linear_cross_entropy takes the head before it has logits. The losses are those of one
+process with torch's loss. Run it with
 `torchrun --standalone --nproc-per-node 2 examples/tensor_parallel.py`, or alone with
 `python examples/tensor_parallel.py`, which starts two processes so. Nothing leaves the machine.
 """
@@ -81,9 +81,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = Model()
     alone = train(copy.deepcopy(model), whole)
-    ways = [
-        train(shard(copy.deepcopy(model), mesh), way) for way in (sharded_logits, sharded_head)
-    ]
+    ways = [train(shard(copy.deepcopy(model), mesh), way) for way in (sharded_logits, sharded_head)]
     apart = max(abs(a - b) for way in ways for a, b in zip(alone, way, strict=True))
     if dist.get_rank() == 0:
         print("step  one process  sharded logits  sharded head")

@@ -215,7 +215,18 @@ def test_a_head_computes_from_mapped_logits(dtype):
     layer = [t.to(dtype).double().requires_grad_() for t in (input, weight)]
     loss = composed(F.linear(*layer), target, options)
     exact = torch.autograd.grad(loss, layer)
-    arguments = (input.to(dtype), weight.to(dtype), target, None, dtype, 4, None, None, *operators.WHOLE, *options)
+    arguments = (
+        input.to(dtype),
+        weight.to(dtype),
+        target,
+        None,
+        dtype,
+        4,
+        None,
+        None,
+        *operators.WHOLE,
+        *options,
+    )
     found, *gradients, _ = operators.forward_grad([True, True, False], *arguments)
     rtol, atol = (1e-5, 1e-5) if dtype == torch.float32 else (0.02, 0.01)
     torch.testing.assert_close(found, loss, rtol=rtol, atol=atol)

@@ -474,6 +474,20 @@ def test_the_row_statistics_are_measured_beside_the_composition(tmp_path, bench)
         assert case["median_ms"] > 0 and case["times_as_fast_as_stock"] > 0
 
 
+@pytest.mark.slow  # twelve processes that start torch
+def test_sharded_classes_are_measured_on_ranks(tmp_path, bench):
+    printed = bench("--parallel")
+    assert "sharded classes" in printed
+    data = json.loads((tmp_path / "parallel.json").read_text())
+    found = {case["provider"]: case for case in data["cases"]}
+    assert list(found) == data["providers"]
+    for case in data["cases"]:
+        assert not case["reason"], case
+        assert case["median_ms"] > 0 and case["times_as_fast_as_loss_parallel"] > 0
+    collectives = {name: case["collectives"] for name, case in found.items()}
+    assert collectives == {"loss_parallel": 3, "three": 3, "unsharded": 0, "fused": 1, "inplace": 1}
+
+
 # One of the losses, and a function that there is not; without torch.compile, which takes a while.
 TWO_LOSSES = f"""
 import sys

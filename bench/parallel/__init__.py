@@ -1,0 +1,1 @@
+"""Sharded vocabularies: losses over the ranks of a process group, as processes of this machine."""

@@ -1,0 +1,118 @@
+"""Who is measured on the ranks: torch's loss_parallel, what people write with three all-reduces,
+and ours over the process group; and on the first rank alone, with all classes, the unsharded loss.
+
+A provider gives a call that answers with the loss and the gradient of this rank's logits.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import loss_parallel
+
+from bench.parallel.tensors import RankTensors
+
+Call = Callable[[], tuple[Tensor, Tensor]]
+
+
+def stock(tensors: RankTensors) -> Call:
+    mesh = init_device_mesh("cpu", (tensors.case.ranks,))
+
+    def call() -> tuple[Tensor, Tensor]:
+        own = tensors.logits()
+        logits = DTensor.from_local(own, mesh, [Shard(1)], run_check=False)
+        with loss_parallel():
+            loss = F.cross_entropy(logits, tensors.target)
+            loss.backward()
+        return loss.full_tensor(), own.grad
+
+    return call
+
+
+class _ThreeReductions(torch.autograd.Function):
+    """The formula of Megatron-LM: the maximum, the target's logit and the sum are all-reduced."""
+
+    @staticmethod
+    def forward(ctx, logits, target, first):
+        largest = logits.amax(1)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        shifted = logits - largest.unsqueeze(1)
+        own = target - first
+        is_own = (own >= 0) & (own < logits.shape[1])
+        own = own.where(is_own, 0)
+        picked = shifted.gather(1, own.unsqueeze(1)).squeeze(1).where(is_own, 0)
+        dist.all_reduce(picked)
+        terms = shifted.exp_()
+        total = terms.sum(1)
+        dist.all_reduce(total)
+        ctx.save_for_backward(terms.div_(total.unsqueeze(1)), own, is_own)
+        return (total.log() - picked).mean()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad, own, is_own = ctx.saved_tensors
+        rows = torch.arange(len(own))
+        grad[rows, own] -= is_own.to(grad.dtype)
+        return grad.mul_(grad_output / len(own)), None, None
+
+
+def three(tensors: RankTensors) -> Call:
+    def call() -> tuple[Tensor, Tensor]:
+        own = tensors.logits()
+        loss = _ThreeReductions.apply(own, tensors.target, tensors.first)
+        loss.backward()
+        return loss.detach(), own.grad
+
+    return call
+
+
+def _ours(tensors: RankTensors, inplace: bool) -> Call:
+    from fused_ce import cross_entropy
+
+    place = {"process_group": dist.group.WORLD, "num_classes": tensors.case.classes}
+
+    def call() -> tuple[Tensor, Tensor]:
+        own = tensors.logits()
+        loss = cross_entropy(own, tensors.target, inplace=inplace, **place)
+        loss.backward()
+        return loss.detach(), own.grad
+
+    return call
+
+
+def fused(tensors: RankTensors) -> Call:
+    return _ours(tensors, inplace=False)
+
+
+def inplace(tensors: RankTensors) -> Call:
+    return _ours(tensors, inplace=True)
+
+
+def unsharded(tensors: RankTensors) -> Call | None:
+    """The other ranks wait."""
+    from fused_ce import cross_entropy
+
+    if tensors.rank > 0:
+        return None
+    whole = tensors.whole()
+
+    def call() -> tuple[Tensor, Tensor]:
+        logits = whole.detach().requires_grad_()
+        loss = cross_entropy(logits, tensors.target)
+        loss.backward()
+        return loss.detach(), logits.grad[:, : tensors.own.shape[1]]
+
+    return call
+
+
+PROVIDERS = {
+    "loss_parallel": stock,
+    "three": three,
+    "unsharded": unsharded,
+    "fused": fused,
+    "inplace": inplace,
+}
