@@ -151,6 +151,16 @@ def test_chunks_of_a_shard_are_those_of_the_whole(case):
             torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.parametrize("options", [{}, {"on_out_of_range": "nan"}], ids=str)
+def test_a_mean_divides_by_the_weights_of_the_targets_on_all_ranks(options):
+    input, weight, bias, target = problem()
+    of_class = torch.rand(CLASSES, dtype=torch.float64) + 0.5
+    found = run(4, input, weight, bias, target, of_class, chunk_size=ROWS, **options)
+    expected = exact(input, weight, bias, target, of_class)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-14)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_other_types_are_as_near_as_on_one_rank(dtype):
     input, weight, bias, target = problem(dtype=dtype)
