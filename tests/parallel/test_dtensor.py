@@ -143,6 +143,39 @@ def test_what_travels():
     assert in_ranks(4, of_rank)[0] == {"all_gather_into_tensor": 1, "all_reduce": 1}
 
 
+@pytest.mark.parametrize("shape", [(8, 16), (8, 16, 12)], ids=str)
+def test_what_torch_tests_of_loss_parallel_holds(shape):
+    """The cases of torch's own test, on as many ranks: one collective where it counts three."""
+    input, target = torch.rand(shape), torch.randint(16, (shape[0], *shape[2:]))
+    weight = torch.rand(16)
+
+    def of_rank(rank):
+        mesh = init_device_mesh("cpu", (4,))
+        for dim in range(len(shape)):
+            for reduction in REDUCTIONS:
+                whole = input.clone().requires_grad_()
+                expected = F.cross_entropy(whole, target, weight, reduction=reduction)
+                logits = distribute_tensor(input.clone(), mesh, [Shard(dim)]).requires_grad_()
+                if dim != 1:
+                    with pytest.raises(ValueError, match="loss_parallel"):
+                        fused_ce.cross_entropy(logits, target, reduction=reduction)
+                    continue
+                with CommDebugMode() as communication:
+                    loss = fused_ce.cross_entropy(logits, target, weight, reduction=reduction)
+                assert communication.get_total_counts() == 1
+                assert loss.placements == (ALL,)
+                torch.testing.assert_close(loss.to_local(), expected)
+                with CommDebugMode() as communication:
+                    loss.sum().backward()
+                assert communication.get_total_counts() == 0
+                expected.sum().backward()
+                assert logits.grad.placements == (CLASSES,)
+                torch.testing.assert_close(logits.grad.full_tensor(), whole.grad)
+
+    with loss_parallel():
+        in_ranks(4, of_rank)
+
+
 def test_a_plain_target_is_taken_where_it_would_be_whole():
     input, target = problem(shape=(6, 11))
 
