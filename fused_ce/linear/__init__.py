@@ -173,7 +173,7 @@ def linear_cross_entropy(
     place = process_group, num_classes, class_offset
     if place != (None, None, None):
         made = partial(_call, input, linear_weight, target, **keywords)
-        loss, shape = _sharded()(made, place, reduce_input_grad)
+        loss, shape = _sharded()(input, made, place, reduce_input_grad)
         return loss if loss.dim() == 0 else loss.reshape(shape)
     overridden = False
     if has_torch_function_variadic(*tensors):
@@ -236,7 +236,8 @@ def explain_linear(*args: Any, **kwargs: Any) -> str:
     reduce_input_grad = arguments.pop("reduce_input_grad")
     place = tuple(arguments.pop(name) for name in functional.SHARDING)
     if place != (None, None, None):
-        return _explained_shard(partial(_call, **arguments), place, reduce_input_grad)
+        made = partial(_call, **arguments)
+        return _explained_shard(arguments["input"], made, place, reduce_input_grad)
     call = _call(**arguments)
     reason = _stock_reason(call)
     if reason in _DISTRIBUTED:
@@ -446,9 +447,9 @@ def _moment(call: _Call) -> str:
     return "recomputed in backward" if defers or not call.grad_in_forward else "gradient in forward"
 
 
-def _explained_shard(make_call: Callable[[], _Call], place: tuple, reduce: bool) -> str:
+def _explained_shard(input: Tensor, make_call: Callable, place: tuple, reduce: bool) -> str:
     try:
-        call, shard, reason = _sharded()(make_call, place, reduce, explains=True)
+        call, shard, reason = _sharded()(input, make_call, place, reduce, explains=True)
     except Exception as error:
         return f"refused: {str(error).splitlines()[0]}"
     if reason is not None:

@@ -62,7 +62,7 @@ def cross_entropy(
     try:
         plan = plan_of(input, target, options, given, sharding, group, inplace)
     except Exception:
-        if isinstance(input, Tensor) and _speaks(input):
+        if isinstance(input, Tensor) and speaks(input):
             refuse(*_packet_of(input), group)
         raise
     if plan.reason is not None:
@@ -226,7 +226,7 @@ def _by_reference(
 ) -> Tensor:
     place, given = plan.place, plan.given
     weight = options.weight
-    if _speaks(input):
+    if speaks(input):
         rows, kind = _packet_of(input)
         if target.is_floating_point():
             plain = options._replace(ignore_index=-100)
@@ -246,7 +246,7 @@ def _by_reference(
 # What every rank has to be told before the reference's collectives, and those of a head.
 
 
-def _speaks(input: Tensor) -> bool:
+def speaks(input: Tensor) -> bool:
     """Whether the kernels' packet can carry what a rank has to say."""
     return input.is_cpu and not torch.compiler.is_compiling()
 

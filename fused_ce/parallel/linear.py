@@ -18,11 +18,9 @@ from ..linear.chunks import Problem
 from ..linear.plan import Sizes, logits_dtype
 from ..linear.targets import example, of_one_dimension
 from ..options import NONE, Options
-from . import check_agreement, eager, group_for, plan_of, reference, refuse
+from . import check_agreement, eager, group_for, plan_of, reference, refuse, speaks
 from .collectives import Group, shared, started_gather, started_sum, summed, total, waited
 from .partition import Place, Sharding, own_weights
-
-HELD = 2  # chunks at a time where gradients are computed
 
 
 class Shard(NamedTuple):
@@ -33,13 +31,14 @@ class Shard(NamedTuple):
     reduce_input_grad: bool
 
     @property
+    def held(self) -> int:
+        """Chunks at a time, where gradients are computed."""
+        return 2
+
+    @property
     def classes(self) -> int:
         """Those of a rank if all had as many: what the ranks' chunks follow from."""
         return -(-self.place.num_classes // self.group.size)
-
-    @property
-    def held(self) -> int:
-        return HELD
 
     def packed(self) -> tuple[str, list[int]]:
         name, *of_group = self.group
@@ -81,7 +80,7 @@ class ShardedProblem(Problem):
         part = self.shard.classes
         columns = part * self.positions.numel()
         converts = self.input.dtype != self.dtype
-        return Sizes(*self.input.shape, part, columns, converts, copied_bytes, HELD)
+        return Sizes(*self.input.shape, part, columns, converts, copied_bytes, self.shard.held)
 
     def own_class(self, target: Tensor) -> Tensor:
         return target - self.shard.place.class_offset
@@ -141,7 +140,7 @@ class ShardedProblem(Problem):
             take(rows, input, logits)
 
         before = None
-        for rows, input, logits in self.chunks(HELD):
+        for rows, input, logits in self.chunks(self.shard.held):
             packets = started_gather(self._packet(rows, logits), self.shard.group)
             if before is not None:
                 try:
@@ -171,7 +170,11 @@ class ShardedProblem(Problem):
 
 
 def sharded(
-    make_call: Callable[[], Any], sharding: tuple, reduce_input_grad: bool, explains: bool = False
+    input: Tensor,
+    make_call: Callable[[], Any],
+    sharding: tuple,
+    reduce_input_grad: bool,
+    explains: bool = False,
 ) -> Any:
     """The loss, and the shape that it has if it is of rows; or what is to be explained."""
     sharding = Sharding(*sharding)
@@ -182,14 +185,14 @@ def sharded(
         call = make_call()
         plan = _planned(call, sharding, group)
     except Exception:
-        if not explains:
+        if not explains and isinstance(input, Tensor) and speaks(input):
             refuse(0, torch.float32, group)
         raise
     place, reason = plan.place, plan.reason
     shard = Shard(group, place, reduce_input_grad)
     if explains:
         return call, shard, reason
-    if call.input.is_cpu and not torch.compiler.is_compiling():
+    if speaks(input):
         # Before the first chunk: the ranks' targets come with those.
         none = torch.zeros(0, dtype=torch.int64)
         check_agreement(none, torch.float32, call.options, plan, group)
