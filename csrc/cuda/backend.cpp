@@ -13,6 +13,7 @@
 #include "../divergence_operators.h"
 #include "../operators.h"
 #include "../pointwise_operators.h"
+#include "../shard_operators.h"
 #include "../statistics_operators.h"
 #include "device/architecture.h"
 #include "kernels.h"
@@ -125,6 +126,28 @@ class Cuda {
     find_divergence_gradient(p, d, When::kUnlessGradOutputIsOne);
   }
 
+  void pack_shard(const Problem& p, const Shards& s) {
+    const Tensor workspace = memory_of(pack_workspace_bytes(p));
+    cuda::pack_shard(p, s, *device_, workspace.data_ptr(), stream_);
+    check(cudaGetLastError());
+  }
+
+  void merge_shards(const Problem& p, const Shards& s) {
+    const Tensor workspace = memory_of(merge_workspace_bytes(p, *device_));
+    cuda::merge_shards(p, s, *device_, workspace.data_ptr(), stream_);
+    check(cudaGetLastError());
+  }
+
+  void find_shard_gradient(const Problem& p, const Shards& s) {
+    cuda::find_shard_gradient(p, s, *device_, stream_);
+    check(cudaGetLastError());
+  }
+
+  void find_shard_target_gradient(const Problem& p, const Shards& s) {
+    cuda::find_shard_target_gradient(p, s, *device_, stream_);
+    check(cudaGetLastError());
+  }
+
   void scale(const Elements& elements, const Operand& factor) {
     cuda::scale(elements, factor, *device_, stream_);
     check(cudaGetLastError());
@@ -186,6 +209,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_ce, CUDA, m) {
   fused_ce::register_statistics<fused_ce::cuda::Cuda>(m);
   fused_ce::register_pointwise<fused_ce::cuda::Cuda>(m);
   fused_ce::register_divergence<fused_ce::cuda::Cuda>(m);
+  fused_ce::register_shards<fused_ce::cuda::Cuda>(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {

@@ -132,6 +132,30 @@ void run_forward(const Problem& p, int64_t blocks, void* memory, Stream stream, 
   run(problem, result);
 }
 
+// The problem of all classes, whose weights are in the packets of their shards.
+Problem vocabulary_of(const Problem& p) {
+  Problem problem = p;
+  problem.classes = p.vocabulary;
+  problem.options.weight = {};
+  problem = completed(problem);
+  problem.totals = p.totals;
+  return problem;
+}
+
+// For what the blocks find that look for a shard's facts.
+struct PackWorkspace {
+  BlockSum<ShardScan> sums;
+  size_t ticket_bytes, bytes;
+
+  PackWorkspace(const Problem& p, void* memory) {
+    const int64_t blocks = shard_facts_blocks(p), groups = block_groups(blocks);
+    auto* parts = static_cast<ShardScan*>(memory);
+    sums = {parts, parts + blocks, reinterpret_cast<unsigned*>(parts + blocks + groups)};
+    ticket_bytes = static_cast<size_t>(1 + groups) * sizeof(unsigned);
+    bytes = static_cast<size_t>(blocks + groups) * sizeof(ShardScan) + ticket_bytes;
+  }
+};
+
 }  // namespace
 
 size_t workspace_bytes(const Problem& p, const Device& device) {
@@ -181,6 +205,44 @@ void find_divergence_gradient(const Problem& p, const Divergence& d, const Devic
   Problem problem = completed(p);
   if (p.divides()) problem.totals = p.totals;  // a denominator that was given is there alone
   divergence_backward(problem, d, device, when, stream);
+}
+
+size_t pack_workspace_bytes(const Problem& p) { return PackWorkspace(p, nullptr).bytes; }
+
+void pack_shard(const Problem& p, const Shards& s, const Device& device, void* memory,
+                Stream stream) {
+  const PackWorkspace workspace(p, memory);
+  if (shard_facts_blocks(p) > 1)
+    cudaMemsetAsync(workspace.sums.tickets, 0, workspace.ticket_bytes, stream);
+  shard_forward(p, device, stream);
+  store_shard_facts(p, s, workspace.sums, stream);
+}
+
+size_t merge_workspace_bytes(const Problem& p, const Device& device) {
+  return Workspace(vocabulary_of(p), shard_merge_blocks(p, device), nullptr).bytes;
+}
+
+void merge_shards(const Problem& p, const Shards& s, const Device& device, void* memory,
+                  Stream stream) {
+  const Problem problem = vocabulary_of(p);
+  const Workspace workspace(problem, shard_merge_blocks(p, device), memory);
+  unsigned* tickets = workspace.losses.tickets;
+  if (totals_blocks(problem) > 1)
+    cudaMemsetAsync(tickets, 0, workspace.ticket_count * sizeof(unsigned), stream);
+  const ShardPackets packets{s.packets, s.count, s.has_weights};
+  find_totals(problem,
+              {p.totals, nullptr, workspace.counted, tickets, workspace.ticket_count, packets},
+              stream);
+  shard_merge(problem, s, {workspace.losses, nullptr}, device, stream);
+}
+
+void find_shard_gradient(const Problem& p, const Shards& s, const Device& device, Stream stream) {
+  if (p.rows > 0) shard_backward(p, s, device, stream);
+}
+
+void find_shard_target_gradient(const Problem& p, const Shards& s, const Device& device,
+                                Stream stream) {
+  if (p.rows > 0) shard_target_backward(p, s, device, stream);
 }
 
 }  // namespace fused_ce::cuda

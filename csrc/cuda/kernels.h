@@ -12,6 +12,7 @@
 #include "../divergence_problem.h"
 #include "../pointwise_problem.h"
 #include "../problem.h"
+#include "../shard_problem.h"
 #include "../statistics_problem.h"
 
 namespace fused_ce::cuda {
@@ -70,6 +71,23 @@ void find_divergence(const Problem& p, const Divergence& d, const Device& device
 // p.grad from the logits, the statistics and their totals; it may be the student's logits' memory.
 void find_divergence_gradient(const Problem& p, const Divergence& d, const Device& device,
                               When when, Stream stream);
+
+// The packet of a shard, whatever its targets are; see shard_problem.h.
+size_t pack_workspace_bytes(const Problem& p);
+void pack_shard(const Problem& p, const Shards& s, const Device& device, void* workspace,
+                Stream stream);
+
+// The loss, the statistics and the totals, from all packets. A target that is no class, and shards
+// that do not belong together, are device-side assertions.
+size_t merge_workspace_bytes(const Problem& p, const Device& device);
+void merge_shards(const Problem& p, const Shards& s, const Device& device, void* workspace,
+                  Stream stream);
+
+// p.grad, which may be the logits' memory, and p.target_grad, from the logits of a shard, the
+// statistics and their totals.
+void find_shard_gradient(const Problem& p, const Shards& s, const Device& device, Stream stream);
+void find_shard_target_gradient(const Problem& p, const Shards& s, const Device& device,
+                                Stream stream);
 
 // Multiplies every element by *factor, a device scalar, unless that is 1. A zero stays one, even
 // times nan: it may be the gradient of an ignored row.

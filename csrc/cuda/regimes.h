@@ -90,6 +90,52 @@ void divergence_forward(const Problem& p, const Divergence& d, const Result& res
 void divergence_backward(const Problem& p, const Divergence& d, const Device& device, When when,
                          Stream stream);
 
+// A shard's part of its packet's rows; and with the packets of all, the rows' losses.
+void shard_forward(const Problem& p, const Device& device, Stream stream);
+int64_t shard_merge_blocks(const Problem& p, const Device& device);
+void shard_merge(const Problem& p, const Shards& s, const Result& result, const Device& device,
+                 Stream stream);
+void shard_backward(const Problem& p, const Shards& s, const Device& device, Stream stream);
+void shard_target_backward(const Problem& p, const Shards& s, const Device& device, Stream stream);
+
+// What a shard finds in the targets of some rows, and in its class weights (ShardFacts).
+struct ShardScan {
+  double target_weights = 0, class_weights = 0;
+  uint64_t targets = 0;
+  int64_t bad_target = 0;  // any of them
+
+  __device__ __forceinline__ ShardScan& operator+=(const ShardScan& more) {
+    target_weights += more.target_weights, class_weights += more.class_weights;
+    targets += more.targets;
+    if (bad_target == 0) bad_target = more.bad_target;
+    return *this;
+  }
+};
+
+template <int kLanes>
+__device__ __forceinline__ ShardScan sum_lanes(ShardScan x) {
+  x.target_weights = sum_lanes<kLanes>(x.target_weights);
+  x.class_weights = sum_lanes<kLanes>(x.class_weights);
+  x.targets = sum_lanes<kLanes>(x.targets);
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    const int64_t other = __shfl_xor_sync(kAllLanes, x.bad_target, distance);
+    if (x.bad_target == 0) x.bad_target = other;
+  }
+  return x;
+}
+
+__device__ __forceinline__ ShardScan load_part(const ShardScan* part) {
+  return {__ldcg(&part->target_weights), __ldcg(&part->class_weights), __ldcg(&part->targets),
+          __ldcg(&part->bad_target)};
+}
+
+// The last columns of a shard's packet. Where there are several blocks, they need tickets that are
+// zero.
+int64_t shard_facts_blocks(const Problem& p);
+void store_shard_facts(const Problem& p, const Shards& s, const BlockSum<ShardScan>& sums,
+                       Stream stream);
+
 // What the rows that count add up to.
 struct CountedRows {
   double weights = 0;  // of the samples, times those of their classes
@@ -111,6 +157,13 @@ __device__ __forceinline__ CountedRows load_part(const CountedRows* part) {
   return {__ldcg(&part->weights), __ldcg(&part->samples), __ldcg(&part->rows)};
 }
 
+// Of shards whose packets have come together, or of none.
+struct ShardPackets {
+  void* data = nullptr;
+  int64_t count = 0;
+  bool has_weights = false;
+};
+
 // Sets the tickets to zero, and where `count` says so finds the totals.
 struct TotalsWork {
   Totals* totals;                 // to be found
@@ -118,6 +171,8 @@ struct TotalsWork {
   BlockSum<CountedRows> counted;  // with tickets of its own
   unsigned* tickets;              // of the launch that follows
   int64_t ticket_count;
+  // Where there are any, the problem is one of all their classes, and has no weights of these.
+  ShardPackets packets{};
 };
 bool needs_totals(const Problem& p);
 int64_t totals_blocks(const Problem& p);

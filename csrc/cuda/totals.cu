@@ -3,6 +3,7 @@
 // The host never reads it. Where few rows make one block enough, that block also sets the tickets
 // of the launch that follows to zero; else a memset does, and the last block of this launch adds
 // up.
+#include "../shard.h"
 #include "regimes.h"
 #include "row/row.cuh"
 
@@ -74,7 +75,41 @@ __device__ CountedRows add_class_weights(const Problem& p) {
   return {sum, 0.0, 0.0};
 }
 
+// Stops the kernel unless what a shard says goes with the one before it and with the first.
+__device__ void check_facts(const Problem& p, const ShardFacts& facts, const ShardFacts& first,
+                            int64_t begin, bool is_last) {
+  const bool is_refused = facts.first_class == kRefused;
+  assert(!is_refused && "a rank refused its arguments; its own error says why");
+  const bool begins_there = facts.first_class == begin && facts.end_class >= begin;
+  assert(begins_there && "the classes of a rank should begin where those before it end");
+  const bool has_same_options = facts.options == first.options;
+  assert(has_same_options && "the options of a rank differ from those of rank 0");
+  const bool has_same_targets = facts.targets == first.targets;
+  assert(has_same_targets && "the targets of a rank differ from those of rank 0");
+  const bool ends_there = !is_last || facts.end_class == p.vocabulary;
+  assert(ends_there && "the shards should end with the last class");
+  const int64_t t = facts.bad_target, n_classes = p.vocabulary;
+  assert(t >= 0 && t < n_classes);  // as PyTorch words it
+}
+
+// What the facts of all shards add up to, for all lanes of a warp.
 template <class A>
+__device__ ShardScan add_facts(const Problem& p, const ShardPackets& packets) {
+  const auto facts_of = [&](int64_t shard) {
+    return Packet<A>(packets.data, p.rows, shard).load_facts();
+  };
+  ShardScan all;
+  for (int64_t shard = threadIdx.x % kWarp; shard < packets.count; shard += kWarp) {
+    const ShardFacts facts = facts_of(shard);
+    const int64_t begin = shard == 0 ? 0 : facts_of(shard - 1).end_class;
+    check_facts(p, facts, facts_of(0), begin, shard == packets.count - 1);
+    all.target_weights += facts.target_weights;
+    all.class_weights += facts.class_weights;
+  }
+  return sum_lanes<kWarp>(all);
+}
+
+template <class A, bool kShards>
 __global__ void __launch_bounds__(kThreads, 1)
     totals_kernel(const __grid_constant__ Problem p, const __grid_constant__ TotalsWork work) {
   Shared& shared = *static_cast<Shared*>(shared_memory());
@@ -91,11 +126,17 @@ __global__ void __launch_bounds__(kThreads, 1)
     work.totals->*total = x;
     if (work.kept_totals) work.kept_totals->*total = x;
   };
-  if (blockIdx.x == 0 && threadIdx.x == 0) store(&Totals::weight_sum, weight_sum);
+  if (!kShards && blockIdx.x == 0 && threadIdx.x == 0) store(&Totals::weight_sum, weight_sum);
   if (threadIdx.x >= kWarp) return;
   CountedRows total = counted;
   if (gridDim.x > 1 && !add_blocks(work.counted, counted, blockIdx.x, gridDim.x, total)) return;
+  ShardScan facts;
+  if constexpr (kShards) facts = add_facts<A>(p, work.packets);
   if (threadIdx.x != 0) return;
+  if constexpr (kShards) {
+    store(&Totals::weight_sum, facts.class_weights);
+    if (work.packets.has_weights && !p.probabilities) total.weights = facts.target_weights;
+  }
   const auto store_denominators = [&](double of_losses, double of_z_losses) {
     store(&Totals::denominator, of_losses);
     store(&Totals::z_denominator, of_z_losses);
@@ -130,10 +171,12 @@ int64_t totals_blocks(const Problem& p) {
 
 void find_totals(const Problem& p, const TotalsWork& work, Stream stream) {
   const Grid grid{totals_blocks(p), kThreads, sizeof(Shared)};
-  if (p.accumulates_in_double())
-    launch_kernel(totals_kernel<double>, grid, stream, p, work);
-  else
-    launch_kernel(totals_kernel<float>, grid, stream, p, work);
+  const auto launch = [&](auto zero) {
+    using A = decltype(zero);
+    const auto kernel = work.packets.data ? totals_kernel<A, true> : totals_kernel<A, false>;
+    launch_kernel(kernel, grid, stream, p, work);
+  };
+  p.accumulates_in_double() ? launch(double{}) : launch(float{});
 }
 
 }  // namespace fused_ce::cuda

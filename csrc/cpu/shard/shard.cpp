@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -27,82 +26,9 @@ namespace {
 
 constexpr int64_t kTileRows = 4096;
 
-// One number of a packet, for all rows, is so many elements from the next.
-int64_t number_distance(const Problem& p) { return p.rows + kShardColumns; }
-
 template <class A>
-A* packet_at(const Problem& p, const Shards& s, int64_t shard) {
-  return static_cast<A*>(s.packets) + shard * kShardNumbers * number_distance(p);
-}
-
-// Calls move(element, part) for the elements of a packet that hold the facts, and their parts of
-// `bytes`, which are as many.
-constexpr int64_t kFactElements = kShardNumbers * kShardColumns;
-
-template <class A, class Move>
-void for_fact_elements(const Problem& p, A* packet, std::byte* bytes, const Move& move) {
-  for (int64_t i = 0; i < kFactElements; i++)
-    move(packet + i / kShardColumns * number_distance(p) + p.rows + i % kShardColumns,
-         bytes + i * sizeof(A));
-}
-
-template <class A>
-void store_facts(const Problem& p, const ShardFacts& facts, A* packet) {
-  std::byte bytes[kFactElements * sizeof(A)] = {};
-  std::memcpy(bytes, &facts, sizeof(facts));
-  for_fact_elements(p, packet, bytes,
-                    [](A* element, std::byte* part) { std::memcpy(element, part, sizeof(A)); });
-}
-
-template <class A>
-ShardFacts load_facts(const Problem& p, A* packet) {
-  std::byte bytes[kFactElements * sizeof(A)];
-  for_fact_elements(p, packet, bytes,
-                    [](A* element, std::byte* part) { std::memcpy(part, element, sizeof(A)); });
-  ShardFacts facts;
-  std::memcpy(&facts, bytes, sizeof(facts));
-  return facts;
-}
-
-uint64_t mixed(uint64_t bits) {  // the finisher of MurmurHash3
-  bits = (bits ^ bits >> 33) * 0xff51afd7ed558ccdULL;
-  bits = (bits ^ bits >> 33) * 0xc4ceb9fe1a85ec53ULL;
-  return bits ^ bits >> 33;
-}
-
-class Hash {
- public:
-  void add(double value) {
-    uint64_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
-    bits_ = mixed(bits_ + 0x9e3779b97f4a7c15ULL + bits);
-  }
-
-  void add(const Values& values) {
-    add(static_cast<double>(values.count));
-    for (int64_t i = 0; i < values.count; i++) add(load_value<double>(values, i));
-  }
-
-  uint32_t value() const { return static_cast<uint32_t>(bits_ >> 32); }
-
- private:
-  uint64_t bits_ = 0;
-};
-
-// Of all that must be the same for every shard but the targets.
-uint32_t hash_of_options(const Problem& p, const Shards& s) {
-  const Options& o = p.options;
-  Hash hash;
-  for (const auto choice :
-       {static_cast<int64_t>(o.reduction), static_cast<int64_t>(o.on_all_ignored),
-        static_cast<int64_t>(o.on_out_of_range), o.ignore_index, p.vocabulary,
-        static_cast<int64_t>(p.probabilities), static_cast<int64_t>(s.has_weights),
-        static_cast<int64_t>(p.weighs_samples())})
-    hash.add(static_cast<double>(choice));
-  for (const double number : {o.label_smoothing, o.softcap, o.z_loss}) hash.add(number);
-  hash.add(o.denominator);
-  hash.add(o.logit_scale);
-  return hash.value();
+Packet<A> packet_of(const Problem& p, const Shards& s, int64_t shard) {
+  return {s.packets, p.rows, shard};
 }
 
 // What a shard finds in some rows' targets.
@@ -125,20 +51,20 @@ ShardScan scan_shard(const Problem& p, const Tile& tile) {
   with_index_pointer(p.target, 0, [&](const auto* data) {
     for (int64_t r = 0; r < tile.rows; r++) {
       const auto index = static_cast<int64_t>(data[targets.at(r)]);
-      const auto row = static_cast<uint64_t>(numbers.at(r));
-      scan.targets += mixed(static_cast<uint64_t>(index) + mixed(row + 1));
+      scan.targets += hash_of_target(index, numbers.at(r));
       if (index == p.options.ignore_index) continue;
       const double sample =
           p.weighs_samples() ? load_value<double>(p.options.sample_weight, samples.at(r)) : 1.0;
       if (sample == 0.0) continue;
       if (index < 0 || index >= p.vocabulary) {
         if (scan.bad_target == 0) scan.bad_target = index;
+        if (counts_bad_targets(p)) weights.add(sample);
         continue;
       }
-      const int64_t own = index - p.first_class;
-      if (own < 0 || own >= p.classes) continue;
+      if (!has_class(p, index)) continue;
       const Values& weight = p.options.weight;
-      weights.add(weight.data ? sample * load_value<double>(weight, own) : sample);
+      weights.add(weight.data ? sample * load_value<double>(weight, index - p.first_class)
+                              : sample);
     }
   });
   scan.weights = weights.value();
@@ -149,7 +75,7 @@ ShardFacts facts_of(const Problem& p, const Shards& s, const Threads& threads) {
   ShardFacts facts;
   facts.first_class = p.first_class;
   facts.end_class = p.first_class + p.classes;
-  facts.options = hash_of_options(p, s);
+  facts.options = hash_of_options(hash_of_numbers(p, s), p.options);
   if (p.probabilities) return facts;
   if (p.is_smoothed()) facts.class_weights = sum_class_weights(p);
   const Tiling tiling = make_tiling(p, kTileRows, 4);
@@ -171,10 +97,10 @@ ShardFacts facts_of(const Problem& p, const Shards& s, const Threads& threads) {
 
 // A shard without classes.
 template <class A>
-void fill_empty(const Problem& p, A* packet) {
-  const int64_t n = number_distance(p);
-  std::fill(packet, packet + n, -kInfinity<A>);
-  std::fill(packet + n, packet + kShardNumbers * n, A(0));
+void fill_empty(const Packet<A>& packet) {
+  const int64_t n = packet.distance();
+  std::fill(packet.data(), packet.data() + n, -kInfinity<A>);
+  std::fill(packet.data() + n, packet.data() + kShardNumbers * n, A(0));
 }
 
 // In an order in which every rank raises the same.
@@ -243,12 +169,9 @@ RowState state_of(const Problem& p, int64_t target, double sample) {
 template <class A>
 RowSums<double> merged_row(const Problem& p, const Shards& s, int64_t row) {
   RowSums<double> sums;
-  for (int64_t shard = 0; shard < s.count; shard++) {
-    const A* numbers = packet_at<A>(p, s, shard) + row;
-    const int64_t n = number_distance(p);
-    merge_shard(sums, numbers[0], numbers[n], numbers[2 * n], numbers[3 * n],
-                [](double x) { return math::exp_nonpositive(x); });
-  }
+  const auto exp = [](double x) { return math::exp_nonpositive(x); };
+  for (int64_t shard = 0; shard < s.count; shard++)
+    packet_of<A>(p, s, shard).merge_into(sums, row, exp);
   sums.close();
   return sums;
 }
@@ -301,7 +224,7 @@ template <class A>
 void merge(Problem& p, const Shards& s, const Threads& threads) {
   std::vector<ShardFacts> facts;
   for (int64_t shard = 0; shard < s.count; shard++)
-    facts.push_back(load_facts(p, packet_at<A>(p, s, shard)));
+    facts.push_back(packet_of<A>(p, s, shard).load_facts());
   check_facts(p, facts);
   find_totals(p, s, facts, threads);
   const Common<double> common(p, p.known);
@@ -334,14 +257,14 @@ void clear_padding(const Problem& p, const Operand& grad, int64_t padding, const
 
 void pack_shard(const Problem& p, const Shards& s, const Threads& threads) {
   if (p.classes > 0) find_shard_sums(p, threads);
-  const auto finish = [&](auto* packet) {
-    if (p.classes == 0) fill_empty(p, packet);
-    store_facts(p, facts_of(p, s, threads), packet);
+  const auto finish = [&](const auto& packet) {
+    if (p.classes == 0) fill_empty(packet);
+    packet.store_facts(facts_of(p, s, threads));
   };
   if (p.accumulates_in_double())
-    finish(packet_at<double>(p, s, 0));
+    finish(packet_of<double>(p, s, 0));
   else
-    finish(packet_at<float>(p, s, 0));
+    finish(packet_of<float>(p, s, 0));
 }
 
 void merge_shards(Problem& p, const Shards& s, const Threads& threads) {

@@ -7,10 +7,9 @@
 namespace fused_ce::cuda {
 
 // One thread's part of the sums: the classes first, first + step, ...
-template <bool kProbabilities, class Logits, class A>
+template <bool kProbabilities, class Logits, class A, class Sums>
 __device__ __forceinline__ void add_row(const Logits& row, const Coefficients<kProbabilities, A>& a,
-                                        int64_t first, int64_t step, int64_t classes,
-                                        LogitSums<A, kProbabilities>& sums) {
+                                        int64_t first, int64_t step, int64_t classes, Sums& sums) {
   constexpr int kUnroll = 4;  // logits on their way at a time
   for (int64_t c = first; c < classes; c += step * kUnroll) {
     A x[kUnroll];

@@ -9,6 +9,7 @@
 #include "../../../../csrc/divergence_operators.h"
 #include "../../../../csrc/operators.h"
 #include "../../../../csrc/pointwise_operators.h"
+#include "../../../../csrc/shard_operators.h"
 #include "../../../../csrc/statistics_operators.h"
 #include "../engine.h"
 
@@ -56,6 +57,20 @@ class Simulated {
   void rescale_divergence_gradient(Problem& p, const Divergence& d) {
     cuda::find_divergence_gradient(p, d, kDevice, When::kUnlessGradOutputIsOne, nullptr);
   }
+  void pack_shard(const Problem& p, const Shards& s) {
+    Workspace workspace(pack_workspace_bytes(p));
+    cuda::pack_shard(p, s, kDevice, workspace.pieces.data(), nullptr);
+  }
+  void merge_shards(const Problem& p, const Shards& s) {
+    Workspace workspace(merge_workspace_bytes(p, kDevice));
+    cuda::merge_shards(p, s, kDevice, workspace.pieces.data(), nullptr);
+  }
+  void find_shard_gradient(const Problem& p, const Shards& s) {
+    cuda::find_shard_gradient(p, s, kDevice, nullptr);
+  }
+  void find_shard_target_gradient(const Problem& p, const Shards& s) {
+    cuda::find_shard_target_gradient(p, s, kDevice, nullptr);
+  }
   void scale(const Elements& elements, const Operand& factor) {
     cuda::scale(elements, factor, kDevice, nullptr);
   }
@@ -93,6 +108,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_ce, CPU, m) {
   fused_ce::register_statistics<fused_ce::cuda::Simulated>(m);
   fused_ce::register_pointwise<fused_ce::cuda::Simulated>(m);
   fused_ce::register_divergence<fused_ce::cuda::Simulated>(m);
+  fused_ce::register_shards<fused_ce::cuda::Simulated>(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_ce, CompositeExplicitAutograd, m) {
