@@ -8,11 +8,11 @@ import math
 
 import pytest
 import torch
-from support.composed import composed, in_float64
+from support.composed import composed
 from support.grids import DTYPES, REDUCTIONS, cases_of, every_reduction
 from support.layouts import lay_out
-from support.reference import assert_as_accurate, differentiate, one_thread
-from support.shards import at, evenly, merged_by_all, options_of, sharded, shards_of
+from support.reference import assert_as_accurate, differentiate
+from support.shards import at, check, evenly, merged_by_all, options_of, sharded, shards_of
 from torch.library import opcheck
 
 import fused_ce
@@ -75,30 +75,12 @@ def problem(shape, dtype, kind="index", scale=2.0):
     return input, target
 
 
-@one_thread()
-def check(input, target, cut, *, scale=1.0, inplace=False, target_grad=False, **options):
+def check_cut(input, target, cut, **arguments):
     bounds, padding = cut(input.shape[1 if input.dim() > 1 else 0])
-    result = sharded(
-        input,
-        target,
-        bounds,
-        padding=padding,
-        scale=scale,
-        inplace=inplace,
-        target_grad=target_grad,
-        **options,
-    )
-    same = {"scale": scale, "target_grad": target_grad}
-    plain = differentiate(composed, input, target, **same, **options)
-    wide = target.double() if target.is_floating_point() else target
-    exact = differentiate(composed, input.double(), wide, **same, **in_float64(options))
-    assert_as_accurate(result.loss, plain.loss, exact.loss, "loss")
-    assert_as_accurate(result.grad_input, plain.grad_input, exact.grad_input, "gradient", 2.0)
-    if target_grad:
-        assert_as_accurate(result.grad_target, plain.grad_target, exact.grad_target, "target's")
-    return result
+    return check(input, target, bounds, padding=padding, **arguments)
 
 
+@pytest.mark.on_simulator
 @pytest.mark.parametrize("case", cases_of(AXES, often=2, seldom=3, valid=is_valid))
 def test_every_option_is_that_of_the_whole_vocabulary(case):
     input, target = problem(ROWS[case["rows"]], case["dtype"], case["kind"])
@@ -114,7 +96,7 @@ def test_every_option_is_that_of_the_whole_vocabulary(case):
         options["sample_weight"] = weight.to(input.dtype)
     cut = CUTS[case["cut"]]
     target_grad = case["kind"] == "probability"
-    check(
+    check_cut(
         input,
         target,
         cut,
@@ -139,6 +121,7 @@ def test_shards_are_read_as_they_lie(layout, kind):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.on_simulator
 @every_reduction
 def test_a_confident_row_keeps_its_digits(reduction):
     # Far below the 1 of the largest logit, in its shard, and in the one beside it.
@@ -146,7 +129,7 @@ def test_a_confident_row_keeps_its_digits(reduction):
     input[0, 1] = input[1, 7] = input[2, 11] = 0.0
     target = torch.tensor([1, 7, 11])
     for cut in (CUTS["five"], CUTS["uneven"]):
-        result = check(input, target, cut, reduction=reduction)
+        result = check_cut(input, target, cut, reduction=reduction)
         assert (result.loss > 0).all()
         ours = result.grad_input[torch.arange(3), target]
         whole = 11 * math.exp(-25)
@@ -158,13 +141,15 @@ def test_a_confident_row_keeps_its_digits(reduction):
         torch.testing.assert_close(ours, -whole * incoming[reduction], rtol=1e-5, atol=0)
 
 
+@pytest.mark.on_simulator
 def test_equal_logits_are_counted_in_every_shard():
     input = torch.zeros(4, 11)
-    check(input, torch.tensor([0, 3, 7, 10]), CUTS["five"])
+    check_cut(input, torch.tensor([0, 3, 7, 10]), CUTS["five"])
     loss = sharded(input, torch.tensor([0, 3, 7, 10]), evenly(11, 5)).loss
     torch.testing.assert_close(loss.item(), math.log(11), rtol=1e-7, atol=0)
 
 
+@pytest.mark.on_simulator
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("classes", [12, 300])
 def test_masked_logits_are_those_of_the_whole_vocabulary(classes, label_smoothing):
@@ -189,6 +174,7 @@ def test_masked_logits_are_those_of_the_whole_vocabulary(classes, label_smoothin
     torch.testing.assert_close(found.grad_input, grad, equal_nan=True)
 
 
+@pytest.mark.on_simulator
 @every_reduction
 @pytest.mark.parametrize("kind", ["index", "probability"])
 def test_nothing_to_count_is_what_stock_makes_of_it(kind, reduction):
@@ -202,6 +188,7 @@ def test_nothing_to_count_is_what_stock_makes_of_it(kind, reduction):
     torch.testing.assert_close(found.grad_input, expected.grad_input, rtol=0, atol=0)
 
 
+@pytest.mark.on_simulator
 def test_ignored_rows_are_not_read():
     input, target = problem((9, 10), torch.float32)
     input[1::3] = torch.nan
@@ -210,6 +197,7 @@ def test_ignored_rows_are_not_read():
     assert torch.equal(found.grad_input[1::3], torch.zeros(3, 10))
 
 
+@pytest.mark.on_simulator
 def test_a_target_that_is_no_class_may_make_its_row_nan():
     input, target = problem((6, 10), torch.float32)
     target[0], target[3] = 10, -7
@@ -218,6 +206,35 @@ def test_a_target_that_is_no_class_may_make_its_row_nan():
     bad = torch.tensor([True, False, False, True, False, False])
     assert torch.equal(found.loss.isnan(), bad)
     assert torch.equal(found.grad_input.isnan(), bad[:, None].expand(6, 10))
+
+
+@pytest.mark.on_simulator
+def test_a_target_that_is_no_class_is_one_of_weight_1_to_the_mean():
+    input, target = problem((6, 10), torch.float32)
+    target[0], target[3] = 10, -7
+    weight, samples = torch.rand(10) + 0.5, torch.rand(6) + 0.5
+    found = sharded(
+        input, target, at(0, 4, 10), weight=weight, sample_weight=samples, on_out_of_range=1
+    )
+    options = {"weight": weight, "sample_weight": samples, "on_out_of_range": "nan"}
+    whole = differentiate(fused_ce.cross_entropy, input, target, **options)
+    torch.testing.assert_close(found.grad_input, whole.grad_input, equal_nan=True)
+
+
+@pytest.mark.on_simulator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_packets_are_merged_in_the_order_of_the_ranks_and_in_double(dtype):
+    # What is far below the first rank's sum is lost where it is added to that, one by one.
+    input = torch.zeros(2, 3, dtype=dtype)
+    shards = shards_of(input, torch.ones_like(input), evenly(3, 3), reduction="none")
+    packets = torch.cat([shard.packet() for shard in shards])
+    packets[:, :, :2] = 0
+    large, few = (2.0**53, 0.0) if dtype == torch.float64 else (2.0**24, 2.0)
+    packets[:, 2, 0] = torch.tensor([large, 1, 1], dtype=dtype)
+    shards[0].options = shards[0].options._replace(loss_dtype=torch.float64)
+    loss, stats, _ = shards[0].merge(packets)
+    assert loss.tolist() == [large + few, 0.0]
+    assert stats.tolist() == [[0.0, 0.0], [2.0, 2.0], [0.0, 0.0]]  # three logits that are equal
 
 
 def test_the_result_has_the_same_bits_for_any_number_of_threads():
@@ -271,6 +288,7 @@ def test_every_rank_raises_for_a_target_that_is_no_class(bad):
     raised_by_all(shards_of(input, target, evenly(10, 3)), IndexError, says)
 
 
+@pytest.mark.on_simulator
 def test_a_bad_target_without_weight_is_not_one():
     input, target = problem((3, 10), torch.float32)
     target[:] = torch.tensor([1, 77, 3])
@@ -414,6 +432,7 @@ def test_the_operators_are_what_their_schemas_and_fakes_say(shape, kind):
         opcheck(ops.shard_backward_target, (shards[0].input, *of_backward, *options), **checks)
 
 
+@pytest.mark.on_simulator
 def test_the_packet_is_what_its_description_says():
     """Ranks of different builds would have to agree on it."""
     input, target = problem((4, 6), torch.float64)
@@ -437,6 +456,23 @@ def test_the_packet_is_what_its_description_says():
     assert facts[2:5].view(torch.int64).tolist() == [0, 4, 0]
 
 
+@pytest.mark.on_simulator
+def test_as_many_rows_as_you_like_are_counted():
+    # More than one block of a device takes: what they add up to comes from several.
+    rows = 16385
+    input, target = torch.randn(rows, 3), torch.randint(0, 3, (rows,))
+    target[::7] = -100
+    weight = torch.rand(3) + 0.5
+    options = {"weight": weight, "label_smoothing": 0.1}
+    loss, _, totals = merged_by_all(shards_of(input, target, at(3), **options))[0]
+    expected = torch.nn.functional.cross_entropy(input, target, **options)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    counted = weight.double()[target[target >= 0]].sum().item()
+    exact = [weight.double().sum().item(), counted, (target >= 0).sum().item()]
+    assert totals.tolist() == pytest.approx(exact, rel=1e-12)
+
+
+@pytest.mark.on_simulator
 def test_all_ranks_have_the_same_bits_whatever_their_width():
     input, target = problem((50, 300), torch.bfloat16)
     merged_by_all(shards_of(input, target, at(1, 150, 150, 298, 300), reduction="none"))

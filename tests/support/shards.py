@@ -4,7 +4,14 @@ import torch
 
 from fused_ce import ops
 from fused_ce.options import MEAN, NONE, SUM, Options
-from support.reference import Outcome, incoming_gradient
+from support.composed import composed, in_float64
+from support.reference import (
+    Outcome,
+    assert_as_accurate,
+    differentiate,
+    incoming_gradient,
+    one_thread,
+)
 
 REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 
@@ -121,3 +128,30 @@ def sharded(
 
     of_target = put_together(of_target=True) if target_grad else None
     return Outcome(loss, put_together(inplace=inplace), of_target)
+
+
+@one_thread()
+def check(
+    input,
+    target,
+    bounds,
+    *,
+    padding=0,
+    scale=1.0,
+    inplace=False,
+    target_grad=False,
+    luck=1.0,
+    **options,
+):
+    """As accurate as what people write in plain torch for the whole vocabulary; returns ours."""
+    same = {"scale": scale, "target_grad": target_grad}
+    result = sharded(input, target, bounds, padding=padding, inplace=inplace, **same, **options)
+    plain = differentiate(composed, input, target, **same, **options)
+    wide = target.double() if target.is_floating_point() else target
+    exact = differentiate(composed, input.double(), wide, **same, **in_float64(options))
+    found = zip(Outcome._fields, result, plain, exact, strict=True)
+    for what, ours, theirs, reference in found:
+        if ours is not None:
+            of = max(luck, 2.0) if what == "grad_input" else luck
+            assert_as_accurate(ours, theirs, reference, what.replace("_", " of the "), of)
+    return result

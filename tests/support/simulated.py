@@ -89,7 +89,7 @@ class Problem(ctypes.Structure):
         ("row_dims", ctypes.c_int32),
         ("row_sizes", ctypes.c_int64 * MAX_ROW_DIMS),
         *((name, Operand) for name in OPERANDS),
-        ("row_gaps", Operand),  # of shards, which have no kernels for CUDA
+        ("row_gaps", Operand),  # of shards, which no call here has
         ("totals", ctypes.c_uint64),
         ("probabilities", ctypes.c_bool),
         ("options", Options),
