@@ -164,7 +164,7 @@ struct ShardPackets {
   bool has_weights = false;
 };
 
-// Sets the tickets to zero, and where `count` says so finds the totals.
+// Sets the tickets to zero where there is one block, and finds the totals.
 struct TotalsWork {
   Totals* totals;                 // to be found
   Totals* kept_totals;            // the same for the backward, where there is one

@@ -2,7 +2,8 @@
 //
 // The host never reads it. Where few rows make one block enough, that block also sets the tickets
 // of the launch that follows to zero; else a memset does, and the last block of this launch adds
-// up.
+// up. Of sharded classes it is the packets that say what the weights are, and whether the shards
+// belong together.
 #include "../shard.h"
 #include "regimes.h"
 #include "row/row.cuh"

@@ -6,6 +6,7 @@ assertions that end a process, and more elements than 32 bits count.
 """
 
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -18,7 +19,10 @@ import torch.nn.functional as F
 from support.devices import MISSING
 from support.grids import MODES, every_differentiating_mode, every_mode
 from support.layouts import target_of
+from support.processes import TESTS
 from support.reference import check_against_stock, differentiate, ours, stock
+from support.shards import at, evenly, merged_by_all, shards_of
+from support.shards import check as check_shards
 
 import fused_ce
 from fused_ce import ops
@@ -344,6 +348,135 @@ def assertion_of(who, target, grad="grad"):
 def test_target_out_of_range_is_the_assertion_of_stock(target, grad):
     # An assertion ends the use of the device by its process.
     assert assertion_of("ours", target, grad) == assertion_of("stock", target, grad)
+
+
+# Sharded classes
+
+
+@pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(7, 10), (5, 3001), (3, 50257), (2, 19, 5, 7), (20000, 11)])
+def test_shards_agree_with_the_whole_vocabulary(shape, dtype, kind):
+    input, target = problem(shape, dtype, kind)
+    for inplace, options in ((False, {}), (True, {"label_smoothing": 0.1, "z_loss": 1e-3})):
+        check_shards(
+            input,
+            target,
+            evenly(shape[1], 3),
+            padding=2,
+            scale=0.25,
+            inplace=inplace,
+            target_grad=kind == "probability",
+            luck=4.0,  # an exp of a float is an approximation, worst where it is small
+            weight=(torch.rand(shape[1]) + 0.5).to(dtype),
+            **options,
+        )
+
+
+def test_shards_have_the_same_bits_in_every_run():
+    # Also where several blocks count the rows, and add up the losses.
+    input, target = problem((20000, 300), torch.bfloat16)
+    shards = shards_of(input, target, at(100, 299, 300), weight=torch.rand(300), softcap=5.0)
+    first = merged_by_all(shards)[0]
+    for _ in range(5):
+        for value, expected in zip(merged_by_all(shards)[0], first, strict=True):
+            assert torch.equal(value, expected)
+
+
+def pass_of_shards(shards, grad_output):
+    packets = torch.cat([shard.packet() for shard in shards])
+    merged = [shard.merge(packets) for shard in shards]
+    grads = [s.gradient(m[1:], grad_output) for s, m in zip(shards, merged, strict=True)]
+    return merged[0][0], *grads
+
+
+def test_host_does_not_wait_for_shards():
+    input, target = problem()
+    shards = shards_of(
+        *(input, target, evenly(1000, 3)),
+        label_smoothing=0.1,
+        weight=torch.rand(1000),
+        denominator=7.5,
+        logit_scale=0.5,
+    )
+    grad_output = torch.tensor(0.25)
+    pass_of_shards(shards, grad_output)  # which loads code, and may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pass_of_shards(shards, grad_output)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("shape", [(33, 1001), (20000, 10)], ids=str)
+def test_replayed_graph_of_shards_answers_for_its_inputs(shape):
+    input, target = problem(shape)
+    grad_output = torch.tensor(1.0)
+    shards = shards_of(input, target, evenly(shape[1], 2), weight=torch.rand(shape[1]))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            pass_of_shards(shards, grad_output)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = pass_of_shards(shards, grad_output)
+    for ignored, scale in ((0.0, 0.25), (0.5, 1.0), (1.0, -2.0)):
+        other, _ = problem(shape)
+        input.copy_(other)  # the shards are views of it
+        target.copy_(torch.randint(0, shape[1], target.shape))
+        target.masked_fill_(torch.rand(target.shape) < ignored, -100)
+        grad_output.fill_(scale)
+        graph.replay()
+        replayed = [tensor.clone() for tensor in captured]
+        for value, expected in zip(replayed, pass_of_shards(shards, grad_output), strict=True):
+            assert torch.equal(value.nan_to_num(7), expected.nan_to_num(7))
+
+
+DISAGREEING_SHARDS = """
+import sys, torch
+from support.shards import evenly, shards_of
+torch.set_default_device("cuda")
+input, target = torch.randn(6, 10), torch.randint(0, 10, (6,))
+other = target.clone()
+if sys.argv[1] == "targets":
+    other[2] = (other[2] + 1) % 10
+if sys.argv[1] == "no class":
+    other[2] = target[2] = 10
+scale = 0.5 if sys.argv[1] == "options" else 1.0
+shards = shards_of(input, target, evenly(10, 2), logit_scale=1.0)
+others = shards_of(input, other, evenly(10, 2), logit_scale=scale)
+packets = torch.cat([shards[0].packet(), others[1].packet()])
+torch.cuda.synchronize()  # whatever a shard holds, its packet is sent
+try:
+    shards[0].merge(packets)
+    torch.cuda.synchronize()
+except RuntimeError as error:
+    print(error)
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    "what, says",
+    [
+        ("options", "the options of a rank differ from those of rank 0"),
+        ("targets", "the targets of a rank differ from those of rank 0"),
+        ("no class", "t >= 0 && t < n_classes"),
+    ],
+)
+def test_shards_that_disagree_are_an_assertion(what, says):
+    command = [sys.executable, "-c", DISAGREEING_SHARDS, what]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    root = Path(fused_ce.__file__).parents[1]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=root, env=environment
+    )
+    assert done.returncode == 3, done.stderr
+    assert "device-side assert" in done.stdout
+    assert says in done.stderr
 
 
 # Sizes beyond 32 bits

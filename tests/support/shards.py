@@ -75,7 +75,8 @@ class Shard:
         _, _, num_classes = self.place
         return ops.shard_merge(packets, self.input, self.target, num_classes, *self.options)
 
-    def differentiate(self, merged, grad_output, *, inplace=False, of_target=False):
+    def gradient(self, merged, grad_output, *, inplace=False, of_target=False):
+        """With the padding's."""
         operator = ops.shard_backward_target if of_target else ops.shard_backward
         input = self.input
         if inplace:
@@ -83,6 +84,10 @@ class Shard:
         options = self.options._replace(loss_dtype=None)
         grad = operator(input, self.target, *merged, grad_output, *self.place, *options)
         assert not inplace or grad is input or grad.data_ptr() == input.data_ptr()
+        return grad
+
+    def differentiate(self, merged, grad_output, **how):
+        grad = self.gradient(merged, grad_output, **how)
         _, width, _ = self.place
         rest = grad.narrow(self.axis, width, grad.shape[self.axis] - width)
         assert torch.equal(rest, torch.zeros_like(rest)), "padding has a gradient"
