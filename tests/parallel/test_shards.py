@@ -11,7 +11,7 @@ import torch
 from support.composed import composed
 from support.grids import DTYPES, REDUCTIONS, cases_of, every_reduction
 from support.layouts import lay_out
-from support.reference import assert_as_accurate, differentiate
+from support.reference import assert_as_accurate, differentiate, incoming_gradient
 from support.shards import at, check, evenly, merged_by_all, options_of, sharded, shards_of
 from torch.library import opcheck
 
@@ -155,10 +155,11 @@ def test_equal_logits_are_counted_in_every_shard():
 def test_masked_logits_are_those_of_the_whole_vocabulary(classes, label_smoothing):
     # As lanes and as rows. A shard without a finite logit, beside one of the target and in a row
     # whose target is elsewhere; a row that has none at all; a target that is masked; an infinite
-    # logit; a nan among masked ones.
-    input, _ = problem((6, classes), torch.float64)
+    # logit; a nan among masked ones; a target among them.
+    input, _ = problem((7, classes), torch.float64)
     third = classes // 3
-    target = torch.tensor([0, classes - 1, 3, 8, 2, 5])
+    target = torch.tensor([0, classes - 1, 3, 8, 2, 5, third + 1])
+    input[6, third : 2 * third] = -torch.inf
     input[:2, third : 2 * third] = -torch.inf
     input[2] = -torch.inf
     input[3, 8] = -torch.inf
@@ -170,7 +171,7 @@ def test_masked_logits_are_those_of_the_whole_vocabulary(classes, label_smoothin
     whole = input.clone().requires_grad_()
     loss = fused_ce.cross_entropy(whole, target, **options)
     torch.testing.assert_close(found.loss, loss.detach(), equal_nan=True)
-    (grad,) = torch.autograd.grad(loss, whole, torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.5, -1.5]))
+    (grad,) = torch.autograd.grad(loss, whole, incoming_gradient(loss, 1.0))
     torch.testing.assert_close(found.grad_input, grad, equal_nan=True)
 
 
