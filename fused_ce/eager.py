@@ -20,6 +20,7 @@ from torch.autograd.graph import increment_version
 from . import ops, overwritten, stock
 from .eligibility import backward_needs_stock
 from .options import NO_GRADIENTS, Options, gradients_of, needs_of, split
+from .ownership import is_last_user
 
 
 def graph_is_kept() -> bool:
@@ -208,14 +209,41 @@ class OverwriteInBackward(Overwriting):
             return _fused_gradients(ctx, grad_output, saved)
         (_, *tensors), options = _saved_call(ctx, saved)
         check_version(ctx, input)
-        _, needs_target, needs_scale = needs_of(ctx)
-        call = (*tensors, grad_output, *options)
-        target_grad = ops.backward_target(input, *call) if needs_target else None
-        scale_grad = ops.backward_logit_scale(input, *call) if needs_scale else None
-        grad = input.detach()
-        ops.backward_(grad, *call)
+        found = _overwritten_gradients(ctx, input, (*tensors, grad_output, *options))
         tell_overwritten(ctx, input)
-        return grad, target_grad, *gradients_of(scale_grad)
+        return found
+
+
+class TakeInBackward(Function):
+    """Overwrites the logits in the backward if nobody else can see them, and else leaves them."""
+
+    @staticmethod
+    def forward(ctx, input, target, *options):
+        loss, *stats = ops.eager.forward_stats(input, target, *options)
+        _save(ctx, options, input, target, *stats, logits=input)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        saved = ctx.saved_tensors
+        if backward_needs_stock(grad_output):
+            return _stock_gradients(ctx, grad_output, saved)
+        if ctx.version is not None or graph_is_kept() or not is_last_user(saved):
+            return _fused_gradients(ctx, grad_output, saved)
+        (input, *tensors), options = _saved_call(ctx, saved)
+        found = _overwritten_gradients(ctx, input, (*tensors, grad_output, *options))
+        increment_version(input)
+        return found
+
+
+def _overwritten_gradients(ctx: Any, input: Tensor, call: tuple) -> tuple:
+    """The other gradients first: they are computed from the logits."""
+    _, needs_target, needs_scale = needs_of(ctx)
+    target_grad = ops.backward_target(input, *call) if needs_target else None
+    scale_grad = ops.backward_logit_scale(input, *call) if needs_scale else None
+    grad = input.detach()
+    ops.backward_(grad, *call)
+    return grad, target_grad, *gradients_of(scale_grad)
 
 
 def keep_to_overwrite(ctx: Any, input: Tensor) -> None:
@@ -258,3 +286,4 @@ recompute = entrance(Recompute)
 grad_in_forward = entrance(GradInForward)
 overwrite_in_forward = entrance(OverwriteInForward)
 overwrite_in_backward = entrance(OverwriteInBackward)
+take_in_backward = entrance(TakeInBackward)

@@ -46,7 +46,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     grad_in_forward: bool = True,
-    inplace: bool = False,
+    inplace: bool | str = False,
     dtype: torch.dtype | None = None,
     denominator: float | Tensor | None = None,
     on_all_ignored: str = _NAN,
@@ -80,7 +80,12 @@ def cross_entropy(
             1. Pass ``False`` if the loss is scaled before its backward, as in gradient accumulation
             or with a gradient scaler: then the gradient is computed once, in the backward. With
             ``reduction='none'`` that is always so. Default: ``True``
-        inplace (bool): write the gradient over the logits. No memory of their size is taken, but
+        inplace (bool or str): write the gradient over the logits. ``'auto'`` does so in the
+            backward, and only if nobody else holds them or needs them, which is proved by counts
+            of references; else the gradient is computed into fresh memory. The usual
+            ``loss(model(x), y).backward()`` then takes none of the logits' size. It does not see
+            who knows the address alone, as another CUDA stream may (see
+            :meth:`torch.Tensor.record_stream`). With ``True`` no memory is taken ever, but
             **whoever reads the logits after the loss reads gradients**, and a leaf's ``.grad``
             shares their memory. There is one backward, not differentiable. What is computed from
             overwritten logits, or from what they are a view of, cannot be differentiated; only a
@@ -249,7 +254,7 @@ def cross_entropy(
     options = (weight, *_NO_TENSORS, reduction, ignore_index, label_smoothing, *_NO_NUMBERS, dtype)
     if weight is None and options == DEFAULTS:
         options = ()  # an operator takes as long to read them
-    mode = mode_of(input, target, reduction, grad_in_forward, inplace)
+    mode = _mode(input, target, reduction, grad_in_forward, inplace)
     return _RUN[mode](input, target, *options)
 
 
@@ -313,7 +318,7 @@ def explain(*args: Any, **kwargs: Any) -> str:
     if extensions.composes(given, options, target):
         return f"stock: {extensions.COMPOSED}"
     options = given.added_to(options, input.device)
-    mode = mode_of(
+    mode = _mode(
         input,
         target,
         options.reduction,
@@ -321,7 +326,7 @@ def explain(*args: Any, **kwargs: Any) -> str:
         call["inplace"],
         options.logit_scale,
     )
-    if mode.startswith("in place"):
+    if mode.startswith("in place") and mode != TAKEN:
         try:
             ops.check_overwritable(input, target, *options)
         except RuntimeError as error:
@@ -439,7 +444,7 @@ def _extended(
     options = given.added_to(options, input.device)
     options = options._replace(loss_dtype=None if found == input.dtype else found)
     scale = options.logit_scale
-    mode = mode_of(input, target, options.reduction, grad_in_forward, inplace, scale)
+    mode = _mode(input, target, options.reduction, grad_in_forward, inplace, scale)
     return _RUN[mode](input, target, *options)
 
 
@@ -478,6 +483,33 @@ def _by_stock(input, target, options: Options, reason: str) -> Tensor:
     return loss
 
 
+TAKEN = "in place in backward if nobody else holds the logits"
+
+
+def _mode(
+    input,
+    target,
+    reduction: int,
+    grad_in_forward: bool,
+    inplace: bool | str,
+    logit_scale: Tensor | None = None,
+) -> str:
+    """The same for a loss whose backward may take the logits' memory."""
+    takes = inplace == "auto"
+    inplace = False if takes else inplace
+    mode = mode_of(input, target, reduction, grad_in_forward, inplace, logit_scale)
+    if not takes or mode not in ("gradient in forward", "recomputed in backward"):
+        return mode
+    # A leaf is never taken, nor what a hook on saved tensors may have another copy of.
+    if input.is_leaf or type(input) is not Tensor or input.is_neg() or eager.hooks_are_active():
+        return mode
+    try:
+        ops.check_overwritable(input, target)
+    except RuntimeError:
+        return mode
+    return TAKEN
+
+
 def mode_of(
     input,
     target,
@@ -501,6 +533,11 @@ def mode_of(
     # For an operator that writes to a negative view torch materialises the view, and expects to
     # find it as the first result, where forward_grad_ has the loss.
     if inplace and not input.is_neg():
+        if inplace is not True:
+            raise ValueError(
+                "fused_ce: inplace must be True or False, or 'auto' for cross_entropy, got "
+                f"{inplace!r}."
+            )
         # What runs a function again for its saved tensors must find the logits in their place.
         defers = defers or not grad_in_forward or input.dtype == torch.float16 or learns_scale
         if defers or eager.hooks_are_active():
@@ -517,4 +554,5 @@ _RUN = {
     "recomputed in the graph's backward": graph.graph_loss,
     "in place in forward": eager.overwrite_in_forward,
     "in place in backward": eager.overwrite_in_backward,
+    TAKEN: eager.take_in_backward,
 }

@@ -207,7 +207,7 @@ def mode_of(input: Tensor, target: Tensor, inplace: bool) -> str:
     """When the gradient is computed; a key of _MODES."""
     if not torch.is_grad_enabled() or not (input.requires_grad or target.requires_grad):
         return "no gradient"
-    if torch.compiler.is_compiling() or not (inplace and input.requires_grad):
+    if torch.compiler.is_compiling() or not (inplace is True and input.requires_grad):
         return "recomputed in backward"
     if input.is_neg() or type(input) is FunctionalTensor:  # see functional.mode_of
         return "recomputed in backward"
