@@ -1,7 +1,8 @@
 """The loss inside the programs that people train with: same curve as stock's, nothing to adapt.
 
-DDP in two processes, and the real packages of Accelerate, Lightning and the Transformers Trainer
-with the code that the README shows. Models are tiny, random and made here: nothing is downloaded.
+DDP in two processes, and the real packages of Accelerate and Lightning with the code that the
+README shows. Models are tiny, random and made here: nothing is downloaded. Transformers is
+tests/integrations'.
 """
 
 import json
@@ -13,7 +14,6 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from support.processes import SECONDS, environment, finish
 from support.reference import one_thread
 from torch import nn
@@ -205,143 +205,6 @@ def test_lightning_takes_the_curve_of_stock(mode, tmp_path):
         modules.append(module)
     assert len(modules[0].curve) > 16
     assert_same_training([m.curve for m in modules], [m.model for m in modules])
-
-
-def trainer_history(transformers, folder, model, **options):
-    """The losses of a few steps of transformers' own training loop."""
-    arguments = transformers.TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_steps=4,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=1,
-    )
-    trainer = transformers.Trainer(model, arguments, **options)
-    trainer.train()
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
-
-
-def test_transformers_trainer_takes_the_curve_of_stock(tmp_path):
-    pytest.importorskip("accelerate", reason=PACKAGES)
-    transformers = pytest.importorskip("transformers", reason=PACKAGES)
-    generator = torch.Generator().manual_seed(2)
-    data = []
-    for _ in range(16):
-        tokens = torch.randint(0, 37, (12,), generator=generator)
-        data.append({"input_ids": tokens, "labels": tokens.clone()})
-        data[-1]["labels"][:3] = -100  # a prompt, which is not learned
-
-    def loss_with(function, **options):
-        # The README's function, with the loss as a parameter.
-        def compute_loss(outputs, labels, num_items_in_batch=None):
-            logits = outputs.logits[:, :-1].transpose(1, 2)  # (B, V, T), not copied
-            total = function(logits, labels[:, 1:], reduction="sum", **options)
-            return total / num_items_in_batch
-
-        return compute_loss
-
-    histories, models = [], []
-    for compute_loss in (
-        loss_with(fused_ce.cross_entropy, grad_in_forward=False),
-        loss_with(fused_ce.cross_entropy),
-        loss_with(F.cross_entropy),
-        None,  # the model's own loss
-    ):
-        torch.manual_seed(1)
-        config = transformers.GPT2Config(
-            n_layer=1,
-            n_head=2,
-            n_embd=16,
-            vocab_size=37,
-            n_positions=16,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        model = transformers.GPT2LMHeadModel(config)
-        options = {"train_dataset": data, "compute_loss_func": compute_loss}
-        histories.append(trainer_history(transformers, tmp_path, model, **options))
-        models.append(model)
-    assert len(histories[0]) == 4
-    assert histories[0][0] != histories[0][-1]
-    for history, model in zip(histories[1:], models[1:], strict=True):
-        torch.testing.assert_close(torch.tensor(history), torch.tensor(histories[0]))
-        # Adam makes a step of full size of any gradient, and so of what is left by rounding.
-        for mine, theirs in zip(model.parameters(), models[0].parameters(), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-4)
-
-
-class HeadlessLM(nn.Module):
-    # The README's class.
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, labels, num_items_in_batch=None, **inputs):
-        hidden = self.model.base_model(input_ids, **inputs).last_hidden_state
-        loss = fused_ce.linear_cross_entropy(
-            hidden[:, :-1],  # (B, T - 1, H): each position predicts the next token
-            self.model.lm_head.weight,
-            labels[:, 1:],
-            reduction="mean" if num_items_in_batch is None else "sum",
-        )
-        return {"loss": loss if num_items_in_batch is None else loss / num_items_in_batch}
-
-
-def causal_lm(transformers, kind):
-    torch.manual_seed(1)
-    common = {"vocab_size": 37, "bos_token_id": 0, "eos_token_id": 0}
-    if kind == "GPT2":  # its head is its embedding
-        config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=16, **common)
-        return transformers.GPT2LMHeadModel(config)
-    config = transformers.LlamaConfig(
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        hidden_size=16,
-        intermediate_size=32,
-        **common,
-    )
-    return transformers.LlamaForCausalLM(config)
-
-
-def sequences(rows):
-    tokens = torch.randint(0, 37, (rows, 12), generator=torch.Generator().manual_seed(2))
-    labels = tokens.clone()
-    labels[:, :3] = -100  # a prompt, which is not learned
-    return tokens, labels
-
-
-@pytest.mark.parametrize("kind", ["GPT2", "Llama"])
-def test_model_without_its_head_has_the_same_gradient(kind):
-    transformers = pytest.importorskip("transformers", reason=PACKAGES)
-    model = causal_lm(transformers, kind).eval()
-    tokens, labels = sequences(4)
-    outcomes = []
-    for loss_of in (HeadlessLM(model), model):
-        model.zero_grad()
-        loss = loss_of(input_ids=tokens, labels=labels)["loss"]
-        loss.backward()
-        outcomes.append([loss.detach(), *(p.grad for p in model.parameters())])
-    torch.testing.assert_close(*outcomes)
-
-
-def test_trainer_takes_the_same_curve_without_the_head(tmp_path):
-    pytest.importorskip("accelerate", reason=PACKAGES)
-    transformers = pytest.importorskip("transformers", reason=PACKAGES)
-    data = [{"input_ids": x, "labels": y} for x, y in zip(*sequences(16), strict=True)]
-    histories = []
-    for wrap in (HeadlessLM, lambda model: model):
-        model = wrap(causal_lm(transformers, "Llama"))
-        histories.append(trainer_history(transformers, tmp_path, model, train_dataset=data))
-    assert len(histories[0]) == 4
-    assert histories[0][0] != histories[0][-1]
-    torch.testing.assert_close(*map(torch.tensor, histories))
 
 
 if __name__ == "__main__":

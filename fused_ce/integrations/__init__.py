@@ -1,0 +1,1 @@
+"""The losses inside other libraries' models. Each is imported by name, and imports nothing else."""
