@@ -94,7 +94,9 @@ def train_a_rank(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     found = {}
     for wrapping in WRAPPINGS:
-        found[wrapping] = [train(fuse(LM()), wrapping, rank) for fuse in (nn.Module.train, fuse_head)]
+        found[wrapping] = [
+            train(fuse(LM()), wrapping, rank) for fuse in (nn.Module.train, fuse_head)
+        ]
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(found, file)
 
