@@ -238,6 +238,9 @@ def test_errors_of_the_loss_are_stocks():
                 F.cross_entropy(model(tokens()).view(-1, V), target)
             said.append((error.type, str(error.value)))
         assert said[0] == said[1]
+    for shape in ((2, 5, V + 1), (10, V - 1), (3, -1, V), (-1, V + 1)):
+        with pytest.raises(RuntimeError, match="is invalid for input of size 130"):
+            fuse_head(LM())(tokens()).view(shape)
 
 
 @pytest.mark.parametrize("inside", [True, False])

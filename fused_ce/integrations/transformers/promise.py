@@ -256,8 +256,12 @@ class Promise:
             return self._otherwise(name, *args, **kwargs)
         *batch, last = shape
         rows, classes = self.shape[:-1].numel(), self._classes
-        is_full = -1 not in batch and math.prod(batch) == rows
-        if not (is_full and last in (-1, classes) or -1 in batch and last == classes):
+        known = math.prod([size for size in batch if size != -1])
+        if -1 in batch:
+            fits = last == classes and known > 0 and rows % known == 0
+        else:
+            fits = last in (-1, classes) and known == rows
+        if not fits:
             return self._otherwise(name, *args, **kwargs)
         of_rows = self._rows.reshape(*batch, self._rows.shape[-1])
         return self._derived((name, args, {}), of_rows)
