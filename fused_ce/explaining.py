@@ -22,13 +22,14 @@ def explains(function: Callable) -> Callable[[_Explainer], _Explainer]:
 
 
 def explain_call(function: Callable, *args: Any, **kwargs: Any) -> str:
-    """Says how a function of this package would take a call, without computing anything.
+    """Says how a function or a loss of this package would take a call, without computing anything.
 
     Returns ``"fused: "`` and what the kernels would do, ``"stock: "`` and the reason why stock
     PyTorch or a formula of its operations takes the call, or ``"refused: "`` and the error.
 
     Args:
-        function: one of this package, as :func:`fused_ce.cross_entropy`.
+        function: one of this package, as :func:`fused_ce.cross_entropy`, or a module of it, as a
+            :class:`fused_ce.CrossEntropyLoss`, whose own ``explain`` says the same.
         *args, **kwargs: those of the call.
 
     Raises:
@@ -42,6 +43,9 @@ def explain_call(function: Callable, *args: Any, **kwargs: Any) -> str:
         >>> fused_ce.explain_call(fused_ce.cross_entropy, input.to_sparse(), target)
         'stock: the logits are sparse'
     """
+    own = getattr(function, "explain", None)
+    if own is not None and hasattr(function, "_options_of"):
+        return own(*args, **kwargs)
     try:
         explainer = _explainers[function]
     except (KeyError, TypeError):

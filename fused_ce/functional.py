@@ -24,7 +24,7 @@ from .eligibility import (
     stock_reason,
     stock_reason_of_logits,
 )
-from .explaining import explains
+from .explaining import explain_call, explains
 from .extensions import Extensions, requires_grad
 from .fakes import row_shape
 from .options import DEFAULTS, NONE, Options, integer, real
@@ -288,6 +288,8 @@ def explain(*args: Any, **kwargs: Any) -> str:
         >>> fused_ce.explain(input, torch.tensor([0, 1, 2])).split(",")[0]
         'fused: no gradient'
     """
+    if args and isinstance(args[0], torch.nn.Module):
+        return explain_call(*args, **kwargs)
     call = bound(cross_entropy, args, kwargs)
     input, target = call["input"], call["target"]
     given = Extensions(*(call[name] for name in extensions.NAMES))

@@ -18,9 +18,11 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.modules.loss import _WeightedLoss
 
+from .explaining import explain_call
 from .functional import cross_entropy
 from .likelihood import log_softmax, nll_loss
 from .linear import linear_cross_entropy
+from .linear.plan import check_limits
 from .pointwise import binary_cross_entropy_with_logits, kl_div
 from .scripting import refusal
 from .signatures import keyword_options
@@ -46,6 +48,8 @@ def _with_options_of(function: Callable, *but: str) -> Callable[[M], M]:
             construct = super(module, self).__init__
             if given.get("process_group") is not None:
                 construct = partial(self._of_rank, construct, given["process_group"])
+            if "chunk_size" in given:
+                check_limits(given["chunk_size"], given["max_chunk_bytes"])
             construct(*args, **kwargs)
             for name, value in given.items():
                 setattr(self, name, value)
@@ -60,6 +64,22 @@ def _with_options_of(function: Callable, *but: str) -> Callable[[M], M]:
                 )
             return {n: getattr(self, n, default) for n, default in defaults.items()} | given
 
+        def extra_repr(self) -> str:
+            """What stock's module shows, and the options that were chosen here."""
+            stocks = super(module, self).extra_repr()
+            chosen = [
+                f"{name}={_shown(value)}"
+                for name, value in self._options_of({}).items()
+                if isinstance(value, Tensor) or value != defaults[name]
+            ]
+            return ", ".join([stocks, *chosen] if stocks else chosen)
+
+        def explain(self, input: Tensor, target: Tensor, **options: Any) -> str:
+            """Says how this module would take a call, as :func:`fused_ce.explain_call` does."""
+            return self._computed(partial(explain_call, function), input, target, options)
+
+        module.extra_repr = extra_repr
+        module.explain = explain
         parameters = [*inherited.values(), *added.values()]
         __init__.__signature__ = inspect.Signature(parameters, return_annotation=None)
         module.__init__ = __init__
@@ -68,6 +88,10 @@ def _with_options_of(function: Callable, *but: str) -> Callable[[M], M]:
         return module
 
     return decorate
+
+
+def _shown(value: Any) -> str:
+    return f"tensor{tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 class _SharesGroup(nn.Module):
@@ -139,7 +163,10 @@ class CrossEntropyLoss(nn.CrossEntropyLoss, _SharesGroup):
         """Returns the loss of ``input`` against ``target``. An option that the constructor takes by
         name alone may be given to one call as well, as ``sample_weight`` and ``denominator`` are.
         """
-        return cross_entropy(
+        return self._computed(cross_entropy, input, target, options)
+
+    def _computed(self, by: Callable, input: Tensor, target: Tensor, options: dict) -> Any:
+        return by(
             input,
             target,
             self.weight,
@@ -264,13 +291,16 @@ class LinearCrossEntropyLoss(_LinearCrossEntropyLoss, _SharesGroup):
     def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Returns the loss of ``input``, through the layer, against ``target``, with options as in
         :class:`fused_ce.CrossEntropyLoss`."""
+        return self._computed(linear_cross_entropy, input, target, options)
+
+    def _computed(self, by: Callable, input: Tensor, target: Tensor, options: dict) -> Any:
         layer = self.linear
         positions = math.prod(self.out_features)
         shape = (layer.out_features // max(positions, 1), *self.out_features)
         options = self._options_of(options)
         if options["process_group"] is not None:
             options["num_classes"] = self.num_classes
-        return linear_cross_entropy(
+        return by(
             input,
             layer.weight.reshape(*shape, layer.in_features),
             target,
@@ -380,7 +410,10 @@ class BCEWithLogitsLoss(nn.BCEWithLogitsLoss):
     def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Returns the loss of ``input`` against ``target``, with options as in
         :class:`fused_ce.CrossEntropyLoss`."""
-        return binary_cross_entropy_with_logits(
+        return self._computed(binary_cross_entropy_with_logits, input, target, options)
+
+    def _computed(self, by: Callable, input: Tensor, target: Tensor, options: dict) -> Any:
+        return by(
             input,
             target,
             self.weight,
@@ -422,7 +455,10 @@ class KLDivLoss(nn.KLDivLoss):
     def forward(self, input: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Returns the loss of ``input`` against ``target``, with options as in
         :class:`fused_ce.CrossEntropyLoss`."""
-        return kl_div(
+        return self._computed(kl_div, input, target, options)
+
+    def _computed(self, by: Callable, input: Tensor, target: Tensor, options: dict) -> Any:
+        return by(
             input,
             target,
             reduction=self.reduction,

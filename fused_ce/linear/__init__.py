@@ -192,7 +192,11 @@ def linear_cross_entropy(
         loss = fused(call)
     else:
         if reason == INVALID:
-            _raise_as_stock(call)
+            try:
+                _raise_as_stock(call)
+            except (RuntimeError, ValueError) as error:
+                _tell_exchanged(call, error)
+                raise
         if call.is_batched:
             call = call._replace(target=of_one_dimension(call.target, len(call.input)))
         loss = _unfused(call)
@@ -294,6 +298,7 @@ def _call(
     **loss_arguments: Any,
 ) -> _Call:
     check_limits(chunk_size, max_chunk_bytes)
+    _check_tensors(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
     _check_shapes(input, linear_weight, linear_bias)
     batch = input.shape[:-1]
     classes, *positions = linear_weight.shape[:-1]
@@ -331,6 +336,24 @@ def _call(
         loss_shape,
         len(batch) > 1,
     )
+
+
+def _check_tensors(**layer: Any) -> None:
+    """Before anything is asked of them. Of a wrong target stock has its own words."""
+    for name, value in layer.items():
+        if isinstance(value, Tensor) or value is None or overrides(value):
+            continue
+        kind = type(value)
+        if isinstance(value, torch.nn.Module):
+            instead = "its weight, and its bias as linear_bias"
+        elif kind.__module__ == "numpy":
+            instead = f"torch.from_numpy({name})"
+        else:
+            instead = "a tensor"
+        raise TypeError(
+            f"fused_ce: expected {name} to be a tensor, got a {kind.__module__}.{kind.__name__}; "
+            f"pass {instead}."
+        )
 
 
 def _check_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
@@ -424,6 +447,13 @@ def _raise_as_stock(call: _Call) -> None:
         dtype, device = logits_dtype(call.input), call.input.device
         logits = torch.empty((), dtype=dtype, device=device).expand(call.logits_shape)
         stock.nll_loss(logits, target, call.options)
+
+
+def _tell_exchanged(call: _Call, error: Exception) -> None:
+    """A note beneath stock's words where the weight came first, as other libraries have it."""
+    rows, weights = len(call.input), len(call.linear_weight)
+    if rows != weights == len(call.target) and hasattr(error, "add_note"):  # Python 3.11
+        error.add_note("fused_ce: input comes first, then linear_weight; are they exchanged?")
 
 
 def _unfused(call: _Call) -> Tensor:

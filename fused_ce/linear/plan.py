@@ -64,7 +64,13 @@ def check_limits(chunk_size: int | None, max_chunk_bytes: int | None) -> None:
 
 def limits_of(options: Any, rows: int) -> Limits:
     """What torch's LinearCrossEntropyOptions say of the chunks; nothing if they leave it open."""
-    size, method = options.batch_chunk_size, options.chunking_method
+    try:
+        size, method = options.batch_chunk_size, options.chunking_method
+    except AttributeError:
+        raise TypeError(
+            f"fused_ce: expected options to be torch's LinearCrossEntropyOptions or None, got "
+            f"{options!r}; what is meant by it may have a name of its own, as chunk_size has."
+        ) from None
     if method is None and size is None:
         size = max(rows, 1)  # no less than all
     return Limits(size, None, None if method == "auto" else method)

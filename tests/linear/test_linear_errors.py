@@ -5,11 +5,14 @@ Torch's own function is asked where there is one (2.13 and newer), else `F.linea
 """
 
 import re
+import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from support.linear_reference import gemms, stock_loss
+from torch import nn
 
 from fused_ce import linear_cross_entropy as lce
 
@@ -164,3 +167,34 @@ def test_chunk_of_nothing_is_refused(name, value):
 def test_two_sizes_of_a_chunk_are_refused():
     with pytest.raises(ValueError, match="pass one of them"):
         lce(*layer(), indices(), chunk_size=2, max_chunk_bytes=100)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"),
+    [
+        (
+            "linear_weight",
+            nn.Linear(3, 5),
+            "got a torch.nn.modules.linear.Linear; pass its weight, ",
+        ),
+        ("input", np.zeros((4, 3)), "got a numpy.ndarray; pass torch.from_numpy(input)."),
+        ("linear_bias", [0.0] * 5, "got a builtins.list; pass a tensor."),
+        ("options", {"chunk_size": 2}, "LinearCrossEntropyOptions or None, got {'chunk_size': 2}"),
+    ],
+)
+def test_what_is_no_tensor_is_refused_with_what_to_pass(name, wrong, said):
+    input, linear_weight = layer()
+    arguments = {"input": input, "linear_weight": linear_weight, "target": indices(), name: wrong}
+    with pytest.raises(TypeError, match=f"fused_ce: expected {name} to be .*" + re.escape(said)):
+        lce(**arguments)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="an error has no notes in Python 3.10")
+def test_exchanged_arguments_are_told_beneath_stocks_error():
+    input, linear_weight = layer()
+    with pytest.raises(ValueError, match=r"Expected input batch_size \(5\)") as error:
+        lce(linear_weight, input, indices())
+    assert "input comes first" in error.value.__notes__[0]
+    with pytest.raises(ValueError, match="Expected input batch_size") as error:
+        lce(input, linear_weight, indices(3))
+    assert not hasattr(error.value, "__notes__")

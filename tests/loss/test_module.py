@@ -251,3 +251,35 @@ def test_module_works_in_any_container():
 def test_scripting_says_what_to_script_instead():
     with pytest.raises(RuntimeError, match="torch.jit.script takes torch.nn.CrossEntropyLoss"):
         torch.jit.script(torch.nn.Sequential(fused_ce.CrossEntropyLoss()))
+
+
+def test_a_module_shows_what_was_chosen_beyond_stocks_options():
+    module = fused_ce.CrossEntropyLoss(softcap=30.0, inplace=True, label_smoothing=0.1)
+    assert repr(module) == "CrossEntropyLoss(inplace=True, softcap=30.0)"
+    module.logit_scale = nn.Parameter(torch.ones(()))
+    assert "logit_scale=tensor()" in module.extra_repr()
+    head = fused_ce.LinearCrossEntropyLoss(4, 6, chunk_size=8)
+    assert head.extra_repr().endswith("options=None, chunk_size=8")
+    assert repr(fused_ce.KLDivLoss(grad_in_forward=False)) == "KLDivLoss(grad_in_forward=False)"
+
+
+def test_a_module_says_how_it_would_take_a_call():
+    input, target = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 1, 2])
+    module = fused_ce.CrossEntropyLoss(grad_in_forward=False)
+    said = fused_ce.explain(input, target, grad_in_forward=False)
+    assert "recomputed in backward" in said
+    assert module.explain(input, target) == said
+    assert fused_ce.explain(module, input, target) == said
+    assert fused_ce.explain_call(module, input, target) == said
+    assert fused_ce.explain_call(module, input, target, grad_in_forward=True) != said
+    head = fused_ce.LinearCrossEntropyLoss(5, 7)
+    assert "1 chunk of 3 rows" in head.explain(input, target)
+    assert fused_ce.BCEWithLogitsLoss().explain(input, torch.rand(3, 5)).startswith("fused")
+    assert fused_ce.KLDivLoss().explain(input, torch.rand(3, 5)).startswith("fused")
+    with pytest.raises(TypeError, match="expected a function of fused_ce"):
+        fused_ce.explain(nn.CrossEntropyLoss(), input, target)
+
+
+def test_a_heads_module_refuses_chunks_of_nothing_when_it_is_made():
+    with pytest.raises(ValueError, match="chunk_size must be a positive int or None, got -1"):
+        fused_ce.LinearCrossEntropyLoss(4, 6, chunk_size=-1)
