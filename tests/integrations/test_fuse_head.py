@@ -122,8 +122,9 @@ def test_every_architecture_trains_as_without_it_and_nearly_all_without_logits(c
             print(f"\n{kind}: {counts[kind]}", end="")
     assert all(count["wrong"] == 0 for count in counts.values())
     text = (ROOT / "README.md").read_text()
-    built, fused = map(int, re.search(r"Of (\d+) causal .*? (\d+) train", text, re.S).groups())
-    assert (counts["causal"]["built"], counts["causal"]["fused"]) == (built, fused)
+    for kind, count in counts.items():
+        said = re.search(rf"[Oo]f (\d+) {kind} \D*(\d+)", text).groups()
+        assert (count["built"], count["fused"]) == tuple(map(int, said)), kind
 
 
 def llama(**options):
