@@ -247,7 +247,18 @@ def test_operator_keeps_its_schema(kind, reduction, way):
         label_smoothing=0.1,
         loss_dtype=torch.float32,
     )
-    call = (layer[0], layer[1], target, layer[2], torch.float32, 3, None, None, *options)
+    call = (
+        layer[0],
+        layer[1],
+        target,
+        layer[2],
+        torch.float32,
+        3,
+        None,
+        None,
+        *operators.WHOLE,
+        *options,
+    )
     if way == "ahead" and reduction != "none":
         # Its backward writes to copies of its results, which the partitioner of opcheck's fourth
         # check cannot place; torch.compile's own can (test_inductor_gives_another_gradient).
