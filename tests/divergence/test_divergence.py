@@ -334,6 +334,18 @@ def test_a_denominator_of_any_kind_divides_the_sum(denominator):
     torch.testing.assert_close(found.grad_input, summed.grad_input / 3)
 
 
+@both_directions
+@every_mode
+@pytest.mark.parametrize("classes", [5, 300])
+def test_a_denominator_of_zero_divides_as_any_other(classes, mode, reverse):
+    input, teacher = torch.randn(2, 3, classes)
+    found = ours(input, teacher, denominator=0.0, mode=mode, reverse=reverse)
+    assert found.loss == torch.inf
+    if mode != "no grad":  # inf - inf, in the composition as well
+        assert not found.grad_input.isfinite().any()
+    assert ours(input, input.clone(), denominator=0.0, mode="no grad").loss.isnan()
+
+
 def test_a_denominator_of_rows_over_t_squared_is_hinton_s_loss():
     input, teacher = torch.randn(2, 6, 70) * 3
     found = ours(input, teacher, temperature=2.0, denominator=6 / 4)
@@ -397,6 +409,7 @@ def test_a_rows_bits_do_not_depend_on_how_many_rows_come_with_it(dtype, classes,
         leaf = input[first:last].clone().requires_grad_()
         number = torch.arange(first, last).to(torch.promote_types(dtype, torch.float32))
         options = {"reverse": reverse, "reduction": "none", "sample_weight": number % 7}
+        options["temperature"] = 0.7  # whose inverse has two parts
         losses = fused(leaf, teacher[first:last], **MODES[mode], **options)
         return losses.detach(), torch.autograd.grad(losses, leaf, torch.sin(number))[0]
 
