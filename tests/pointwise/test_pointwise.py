@@ -13,7 +13,7 @@ from support.pointwise_reference import (
     FOCAL,
     LOSSES,
     check,
-    check_enough,
+    check_draws,
     differentiate,
     incoming,
     reductions_of,
@@ -88,7 +88,7 @@ def test_loss_and_gradient_are_as_accurate_as_stock(case):
         graded, _ = differentiate(loss.function, input, target, **loss.options, **options)
         assert torch.equal(value, graded)
         return
-    _, grad = check_enough(loss, draw, mode=MODES[case["mode"]], **options)
+    _, grad = check_draws(loss, draw, mode=MODES[case["mode"]], **options)
     input, _ = draw()
     if is_dense(input) and case["mode"] != "in place":
         assert grad.stride() == input.stride()
