@@ -140,6 +140,29 @@ def test_a_grad_output_comes_before_the_rounding(loss, scale, dtype):
         check(loss, input, target, mode=mode, scale=scale, reduction="mean")
 
 
+def test_a_means_gradient_has_no_error_that_all_elements_share():
+    def error_of_float(n):
+        return abs(torch.tensor(1 / n).double().item() * n - 1)
+
+    n = max(range(3996, 4096), key=error_of_float)
+    assert error_of_float(n) > 5e-8
+    y, x = torch.rand(n) + 0.5, torch.randn(n, requires_grad=True)
+    (grad,) = torch.autograd.grad(fused_ce.kl_div(x, y, reduction="batchmean"), x)
+    exact = y.double() / -n  # each element is rounded, to either side
+    assert abs(((grad - exact) / exact).mean()) < 5e-9
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_infinite_slope_stays_one_whatever_a_mean_divides_by(sign):
+    for n in range(1, 20):
+        x, y = torch.zeros(n, requires_grad=True), torch.zeros(n)
+        y[-1] = 1000.0  # whose exp is infinite
+        value = fused_ce.kl_div(x, y, reduction="batchmean", log_target=True)
+        (grad,) = torch.autograd.grad(sign * value, x)
+        assert grad[-1] == -sign * torch.inf
+        torch.testing.assert_close(grad[:-1], torch.full((n - 1,), -sign / n))
+
+
 # A few ulp at most of each element, where stock's formulas lose all digits of some.
 def test_a_confident_element_keeps_its_digits():
     x = torch.linspace(-90, 90, 3001)
