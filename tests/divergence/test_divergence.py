@@ -35,6 +35,7 @@ from support.layouts import (
     is_dense,
     lay_out,
 )
+from support.reference import Outcome
 
 import fused_ce
 
@@ -164,6 +165,19 @@ def test_no_divergence_is_negative(dtype, classes, reverse):
     assert equal.grad_input.abs().max() <= eps
 
 
+def rows_of(input, teacher, *, mode, **options):
+    """The divergence of each row, and the gradient of their sum, which may come with the sum."""
+    losses = _loss(input, teacher, reduction="none", **options)
+    if mode == "no grad":
+        return Outcome(losses)
+    return Outcome(losses, ours(input, teacher, reduction="sum", mode=mode, **options).grad_input)
+
+
+def exact_rows_of(input, teacher, **options):
+    losses, _, _ = in_float64(input, teacher, reduction="none", **options)
+    return Outcome(losses, in_float64(input, teacher, reduction="sum", **options).grad_input)
+
+
 @both_directions
 @pytest.mark.parametrize("mode", ["default", "recompute"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
@@ -175,8 +189,8 @@ def test_confident_rows_keep_their_digits(classes, layout, mode, reverse):
     input[torch.arange(6), largest] = 20.0
     teacher[torch.arange(6), largest] = 24.0
     input = lay_out(input, layout)
-    found = ours(input, teacher, mode=mode, reverse=reverse, reduction="none")
-    exact = in_float64(input, teacher, reverse=reverse, reduction="none")
+    found = rows_of(input, teacher, mode=mode, reverse=reverse)
+    exact = exact_rows_of(input, teacher, reverse=reverse)
     torch.testing.assert_close(found.loss.double(), exact.loss, rtol=2e-5, atol=0)
     at = torch.arange(6), largest
     torch.testing.assert_close(
@@ -194,13 +208,12 @@ def test_a_class_that_both_mask_has_no_part_in_anything(classes, layout, mode, r
     if classes == 4100:  # a block of rows in which there is nothing else
         input[1, :2048] = teacher[1, :2048] = -torch.inf
     keep = torch.arange(0, classes, 2)
-    options = {"mode": mode, "reverse": reverse, "reduction": "none"}
-    found = ours(lay_out(input, layout), lay_out(teacher, layout), **options)
-    exact = in_float64(
+    parts = lay_out(input, layout), lay_out(teacher, layout)
+    found = rows_of(*parts, mode=mode, reverse=reverse)
+    exact = exact_rows_of(
         input[:, keep].nan_to_num(neginf=-1e3),
         teacher[:, keep].nan_to_num(neginf=-1e3),
         reverse=reverse,
-        reduction="none",
     )
     torch.testing.assert_close(found.loss, exact.loss.float(), rtol=1e-5, atol=1e-7)
     if mode == "no grad":
@@ -249,8 +262,8 @@ def test_extreme_logits_have_the_composition_s_divergence(classes, dtype, revers
     input[8:12, 2] = 0
     teacher[8:12, 2] = 3
     for mode in ("default", "recompute"):
-        found = ours(input, teacher, mode=mode, reverse=reverse, reduction="none")
-        exact = in_float64(input, teacher, reverse=reverse, reduction="none")
+        found = rows_of(input, teacher, mode=mode, reverse=reverse)
+        exact = exact_rows_of(input, teacher, reverse=reverse)
         finite = exact.loss.isfinite()
         assert finite.sum() >= 28
         torch.testing.assert_close(
@@ -270,14 +283,14 @@ def test_extreme_logits_have_the_composition_s_divergence(classes, dtype, revers
 @pytest.mark.parametrize("classes", [5, 70, 4099])
 def test_rows_without_a_distribution_are_nan_and_harm_no_other(classes, layout, mode, reverse):
     input, teacher = torch.randn(2, 8, classes)
-    good = ours(lay_out(input, layout), teacher, mode=mode, reverse=reverse, reduction="none")
+    good = rows_of(lay_out(input, layout), teacher, mode=mode, reverse=reverse)
     input[0] = -torch.inf
     teacher[1] = -torch.inf
     input[2, 3] = torch.nan
     teacher[3, 4] = torch.nan
     input[4, 2] = torch.inf
     teacher[5, 2] = torch.inf
-    found = ours(lay_out(input, layout), teacher, mode=mode, reverse=reverse, reduction="none")
+    found = rows_of(lay_out(input, layout), teacher, mode=mode, reverse=reverse)
     assert found.loss[:6].isnan().all()
     assert torch.equal(found.loss[6:], good.loss[6:])
     if mode != "no grad":
