@@ -20,6 +20,13 @@ namespace fused_ce {
 template <class A>
 constexpr A kInfinity = static_cast<A>(__builtin_huge_val());
 
+// What a number loses as an A; of an infinite one, nothing.
+template <class A>
+FCE_HOST_DEVICE double lost_as(double value) {
+  const double lost = value - static_cast<A>(value);
+  return lost - lost == 0.0 ? lost : 0.0;
+}
+
 template <class A>
 struct Smoothing {
   A hard;

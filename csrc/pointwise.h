@@ -29,21 +29,39 @@ FCE_HOST_DEVICE A product_or_zero(A factor, A value) {
   return factor == A(0) ? A(0) : factor * value;
 }
 
-// A factor of all slopes, in two parts, so that what a float loses of it is no error of theirs.
+// A factor of all slopes, in two parts, so that what a float loses of it is no error of theirs. The
+// first is rounded towards 0, and the second is no less than 2^-40 of it, which changes no product:
+// of one sign, they make one infinity of an infinite slope.
 template <class A>
-struct Scale {
-  A value, rest;
-
-  FCE_HOST_DEVICE explicit Scale(double scale)
-      : value(static_cast<A>(scale)), rest(static_cast<A>(scale - static_cast<double>(value))) {}
+class Scale {
+ public:
+  FCE_HOST_DEVICE explicit Scale(double scale) : value_(static_cast<A>(scale)) {
+    if constexpr (!kHasRest) return;
+    const bool is_beyond = value_ > A(0) ? value_ > scale : value_ < scale;
+    if (is_beyond) value_ *= A(1) - A(0x1p-24f);
+    const A least = value_ * A(0x1p-40f);
+    const A rest = static_cast<A>(scale - value_);  // of an infinite scale, nan
+    const bool is_more = value_ > A(0) ? rest > least : rest < least;
+    rest_ = is_more ? rest : least;
+  }
 
   FCE_HOST_DEVICE A operator*(A slope) const {
-    const A product = value * slope;
-    if constexpr (sizeof(A) == sizeof(double)) return product;
-    const bool is_finite = product - product == A(0);
-    return is_finite ? value * slope + rest * slope : product;
+    if constexpr (!kHasRest) return value_ * slope;
+    return value_ * slope + rest_ * slope;
   }
+
+ private:
+  static constexpr bool kHasRest = sizeof(A) < sizeof(double);
+
+  A value_, rest_ = 0;
 };
+
+// The scale of a call; load(operand) gives the only number of one.
+template <class Load>
+FCE_HOST_DEVICE double scale_of(const Problem& p, const Pointwise& s, const Load& load) {
+  const double scale = 1.0 / s.denominator;
+  return p.reduces() && p.grad_output.data ? scale * load(p.grad_output) : scale;
+}
 
 // s(x), s(-x) and l, from one exp.
 template <class A>

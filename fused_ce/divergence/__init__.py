@@ -55,11 +55,11 @@ def kl_div_with_logits(
         \quad\text{or with } \texttt{reverse} \quad
         \mathrm{KL}(p \,\|\, q) = \sum_{c=1}^{C} p_c (\log p_c - \log q_c).
 
-    It is what ``F.kl_div(log_softmax(input / T, 1), log_softmax(target_logits / T, 1),
-    log_target=True)`` adds up, without a copy of the logits in any layout and without a
-    log-softmax stored. Rows that are nearly equal keep their digits, and no divergence is negative.
-    A class that both rule out with a logit of -inf has no part in it. There is no factor
-    :math:`T^2`; for that of `Distilling the Knowledge in a Neural Network
+    It is what ``F.kl_div(log_softmax(input / temperature, 1), log_softmax(target_logits /
+    temperature, 1), log_target=True)`` adds up, without a copy of the logits in any layout and
+    without a log-softmax stored. Rows that are nearly equal keep their digits, and no divergence is
+    negative. A class that both rule out with a logit of -inf has no part in it. There is no factor
+    ``temperature ** 2``; for that of `Distilling the Knowledge in a Neural Network
     <https://arxiv.org/abs/1503.02531>`__ multiply the loss, or divide the ``denominator``, by it.
 
     Args:

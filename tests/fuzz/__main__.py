@@ -32,6 +32,8 @@ OURS = {
     "head": "print(loss := fused_ce.linear_cross_entropy(input.requires_grad_(), "
     "linear_weight.requires_grad_(), target, linear_bias=linear_bias, **options, **chunks), "
     "torch.autograd.grad(loss.sum(), (input, linear_weight)))",
+    "divergence": "print(loss := fused_ce.kl_div_with_logits(input.requires_grad_(), teacher, "
+    "**options), torch.autograd.grad(loss, input, torch.full_like(loss, scale)), mode)",
     "operator": "print(operator(**arguments))",
 }
 

@@ -154,6 +154,34 @@ def heads(draw):
 
 
 @st.composite
+def divergences(draw):
+    """`input` and `teacher`, the `options` of kl_div_with_logits, `mode` and `scale`."""
+    shape = draw(shapes())
+    axis, mode = min(1, len(shape) - 1), draw(st.sampled_from(sorted(MODES)))
+    rows = shape[:axis] + shape[axis + 1 :]
+    lines = ["import torch", f"torch.manual_seed({draw(st.integers(0, 2**31))})"]
+    for name in ("input", "teacher"):
+        lines += [strided(draw, name, shape, draw(st.sampled_from(FLOATS)))]
+        lines += [f"{name}.copy_({values(draw, shape)})"]
+    options = {
+        "temperature": draw(st.sampled_from([1.0, 2.0, 0.7, 30.0])),
+        "reverse": draw(st.booleans()),
+        "reduction": draw(st.sampled_from(["none", "mean", "sum"])),
+    }
+    lines += [f"options = {options}"]
+    if draw(st.booleans()):
+        lines += [
+            f"options['sample_weight'] = torch.rand({rows}).round(decimals=1)",
+            # A mean of no weight is nan, and what is composed has a gradient of nan as well.
+            "options['sample_weight'].view(-1)[:1] = 1",
+        ]
+    if options["reduction"] == "mean" and draw(st.booleans()):
+        lines += ["options['denominator'] = 3.0"]
+    lines += [f"mode, scale = {mode!r}, {draw(st.sampled_from([1.0, 0.25, -3.0]))}"]
+    return "\n".join(lines)
+
+
+@st.composite
 def calls(draw):
     """An `operator` and its `arguments`: a right call, in which some are replaced."""
     rows, classes = draw(st.integers(0, 70)), draw(st.integers(1, 70))
@@ -285,6 +313,7 @@ CASES = {
     "loss": losses,
     "options": extended,
     "pointwise": pointwise,
+    "divergence": divergences,
     "head": heads,
     "operator": calls,
 }

@@ -5,11 +5,12 @@ that is nearer to the exact one than its arithmetic deserves. What a fuzzer look
 more than a few of the last digits.
 """
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
-from support import pointwise_reference, reference
+from support import divergence_reference, pointwise_reference, reference
 from support.composed import composed, in_float64
 from support.grids import MODES
 from support.pointwise_reference import BCE, FOCAL, KL
@@ -101,6 +102,39 @@ def check_head(input, linear_weight, linear_bias, target, options, chunks):
         _check_near(what, *three)
 
 
+def check_divergence(input, teacher, options, mode, scale):
+    if not input.numel():  # there are no kernels for it
+        return
+    fused = functools.partial(fused_ce.kl_div_with_logits, **MODES[mode])
+    if mode == "no grad":
+        with torch.no_grad():
+            ours = Outcome(fused(input, teacher, **options))
+    else:
+        ours = divergence_reference.differentiate(fused, input, teacher, scale=scale, **options)
+    with reference.one_thread():
+        plain = divergence_reference.differentiate(
+            divergence_reference.composed, input, teacher, scale=scale, **options
+        )
+        exact = divergence_reference.in_float64(input, teacher, scale=scale, **options)
+    axis, temperature = min(1, input.dim() - 1), options["temperature"]
+    # What an exp takes is rounded, and so is each gap between the two; a divergence is a difference
+    # of two means of those, and a gradient one of two probabilities, or a probability times one.
+    largest = max(1.0, *(t.abs().max().item() / temperature for t in (input, teacher)))
+    gaps = (teacher.double() - input.double()) / temperature
+    gap = max(1.0, (gaps.amax(axis) - gaps.amin(axis)).max().item())
+    weights = options.get("sample_weight", torch.ones_like(gaps.select(axis, 0)))
+    share, rows = weights.max().item(), weights.numel()
+    if options["reduction"] == "mean":
+        share /= options.get("denominator", weights.sum().item())
+    if options["reduction"] == "none":
+        rows = 1
+    _check_near("loss", ours.loss, plain.loss, exact.loss, largest, share * rows * gap)
+    if ours.grad_input is not None:
+        difference = share * abs(scale) / temperature * (gap if options["reverse"] else 1.0)
+        grads = (each.grad_input for each in (ours, plain, exact))
+        _check_near("gradient", *grads, largest, difference)
+
+
 def check_operator(operator, arguments):
     tensors = {k: v for k, v in arguments.items() if torch.is_tensor(v) and _has_memory(v)}
     before = {name: _bytes(tensor) for name, tensor in tensors.items()}
@@ -120,8 +154,12 @@ def _bytes(tensor):
     return whole.clone()
 
 
-def _check_near(what, ours, stock, exact, rounded=1.0):
-    """`rounded` is the size of what is rounded before it is the argument of an exp."""
+def _check_near(what, ours, stock, exact, rounded=1.0, difference=0.0):
+    """Of a result of two steps, or of a difference, the error is that of what comes before it.
+
+    `rounded` is the size of what is rounded before it is the argument of an exp, `difference` that
+    of the numbers whose difference is taken.
+    """
     assert ours.dtype == stock.dtype and ours.shape == stock.shape, what
     expected = exact.to(ours.dtype)
     finite = expected.isfinite()
@@ -134,6 +172,7 @@ def _check_near(what, ours, stock, exact, rounded=1.0):
     limit = limit if math.isfinite(limit) else 0.0
     if rounded > 1.0:
         limit = max(limit, spacing * rounded)
+    limit = max(limit, difference * torch.finfo(expected.dtype).eps)
     if expected.dtype == torch.float64:
         # Stock is itself the reference, of differences of numbers near 1 and of other products.
         limit = 1e-13 * max(1.0, exact.abs().max().item()) * rounded
@@ -146,6 +185,7 @@ CHECKS = {
     "loss": check_loss,
     "options": check_options,
     "pointwise": check_pointwise,
+    "divergence": check_divergence,
     "head": check_head,
     "operator": check_operator,
 }

@@ -13,7 +13,7 @@ from support.pointwise_reference import (
     FOCAL,
     LOSSES,
     check,
-    check_enough,
+    check_draws,
     differentiate,
     incoming,
     reductions_of,
@@ -88,7 +88,7 @@ def test_loss_and_gradient_are_as_accurate_as_stock(case):
         graded, _ = differentiate(loss.function, input, target, **loss.options, **options)
         assert torch.equal(value, graded)
         return
-    _, grad = check_enough(loss, draw, mode=MODES[case["mode"]], **options)
+    _, grad = check_draws(loss, draw, mode=MODES[case["mode"]], **options)
     input, _ = draw()
     if is_dense(input) and case["mode"] != "in place":
         assert grad.stride() == input.stride()
@@ -138,6 +138,29 @@ def test_a_grad_output_comes_before_the_rounding(loss, scale, dtype):
     input, target = tensors_of(loss, (64, 70), dtype=dtype)
     for mode in MODES.values():
         check(loss, input, target, mode=mode, scale=scale, reduction="mean")
+
+
+def test_a_means_gradient_has_no_error_that_all_elements_share():
+    def error_of_float(n):
+        return abs(torch.tensor(1 / n).double().item() * n - 1)
+
+    n = max(range(3996, 4096), key=error_of_float)
+    assert error_of_float(n) > 5e-8
+    y, x = torch.rand(n) + 0.5, torch.randn(n, requires_grad=True)
+    (grad,) = torch.autograd.grad(fused_ce.kl_div(x, y, reduction="batchmean"), x)
+    exact = y.double() / -n  # each element is rounded, to either side
+    assert abs(((grad - exact) / exact).mean()) < 5e-9
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_an_infinite_slope_stays_one_whatever_a_mean_divides_by(sign):
+    for n in range(1, 20):
+        x, y = torch.zeros(n, requires_grad=True), torch.zeros(n)
+        y[-1] = 1000.0  # whose exp is infinite
+        value = fused_ce.kl_div(x, y, reduction="batchmean", log_target=True)
+        (grad,) = torch.autograd.grad(sign * value, x)
+        assert grad[-1] == -sign * torch.inf
+        torch.testing.assert_close(grad[:-1], torch.full((n - 1,), -sign / n))
 
 
 # A few ulp at most of each element, where stock's formulas lose all digits of some.

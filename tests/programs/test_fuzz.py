@@ -29,6 +29,10 @@ fused_ce.linear_cross_entropy = lambda x, w, *a, **k: right(
     x, 1.01 * w - 0.01 * w.detach(), *a, **k
 )
 """,
+    "divergence": """
+right = fused_ce.kl_div_with_logits
+fused_ce.kl_div_with_logits = lambda *a, **k: right(*a, **k) * (1.01 if k["reverse"] else 1)
+""",
     # Written before the error.
     "operator": """
 from fuzz import checks
@@ -57,7 +61,7 @@ def test_nothing_is_found_where_nothing_is_wrong():
     assert f"{found} without a fault" in done.stdout
 
 
-@pytest.mark.parametrize("kind", ["loss", "head"])
+@pytest.mark.parametrize("kind", ["loss", "head", "divergence"])
 def test_wrong_answer_is_found_and_printed_as_a_program(kind):
     done = fuzz(FAULTY.format(fault=FAULTS[kind]), "--only", kind)
     assert done.returncode == 1, done.stdout

@@ -9,6 +9,7 @@ from support.layouts import class_axis, lay_out
 from support.reference import (
     Outcome,
     assert_as_accurate,
+    assert_draws_as_accurate,
     incoming_gradient,
     one_thread,
     same_layout,
@@ -80,15 +81,31 @@ def in_float64(input, target_logits, *, sample_weight=None, **options):
 
 
 @one_thread()
-def check(input, target_logits, *, mode="default", scale=1.0, luck=1.0, **options):
-    """Ours is no further from float64 than the composition is, plus one ulp."""
+def _measured(input, target_logits, mode, scale, options):
+    """Ours, the composition's and that in float64, of loss and, where there is one, gradient."""
     found = ours(input, target_logits, mode=mode, scale=scale, **options)
     same = differentiate(composed, input, target_logits, scale=scale, **options)
     exact = in_float64(input, target_logits, scale=scale, **options)
-    for what, value, plain, reference in zip(Outcome._fields, found, same, exact, strict=True):
-        if value is not None:
-            assert_as_accurate(value, plain, reference, what, luck=luck)
-    return found
+    return tuple(each for each in zip(found, same, exact, strict=True) if each[0] is not None)
+
+
+def check(input, target_logits, *, mode="default", scale=1.0, luck=1.0, **options):
+    """Ours is no further from float64 than the composition is, plus one ulp."""
+    measured = _measured(input, target_logits, mode, scale, options)
+    for what, values in zip(Outcome._fields, measured, strict=False):
+        assert_as_accurate(*values, what, luck=luck)
+    return Outcome(*(values[0] for values in measured))
+
+
+def check_draws(draw, *, mode="default", scale=1.0):
+    """As check, of what `draw()` returns, as often as assert_draws_as_accurate has it drawn."""
+
+    def measure():
+        input, target_logits, options = draw()
+        return _measured(input, target_logits, mode, scale, options)
+
+    names = Outcome._fields[: 1 if mode == "no grad" else 2]
+    return Outcome(*assert_draws_as_accurate(measure, names))
 
 
 def logits_of(shape, layout, classes, dtype, scale=3.0):

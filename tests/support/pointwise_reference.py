@@ -8,7 +8,12 @@ import torch.nn.functional as F
 
 import fused_ce
 from support.layouts import lay_out
-from support.reference import assert_as_accurate, one_thread, same_layout
+from support.reference import (
+    assert_as_accurate,
+    assert_draws_as_accurate,
+    one_thread,
+    same_layout,
+)
 
 
 def composed_focal(inputs, targets, alpha=0.25, gamma=2.0, reduction="none"):
@@ -133,23 +138,8 @@ def check(loss, input, target, *, mode=None, scale=1.0, luck=1.0, **options):
     return tuple(values[0] for values in measured)
 
 
-ENOUGH = 400  # different elements, of which the largest error is no matter of luck
-MOST_DRAWS = 25  # where an expanded tensor has a single element
-
-
-def check_enough(loss, draw, *, mode=None, **options):
-    """As check, of `draw()`, as often as it takes to have enough different elements together.
-
-    Of one element, or of few, stock's result is now and then the exact one.
-    """
-    measured, elements = [], 0
-    while not measured or (0 < elements < ENOUGH and len(measured) < MOST_DRAWS):
-        input, target = draw()
-        elements += len(torch.stack((input.flatten(), target.flatten())).unique(dim=1)[0])
-        measured.append(_measured(loss, input, target, mode, 1.0, options))
-        if input.dtype == torch.float64:
-            break  # which is compared with stock itself
-    for name, draws in zip(("loss", "gradient"), zip(*measured, strict=True), strict=True):
-        together = (torch.cat([t.flatten() for t in each]) for each in zip(*draws, strict=True))
-        assert_as_accurate(*together, name)
-    return tuple(values[0] for values in measured[-1])
+def check_draws(loss, draw, *, mode=None, **options):
+    """As check, of what `draw()` returns, as often as assert_draws_as_accurate has it drawn."""
+    return assert_draws_as_accurate(
+        lambda: _measured(loss, *draw(), mode, 1.0, options), ("loss", "gradient")
+    )

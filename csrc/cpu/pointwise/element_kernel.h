@@ -86,7 +86,8 @@ class ElementKernel {
         grads_(p.grad),
         wants_loss_(p.loss.data != nullptr),
         wants_grad_(p.grad.data != nullptr),
-        scale_(scale_of(p, s)) {}
+        scale_(scale_of(p, s,
+                        [](const Operand& operand) { return load_value<double>(operand, 0); })) {}
 
   // The sum of the tile's losses.
   double tile(const Tile& tile) {
@@ -104,11 +105,6 @@ class ElementKernel {
 
  private:
   inline static const Operand kNothing{};
-
-  static double scale_of(const Problem& p, const Pointwise& s) {
-    const double scale = 1.0 / s.denominator;
-    return p.reduces() && p.grad_output.data ? scale * load_value<double>(p.grad_output, 0) : scale;
-  }
 
   double block(int64_t first, int64_t n, bool whole_tile) {
     const A* x = input_.read(first, n, whole_tile);

@@ -52,10 +52,7 @@ class BlockEvaluation {
 
   void run() {
     const auto [x, y, pos_weight, n, scale, losses, slopes] = block_;
-    if constexpr (Loss::kIsLogistic) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; i++) exps_[i] = math::exp_nonpositive(-std::fabs(x[i]));
-    }
+    if constexpr (Loss::kIsLogistic) find_exps(x, n);
     if constexpr (Loss::kTakesPower) {
 #pragma omp simd
       for (int64_t i = 0; i < n; i++) {
@@ -73,6 +70,23 @@ class BlockEvaluation {
   }
 
  private:
+  // Where no element of a block is very sure they take fewer instructions, with the same bits.
+  void find_exps(const A* x, int64_t n) {
+    if constexpr (std::is_same_v<A, float>) {
+      A largest = A(0);
+#pragma omp simd reduction(max : largest)
+      for (int64_t i = 0; i < n; i++)
+        largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+      if (largest < math::kNormalExp) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) exps_[i] = math::exp_normal(-std::fabs(x[i]));
+        return;
+      }
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) exps_[i] = math::exp_nonpositive(-std::fabs(x[i]));
+  }
+
   template <bool kLoss, bool kSlope>
   void finish() {
     const auto [x, y, pos_weight, n, scale, losses, slopes] = block_;

@@ -152,10 +152,7 @@ class RowBatch {
 
   void store_masses(const Tile& tile) const {
     PerRow<double> low;
-    for (int64_t r = 0; r < size; r++) {
-      const double lost = mass[r] - static_cast<A>(mass[r]);
-      low[r] = std::isfinite(lost) ? lost : 0.0;
-    }
+    for (int64_t r = 0; r < size; r++) low[r] = lost_as<A>(mass[r]);
     store_runs(mass, p_.row_mass, tile.runs(p_.row_mass));
     store_runs(low, p_.row_mass_low, tile.runs(p_.row_mass_low));
   }
@@ -163,8 +160,7 @@ class RowBatch {
   // What an exp_factor loses as an A. With a z-loss it is no number of few digits, which a
   // coefficient cancels exactly in a row that is certain.
   A factor_rest(double factor) const {
-    const double lost = factor - static_cast<A>(factor);
-    return has_factor_rest() && std::isfinite(lost) ? static_cast<A>(lost) : A(0);
+    return has_factor_rest() ? static_cast<A>(lost_as<A>(factor)) : A(0);
   }
   bool has_factor_rest() const { return common_.z_loss != 0.0; }
 

@@ -58,7 +58,9 @@ template <class A, class Loss>
 class ElementWork {
  public:
   __device__ __forceinline__ ElementWork(const Problem& p, const Pointwise& s, const Loss& loss)
-      : p_(p), s_(s), loss_(loss), scale_(scale_of(p, s)) {}
+      : p_(p), s_(s), loss_(loss), scale_(scale_of(p, s, [](const Operand& operand) {
+          return load_value<double>(operand, 0);
+        })) {}
 
   // Returns the gradient.
   template <class Index>
@@ -81,11 +83,6 @@ class ElementWork {
   double sum = 0;
 
  private:
-  __device__ __forceinline__ static double scale_of(const Problem& p, const Pointwise& s) {
-    const double scale = 1.0 / s.denominator;
-    return p.reduces() && p.grad_output.data ? scale * load_value<double>(p.grad_output, 0) : scale;
-  }
-
   template <class Index>
   __device__ __forceinline__ A value_of(const Operand& operand, const Index& at) const {
     return load_value<A>(operand, at.offset(p_, operand));

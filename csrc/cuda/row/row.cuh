@@ -354,10 +354,9 @@ template <class A>
 __device__ __forceinline__ RowGradient<A> probability_gradient(A max, A rest, double mass,
                                                                double scale, const Constants& k) {
   const auto row = probability_row(max, defined_rest(rest, max), mass, k);
-  const double factor = row.exp_factor(), lost = factor - static_cast<A>(factor);
-  const bool has_rest = k.z_loss != 0.0 && lost - lost == 0.0;  // finite
+  const double factor = row.exp_factor();
   return {base_of(max), static_cast<A>(factor), static_cast<A>(scale),
-          has_rest ? static_cast<A>(lost) : A(0)};
+          k.z_loss != 0.0 ? static_cast<A>(lost_as<A>(factor)) : A(0)};
 }
 
 template <bool kProbabilities, class A>
