@@ -182,11 +182,8 @@ class DivergenceRowKernel {
       with_normal_exps(gap, batch_.factor, [&](auto is_normal) {
         const Logits from = logits.from(i);
         const Kept kept = kKeeps ? to.from(i) : to;
-        // The last chunk of a row has one form; all have the same bits.
-        constexpr bool kMayLackBase = !std::is_same_v<decltype(count), int64_t>;
-        block.add(kMayLackBase && !has_base
-                      ? sum_chunk<is_normal, !kMayLackBase, kKeeps>(from, count, bases, kept)
-                      : sum_chunk<is_normal, true, kKeeps>(from, count, bases, kept));
+        block.add(has_base ? sum_chunk<is_normal, true, kKeeps>(from, count, bases, kept)
+                           : sum_chunk<is_normal, false, kKeeps>(from, count, bases, kept));
       });
     });
     return block;
