@@ -5,7 +5,6 @@ microseconds and its overhead per call is all there is. A drop-in must not hurt 
 """
 
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 
 from bench.demo.training import Task, shuffled_batches
@@ -28,6 +27,8 @@ def make_classifier() -> nn.Module:
 
 
 def digits() -> Task:
+    from sklearn.datasets import load_digits  # a second, which the other tasks need not wait for
+
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16  # [1797, 1, 8, 8]
     labels = torch.tensor(data.target, dtype=torch.int64)

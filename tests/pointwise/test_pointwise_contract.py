@@ -9,8 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.pointwise_reference import LOSSES, composed_focal, tensors_of
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
 
 import fused_ce
 from fused_ce import ops
@@ -44,9 +42,16 @@ def assert_same_outcome(ours, stock, *args, **kwargs):
         assert found[0] == expected[0]
 
 
+# Seconds of import, which one worker alone has to wait for.
+of_torchs_samples = pytest.mark.xdist_group("torch_samples")
+
+
+@of_torchs_samples
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_torchs_samples_of_the_operators_give_the_same(name, dtype):
+    from torch.testing._internal.common_methods_invocations import op_db
+
     (info,) = (info for info in op_db if info.name == name)
     for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
         leaves = [
@@ -63,8 +68,11 @@ def test_torchs_samples_of_the_operators_give_the_same(name, dtype):
             torch.testing.assert_close(found, expected, equal_nan=True)
 
 
+@of_torchs_samples
 @pytest.mark.parametrize("name", MODULES)
 def test_torchs_samples_of_the_modules_give_the_same(name):
+    from torch.testing._internal.common_modules import module_db
+
     (info,) = (info for info in module_db if info.name == name)
     samples = info.module_inputs_func(
         info, device="cpu", dtype=torch.float32, requires_grad=True, training=True
