@@ -1,11 +1,28 @@
 """Every test starts from the same random state and leaves the number of threads as it was."""
 
+import gc
+import re
+
 import pytest
 import torch
-from support import simulated, torchvision
+from support import grids, simulated, torchvision
 from support.devices import DEVICES, MISSING
 
 torchvision.make_importable()
+
+
+def pytest_configure(config):
+    chosen = config.option.markexpr
+    grids.without_slow = bool(re.search(r"\bnot slow\b", chosen)) and " or " not in chosen
+    gc.disable()
+
+
+def pytest_collection_finish():
+    """What is there by now stays: no search for garbage, which some tests ask for, goes through it
+    again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_report_header():
@@ -14,10 +31,8 @@ def pytest_report_header():
 
 @pytest.fixture(autouse=True)
 def fixed_seed_and_threads():
-    threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+    with grids.as_a_test_begins():
+        yield
 
 
 @pytest.fixture(params=DEVICES, scope="module")

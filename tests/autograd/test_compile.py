@@ -28,6 +28,7 @@ from support.grids import (
     every_mode,
     every_reduction,
     name_of,
+    together,
 )
 from support.layouts import GEOMETRIES, OVERLAPPING, is_dense, lay_out, target_of
 from support.reference import differentiate, same_layout
@@ -546,6 +547,7 @@ def test_symbolic_trace_takes_the_module():
     torch.testing.assert_close(graph(x, y), F.cross_entropy(model.layer(x), y, label_smoothing=0.1))
 
 
+@together
 @every_differentiating_mode
 @every_reduction
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -634,6 +636,7 @@ def described(result):
     return [] if result is None else [line for part in result for line in described(part)]
 
 
+@together
 @pytest.mark.parametrize(
     "shape, layout, dtypes",
     [
@@ -725,6 +728,7 @@ def test_operator_keeps_its_schema_for_nothing():
     opcheck(ops.instruction_set, (), test_utils=("test_schema",))
 
 
+@together
 @every_reduction
 @every_mode
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
@@ -748,6 +752,7 @@ def test_fake_call_returns_the_shape(layout, kind, mode, reduction):
     assert described(result) == described(call(same_layout(values), target))
 
 
+@together
 @every_reduction
 @every_mode
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, "probability"], ids=str)
@@ -848,6 +853,7 @@ def test_exported_program_can_be_saved():
     torch.testing.assert_close(loaded.module()(x, y), module(x, y))
 
 
+@together
 @every_mode
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, "probability"], ids=str)
 def test_jit_trace_records_the_call(kind, mode):

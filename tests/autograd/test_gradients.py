@@ -14,7 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.devices import every_device, on_cpu
-from support.grids import DIFFERENTIATING, MODES, REPEATABLE, every_options_of, every_reduction
+from support.grids import (
+    DIFFERENTIATING,
+    MODES,
+    REPEATABLE,
+    every_options_of,
+    every_reduction,
+    together,
+)
 from support.layouts import lay_out, target_of
 from support.reference import assert_as_accurate, float64, same_layout, stock, ulp
 from torch.utils.checkpoint import checkpoint
@@ -32,6 +39,7 @@ def index_problem(classes=5, dtype=torch.float64):
     return input, target, torch.rand(classes, dtype=dtype) + 0.5
 
 
+@together
 @on_cpu
 @every_options_of(REPEATABLE)
 @every_reduction
@@ -55,6 +63,7 @@ def test_gradient_is_the_slope_of_the_loss(reduction, smoothing, weighted, optio
         assert torch.autograd.gradgradcheck(loss, input)
 
 
+@together
 @on_cpu
 @every_options_of(REPEATABLE)
 @every_reduction
@@ -81,6 +90,7 @@ def test_gradient_for_probabilities_is_the_slope(reduction, smoothing, wanted, o
         assert torch.autograd.gradgradcheck(loss, (input, target))
 
 
+@together
 @every_options_of(DIFFERENTIATING)
 @pytest.mark.parametrize("wanted", ["input", "target", "weight", "all"])
 @every_reduction
@@ -104,6 +114,7 @@ def test_each_of_several_gradients_is_there_and_right(wanted, reduction, options
             torch.testing.assert_close(value, expected)
 
 
+@together
 @every_options_of(DIFFERENTIATING)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
@@ -124,6 +135,7 @@ def test_incoming_gradient_multiplies_the_gradient(scale, reduction, kind, dtype
     assert_as_accurate(*grads, exact, "gradient")
 
 
+@together
 @every_options_of(DIFFERENTIATING)
 @pytest.mark.parametrize("form", ["each its own", "expanded", "every second", "transposed", "nan"])
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
@@ -145,6 +157,7 @@ def test_incoming_gradient_of_a_row_goes_to_that_row(form, kind, options):
     torch.testing.assert_close(*grads, equal_nan=True)
 
 
+@together
 @every_options_of(REPEATABLE)
 @every_reduction
 def test_second_backward_equals_the_first(reduction, options):
@@ -163,6 +176,7 @@ def test_second_backward_equals_the_first(reduction, options):
     torch.testing.assert_close(input.grad, 2 * first)
 
 
+@together
 @every_options_of(DIFFERENTIATING)
 @every_reduction
 def test_second_backward_without_retain_graph_is_refused(reduction, options):
@@ -179,6 +193,7 @@ def test_second_backward_without_retain_graph_is_refused(reduction, options):
 
 
 @every_options_of(REPEATABLE)
+@together
 @every_reduction
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.uint8, "probability"], ids=str)
 def test_double_backward_agrees_with_stock(reduction, kind, options):
@@ -207,10 +222,11 @@ def second_order(loss, leaves):
     return first + torch.autograd.grad(penalty, leaves)
 
 
+@pytest.mark.parametrize("form", ["default", "recompute", "compiled"])
+@together
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @every_reduction
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("form", ["default", "recompute", "compiled"])
 def test_double_backward_does_not_read_ignored_rows(form, smoothing, reduction, bad):
     # The gradients are those of stock for finite numbers there: zero in the row itself, and finite
     # for what the loss is multiplied with. Stock's own are nan in the row.
@@ -342,6 +358,7 @@ def test_scaler_steps_follow_stock(options, device):
     torch.testing.assert_close(*finals)
 
 
+@together
 @every_options_of(REPEATABLE)
 @every_reduction
 def test_accumulation_into_grad_adds_and_shares_nothing(reduction, options):
@@ -360,6 +377,7 @@ def test_accumulation_into_grad_adds_and_shares_nothing(reduction, options):
     torch.testing.assert_close(*grads)
 
 
+@together
 @every_options_of(DIFFERENTIATING)
 @every_reduction
 def test_gradient_reaches_what_made_the_logits(reduction, options):
@@ -375,6 +393,7 @@ def test_gradient_reaches_what_made_the_logits(reduction, options):
     torch.testing.assert_close(*grads)
 
 
+@together
 @pytest.mark.parametrize("reentrant", [False, True])
 @every_options_of(DIFFERENTIATING)
 @every_reduction
@@ -402,6 +421,7 @@ def contiguous_copies():
     )
 
 
+@together
 @pytest.mark.parametrize(
     "hooks", [contiguous_copies, torch.autograd.graph.save_on_cpu], ids=lambda hooks: hooks.__name__
 )
@@ -430,6 +450,7 @@ def pass_through():
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
+@together
 @pytest.mark.parametrize("hooks", [pass_through, torch.autograd.graph.save_on_cpu])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @every_options_of(DIFFERENTIATING)
@@ -445,6 +466,7 @@ def test_logits_edited_under_saved_tensor_hooks_are_noticed(hooks, scale, option
         loss.backward(torch.tensor(scale))
 
 
+@together
 @pytest.mark.parametrize("hooks", [contiguous_copies, torch.autograd.graph.save_on_cpu])
 @every_reduction
 def test_in_place_under_saved_tensor_hooks_is_right_or_refused(hooks, reduction):
@@ -467,6 +489,7 @@ def test_in_place_under_saved_tensor_hooks_is_right_or_refused(hooks, reduction)
 SHARED_WORK = ((5000, 10), (33, 4097), (2, 21, 65, 67), (2, 400003))
 
 
+@together
 @on_cpu
 @pytest.mark.parametrize("shape", SHARED_WORK, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -529,6 +552,7 @@ def test_concurrent_losses_leave_each_other_alone(options):
         assert torch.equal(value[0], alone[0]) and torch.equal(value[1], alone[1])
 
 
+@together
 @every_options_of(DIFFERENTIATING)
 @every_reduction
 def test_backward_in_another_thread_is_right(reduction, options):
@@ -567,6 +591,7 @@ def test_gradient_of_an_ignored_row_is_exactly_zero(options):
     assert (input.grad[1::3] != 0).all()
 
 
+@together
 @every_options_of(DIFFERENTIATING)
 @pytest.mark.parametrize("after_backward", [False, True])
 def test_graph_lets_the_logits_go(options, after_backward):

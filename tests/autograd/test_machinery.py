@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
-from support.grids import MODES, every_dtype
+from support.grids import MODES, every_dtype, together
 from support.layouts import target_of
 from support.reference import differentiate, same_layout
 from torch import nn
@@ -158,6 +158,7 @@ HOOKS = (
 )
 
 
+@together
 @every_call
 @pytest.mark.parametrize("body", HOOKS, ids=lambda body: body.__name__.strip("_"))
 def test_hook_sees_and_gives_the_gradient(body, call):
@@ -315,12 +316,14 @@ WAYS = (
 )
 
 
+@together
 @every_call
 @pytest.mark.parametrize("body", WAYS, ids=lambda body: body.__name__.strip("_"))
 def test_every_way_through_autograd_leads_to_the_gradient(body, call):
     compare(body, call)
 
 
+@together
 @every_call
 @pytest.mark.parametrize("default", [torch.float64, torch.float16], ids=str)
 @every_dtype
@@ -463,6 +466,7 @@ class Wrapper(torch.Tensor):
         return pytree.tree_map_only(torch.Tensor, cls, function(*args, **kwargs))
 
 
+@together
 @every_call
 @pytest.mark.parametrize("which", ["input", "target", "weight"])
 def test_plain_subclass_gets_the_same_result(which, call):
@@ -485,6 +489,7 @@ def test_plain_subclass_gets_the_same_result(which, call):
     )
 
 
+@together
 @every_call
 @pytest.mark.parametrize("which", ["input", "target", "all"])
 def test_wrapper_gets_the_same_result(which, call):
@@ -616,6 +621,7 @@ STRANGE = {
 }
 
 
+@together
 @pytest.mark.filterwarnings("ignore")  # sparse, quantized and nested tensors all have theirs
 @pytest.mark.parametrize("name", STRANGE)
 def test_strange_tensor_gets_the_answer_of_stock(name):
@@ -633,6 +639,7 @@ def test_strange_tensor_gets_the_answer_of_stock(name):
         torch.testing.assert_close(fused_ce.cross_entropy(*make()), expected)
 
 
+@together
 @every_call
 @pytest.mark.parametrize("which", ["logits", "gradient", "target", "weight"])
 def test_negative_view_is_read_with_its_sign(which, call):
@@ -686,6 +693,7 @@ def test_negative_view_is_not_written_in_place(reduction):
 # Autocast
 
 
+@together
 @pytest.mark.parametrize("inside", [True, False])
 @every_call
 def test_autocast_in_backward_keeps_the_gradient(call, inside):

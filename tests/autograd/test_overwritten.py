@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.devices import every_device
-from support.grids import cases_of, crossed
+from support.grids import cases_of, crossed, together
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import BackwardHook
@@ -98,6 +98,7 @@ def refused(call):
         call()
 
 
+@together
 @crossed(with_loss=[False, True], use=USES, kind=PLAIN, call=WRITES_IN_FORWARD)
 def test_use_after_the_loss_has_no_gradient(with_loss, use, kind, call):
     leaf, base, logits = layer(kind)
@@ -107,6 +108,7 @@ def test_use_after_the_loss_has_no_gradient(with_loss, use, kind, call):
     assert leaf.grad is None
 
 
+@together
 @crossed(use=USES, kind=PLAIN, call=CALLS)
 def test_use_after_the_backward_has_no_gradient(use, kind, call):
     _, base, logits = layer(kind, CALLS[call][1])
@@ -114,6 +116,7 @@ def test_use_after_the_backward_has_no_gradient(use, kind, call):
     refused(USES[use](logits, base).backward)
 
 
+@together
 @every_call
 @pytest.mark.parametrize("kind", LOCKED)
 def test_use_of_a_view_that_nobody_may_write_to_has_no_gradient(kind, call):
@@ -125,6 +128,7 @@ def test_use_of_a_view_that_nobody_may_write_to_has_no_gradient(kind, call):
     refused(base.sum().backward)
 
 
+@together
 @every_call
 @every_logits
 def test_logits_of_any_kind_have_the_gradient(kind, call):
@@ -135,6 +139,7 @@ def test_logits_of_any_kind_have_the_gradient(kind, call):
     compared(body, kind, call)
 
 
+@together
 @every_call
 @every_logits
 def test_use_before_the_loss_has_its_gradient(kind, call):
@@ -147,6 +152,7 @@ def test_use_before_the_loss_has_its_gradient(kind, call):
     compared(body, kind, call)
 
 
+@together
 @pytest.mark.parametrize("call", WRITES_IN_BACKWARD)
 @every_logits
 def test_use_before_the_writing_has_its_gradient(kind, call):
@@ -158,6 +164,7 @@ def test_use_before_the_writing_has_its_gradient(kind, call):
     compared(body, kind, call)
 
 
+@together
 @crossed(scale=[1.0, 3.0], kind=LOGITS, call=CALLS)
 def test_hook_sees_the_gradient_wherever_it_was_registered(scale, kind, call):
     late = kind in PLAIN  # torch refuses hooks on the other views once they are changed
@@ -198,6 +205,7 @@ def is_taken(case):
     return not (late and case.get("kind") in LOCKED and case.get("call") in WRITES_IN_FORWARD)
 
 
+@together
 @pytest.mark.parametrize("case", cases_of(KEPT, often=2, valid=is_taken))
 def test_kept_gradient_is_kept_whenever_it_was_asked_for(case):
     asked, kind, call = case.values()
@@ -225,6 +233,7 @@ def test_kept_gradient_adds_to_the_one_before(call):
     compared(body, "result", call)
 
 
+@together
 @every_call
 @every_logits
 def test_gradient_for_an_edge_from_before_is_there(kind, call):
@@ -235,6 +244,7 @@ def test_gradient_for_an_edge_from_before_is_there(kind, call):
     compared(body, kind, call)
 
 
+@together
 @every_call
 @every_plain_logits
 def test_hook_can_be_registered_after_the_backward(kind, call):
@@ -246,6 +256,7 @@ def test_hook_can_be_registered_after_the_backward(kind, call):
     refused(logits.sum().backward)
 
 
+@together
 @every_call
 @pytest.mark.parametrize("viewed", [False, True])
 def test_leaf_is_taken_for_what_it_holds(viewed, call):
@@ -270,6 +281,7 @@ def test_leaf_is_taken_for_what_it_holds(viewed, call):
     torch.testing.assert_close(leaf.grad, values.grad)
 
 
+@together
 @crossed(reentrant=[False, True], kind=PLAIN, call=CALLS)
 def test_use_after_a_checkpoint_has_no_gradient(kind, reentrant, call):
     # The function runs again in the backward. A reentrant one has no gradient for the logits if it
@@ -286,6 +298,7 @@ def test_use_after_a_checkpoint_has_no_gradient(kind, reentrant, call):
     refused(base.sum().backward)
 
 
+@together
 @every_call
 @every_plain_logits
 def test_overwritten_logits_are_let_go(kind, call):

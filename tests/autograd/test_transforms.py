@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
-from support.grids import MODES, REDUCTIONS, REPEATABLE, every_options_of, every_reduction
+from support.grids import MODES, REDUCTIONS, REPEATABLE, every_options_of, every_reduction, together
 from support.layouts import target_of
 from support.reference import same_layout
 from torch.func import (
@@ -101,6 +101,7 @@ TRANSFORMS = {
 }
 
 
+@together
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @every_kind
 @every_reduction
@@ -126,6 +127,7 @@ COMPILED = [name for name in TRANSFORMS if name not in NOT_COMPILED]
 
 
 # Each reduction and kind of target with some of the transforms: compiling takes long.
+@together
 @pytest.mark.parametrize(
     "transform, kind, reduction",
     [
@@ -170,6 +172,7 @@ def batched_arguments(kind, in_dims):
     ]
 
 
+@together
 @pytest.mark.parametrize("in_dims", BATCHES.values(), ids=BATCHES.keys())
 @pytest.mark.parametrize("kind", ["index", "int32", "probability"])
 # Stock cannot smooth for a batch of index targets.
@@ -224,6 +227,7 @@ def test_batch_of_unbatched_rows_agrees_with_stock():
     torch.testing.assert_close(*both(body))
 
 
+@together
 @every_kind
 @every_reduction
 def test_derivative_for_target_and_weight_agrees_with_stock(kind, reduction):
@@ -330,6 +334,7 @@ def test_reason_for_stock_is_told(level):
     assert fused_ce.explain(input, target).startswith("fused")
 
 
+@together
 @every_kind
 @every_reduction
 @pytest.mark.parametrize("wanted", ["input", "target", "weight", "all", "none"])
@@ -358,6 +363,7 @@ def test_tangent_agrees_with_stock(kind, reduction, wanted):
             assert value == expected
 
 
+@together
 @every_kind
 @every_reduction
 def test_forward_over_reverse_keeps_the_tangent(kind, reduction):
@@ -394,6 +400,7 @@ def _dual(back, v):
         yield from fwAD.unpack_dual(back(fwAD.make_dual(v, step_like(v) + 0.5)))
 
 
+@together
 @pytest.mark.parametrize("transform", LATE)
 @every_kind
 @every_reduction
@@ -418,6 +425,7 @@ def test_transform_of_a_backward_alone_is_right_or_refused(transform, kind, redu
     torch.testing.assert_close(*both(body, options))
 
 
+@together
 @pytest.mark.parametrize("transform", LATE)
 def test_transform_of_a_backward_in_place_is_right_or_refused(transform):
     # There the logits are gone: an error, or the right answer, and no zeros.
@@ -442,6 +450,7 @@ def test_transform_of_a_backward_in_place_is_right_or_refused(transform):
     torch.testing.assert_close(result, expected)
 
 
+@together
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
 @pytest.mark.parametrize("form", ["create_graph", "is_grads_batched", "vmap", "dual level"])
 @pytest.mark.parametrize(
@@ -474,6 +483,7 @@ def test_nonfinite_incoming_gradient_spares_an_ignored_row(kind, reduction, form
         torch.testing.assert_close(mine[mine.isfinite()], theirs[mine.isfinite()])
 
 
+@together
 @every_kind
 @every_reduction
 @every_options_of(REPEATABLE)
@@ -497,6 +507,7 @@ def test_second_derivatives_agree_with_stock(kind, reduction, options):
     torch.testing.assert_close(*both(body, options))
 
 
+@together
 @every_kind
 @every_reduction
 @every_options_of(REPEATABLE)
@@ -539,6 +550,7 @@ FUNCTIONALS = {
 }
 
 
+@together
 @pytest.mark.parametrize("name", FUNCTIONALS)
 @every_kind
 @every_options_of(REPEATABLE)
@@ -552,6 +564,7 @@ def test_functional_derivative_agrees_with_stock(name, kind, options):
     torch.testing.assert_close(*both(body, options))
 
 
+@together
 @pytest.mark.parametrize(
     "kind, reduction", [("index", "mean"), ("index", "none"), ("probability", "none")]
 )
@@ -577,6 +590,7 @@ def test_derivatives_are_slopes_in_every_mode_of_autograd(kind, reduction, optio
     )
 
 
+@together
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES.keys())
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_that_a_transform_left_behind_keep_their_gradient(kind, options):

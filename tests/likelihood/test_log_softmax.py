@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
+from support.grids import together
 from support.likelihood import (
     LARGE,
     assert_same,
@@ -40,6 +41,7 @@ LAYOUTS = {
 }
 
 
+@together
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_layout_and_gradients_are_stocks(layout, dtype, all_is_large):
@@ -60,6 +62,7 @@ def test_values_layout_and_gradients_are_stocks(layout, dtype, all_is_large):
     assert leaf.grad.stride() == leaf.stride() or not leaf.is_contiguous()
 
 
+@together
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
@@ -217,6 +220,7 @@ USES = [
 ]
 
 
+@together
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 def test_whatever_is_done_with_it_has_stocks_result(use, all_is_large):
     assert_same(use(fused_ce.log_softmax), use(F.log_softmax))
@@ -328,6 +332,7 @@ def test_large_results_come_without_the_page_faults(dtype):
     assert_same(fused_ce.log_softmax(input[:300], 1), F.log_softmax(input[:300], 1))
 
 
+@together
 @pytest.mark.parametrize(
     ("make", "options", "reason"),
     [

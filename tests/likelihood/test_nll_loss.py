@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
+from support.grids import together
 from support.likelihood import (
     LARGE,
     assert_same,
@@ -45,6 +46,7 @@ OPTIONS = {
 }
 
 
+@together
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -82,6 +84,7 @@ def test_other_layouts_are_stocks_own(input, all_is_large):
 X, Y = problem((6, 5))
 
 
+@together
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
@@ -211,6 +214,7 @@ USES = [
 ]
 
 
+@together
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 def test_whatever_is_done_with_it_has_stocks_result(use, all_is_large):
     def pair(log_prob, *arguments, **options):

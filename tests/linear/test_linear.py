@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.grids import DTYPES, covering, name_of
+from support.grids import DTYPES, covering, name_of, together
 from support.linear_reference import (
     check_against_stock,
     chunk_sizes,
@@ -93,6 +93,7 @@ def warnings_of_other_tests():
     plan._warn_once.cache_clear()
 
 
+@together
 @pytest.mark.filterwarnings("ignore:fused_ce. max_chunk_bytes")
 @pytest.mark.parametrize("case", covering(AXES, 2, valid), ids=name_of)
 def test_loss_and_gradients_agree(case):
@@ -167,6 +168,7 @@ def wide_errors(dtype, targets, scale, **chunks):
 
 
 # 48 leaves six chunks, 128 two, whose sums are taken in another type than those of more.
+@together
 @pytest.mark.parametrize("dtype", ORDER_OF_SUMS)
 @pytest.mark.parametrize("targets", WIDE_TARGETS)
 @pytest.mark.parametrize("chunk_size", (48, 128, 256))
@@ -177,6 +179,7 @@ def test_gradient_is_as_accurate_as_stock(dtype, targets, chunk_size, scale, ahe
         assert mine <= ORDER_OF_SUMS[dtype] * theirs
 
 
+@together
 @pytest.mark.parametrize("dtype", ORDER_OF_SUMS)
 @pytest.mark.parametrize("chunk_size", (48, 256))
 def test_scaled_gradient_is_off_by_a_rounding_at_most(dtype, chunk_size):
@@ -222,6 +225,7 @@ def test_class_weights_whose_sum_is_beyond_float32_divide(chunks):
         torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-4, atol=1e-6)
 
 
+@together
 @needs_torchs
 @pytest.mark.parametrize("shape", [name for name in SHAPES if not name.startswith("BT")])
 @pytest.mark.parametrize("kind", (torch.int64, "probability"), ids=("index", "probability"))
@@ -261,6 +265,7 @@ def sizes_of(rows, classes=CLASSES, **options):
 
 # rows, chunk_size: chunks. As many as needed and of one size, but a multiple of 128 where the
 # chunk may be that large; the last takes what is left.
+@together
 @pytest.mark.parametrize(
     "rows, size, chunks",
     [
@@ -311,6 +316,7 @@ def test_default_keeps_its_budget():
     assert sizes_of(2048, classes=32_000) == [512] * 4
 
 
+@together
 @needs_torchs
 @pytest.mark.parametrize(
     "options, size",
@@ -348,6 +354,7 @@ def test_contradiction_within_the_options_is_refused():
 
 
 # Stock: nan for a mean over nothing, and gradients of exactly zero.
+@together
 @pytest.mark.parametrize("smoothing", (0.0, 0.1))
 @pytest.mark.parametrize("weighted", (False, True))
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
@@ -396,6 +403,7 @@ def test_total_weight_of_zero_is_nan(smoothing):
     assert result.grad_linear_weight.isnan().all()
 
 
+@together
 @pytest.mark.parametrize("rows", (0, 1, 2))
 @pytest.mark.parametrize("kind", (torch.int64, "probability"), ids=("index", "probability"))
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
@@ -411,6 +419,7 @@ def test_few_and_no_rows_agree(rows, kind, reduction, ahead):
 
 
 # Sizes of zero, of which reshape(-1, ...) cannot tell what is left.
+@together
 @pytest.mark.parametrize("batch", ((5,), (2, 3)))
 @pytest.mark.parametrize("positions, features", [((), 0), ((2,), 0), ((0,), 4), ((3, 0), 4)])
 @pytest.mark.parametrize("probability", (False, True))
@@ -435,6 +444,7 @@ def test_target_of_one_element_for_one_row_is_taken():
     torch.testing.assert_close(result, expected)
 
 
+@together
 @pytest.mark.parametrize("order", ("transposed weight", "every second row", "expanded input"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_layout_changes_nothing(order, dtype):
@@ -480,6 +490,7 @@ def test_chunks_change_nothing(rows, features, classes, chunk_size, reduction, a
             torch.testing.assert_close(value, plain, equal_nan=True, rtol=1e-10, atol=1e-12)
 
 
+@together
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_bits_are_the_same_in_every_run(reduction, dtype):
@@ -489,6 +500,7 @@ def test_bits_are_the_same_in_every_run(reduction, dtype):
         assert torch.equal(a, b)
 
 
+@together
 @pytest.mark.parametrize("reduction, count", [("mean", 3), ("none", 4)])
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (True, True), (False, False)])
 def test_frozen_tensor_costs_no_gemm(reduction, count, needs):

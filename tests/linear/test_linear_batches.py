@@ -6,7 +6,7 @@ row by row; test_linear_memory.py has what they take.
 
 import pytest
 import torch
-from support.grids import cases_of
+from support.grids import cases_of, together
 from support.linear_reference import WAYS, differentiate, in_chunks, ours, stock, stock_loss
 
 import fused_ce
@@ -54,6 +54,7 @@ AXES = {
 }
 
 
+@together
 @pytest.mark.parametrize("case", cases_of(AXES, often=2, seldom=3))
 def test_targets_in_any_memory_give_the_same_loss(case):
     layout, kind, positions, rows, reduction, way = case.values()
@@ -72,6 +73,7 @@ def test_narrow_sums_find_the_most_probable_classes_of_each_row():
     torch.testing.assert_close(result, ours(layer, dense, chunk_size=5), rtol=0, atol=0)
 
 
+@together
 @every_layout
 def test_only_what_no_view_flattens_keeps_its_dimensions(layout):
     target = LAYOUTS[layout](torch.rand(4, 8, 3, CLASSES))
@@ -89,6 +91,7 @@ def test_only_what_no_view_flattens_keeps_its_dimensions(layout):
     assert torch.equal(flat, target.reshape(-1, CLASSES))
 
 
+@together
 @every_layout
 def test_rows_are_those_of_the_flat_target(layout):
     target = LAYOUTS[layout](torch.rand(4, 8, 3, CLASSES))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from support.grids import together
 from support.linear_reference import gemms, stock_loss
 from torch import nn
 
@@ -94,6 +95,7 @@ def unpack(call):
     return (tensors, last) if isinstance(last, dict) else ((*tensors, last), {})
 
 
+@together
 @pytest.mark.parametrize("call", BAD_CALLS)
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 @pytest.mark.parametrize("requires_grad", (True, False))
@@ -108,6 +110,7 @@ def test_bad_call_raises_what_stock_raises(call, reduction, requires_grad):
     assert shapes == []
 
 
+@together
 @pytest.mark.skipif(TORCHS is None, reason="torch 2.13 and newer have the function")
 @pytest.mark.parametrize("call", TORCHS_OWN)
 def test_bad_layer_raises_what_torch_raises(call):
@@ -134,6 +137,7 @@ def test_bad_layer_is_refused():
 
 
 # The last of several chunks holds the bad target; the first bad one is named.
+@together
 @pytest.mark.parametrize("dtype", (torch.int64, torch.int32, torch.uint8))
 @pytest.mark.parametrize("classes", (5, 300))
 def test_chunks_before_a_bad_target_are_not_computed(dtype, classes):
@@ -157,6 +161,7 @@ def test_target_of_another_batch_shape_is_refused(shape):
         lce(torch.randn(2, 3, 4), torch.randn(5, 4), indices(*shape))
 
 
+@together
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "4"])
 @pytest.mark.parametrize("name", ("chunk_size", "max_chunk_bytes"))
 def test_chunk_of_nothing_is_refused(name, value):

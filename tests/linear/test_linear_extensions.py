@@ -4,7 +4,7 @@ on the layer's output, in any chunks."""
 import pytest
 import torch
 import torch.nn.functional as F
-from support.grids import cases_of
+from support.grids import cases_of, together
 from support.reference import incoming_gradient
 
 import fused_ce
@@ -39,6 +39,7 @@ def is_valid(case):
     return case.get("denominator") is None or case.get("reduction", "mean") == "mean"
 
 
+@together
 @pytest.mark.parametrize("case", cases_of(AXES, often=2, seldom=3, valid=is_valid))
 def test_options_are_those_of_the_loss_on_the_layers_output(case):
     batch, positions = SHAPES[case["shape"]]
@@ -108,6 +109,7 @@ def test_options_are_those_of_the_loss_on_the_layers_output(case):
         torch.testing.assert_close(found, expected, equal_nan=True)
 
 
+@together
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("denominator", [None, 0.0])
 @pytest.mark.parametrize("rows", [0, 6])

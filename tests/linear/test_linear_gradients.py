@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
-from support.grids import every_reduction
+from support.grids import every_reduction, together
 from support.linear_reference import WAYS, Outcome, differentiate, every_way, in_chunks, stock_loss
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
@@ -60,6 +60,7 @@ def varied(loss):
     return torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
 
 
+@together
 @every_reduction
 @every_way
 @every_kind
@@ -89,6 +90,7 @@ def test_scratch_of_any_size_gives_the_same_gradient(kind, monkeypatch):
     assert all(map(torch.equal, found, expected))
 
 
+@together
 @every_reduction
 @every_way
 def test_second_backward_without_retain_graph_is_refused(reduction, way):
@@ -103,6 +105,7 @@ def test_second_backward_without_retain_graph_is_refused(reduction, way):
     assert mine == theirs
 
 
+@together
 @every_reduction
 @every_way
 @every_kind
@@ -136,6 +139,7 @@ def test_gradient_is_the_slope_of_the_loss(reduction):
     assert torch.autograd.gradgradcheck(loss, leaves, fast_mode=True)
 
 
+@together
 @every_reduction
 @every_way
 def test_batched_incoming_gradients_are_taken(reduction, way):
@@ -171,6 +175,7 @@ def _dual(function, x):
         return tuple(fwAD.unpack_dual(function(fwAD.make_dual(x, torch.ones_like(x)))))
 
 
+@together
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @every_kind
 @every_reduction
@@ -191,6 +196,7 @@ LATE = {
 }
 
 
+@together
 @pytest.mark.parametrize("transform", LATE)
 @every_reduction
 @every_way
@@ -246,6 +252,7 @@ def with_zeros(kind, ignored):
     return (input, linear_weight, linear_bias), target
 
 
+@together
 @pytest.mark.parametrize(
     "kind, ignored", [("index", "some"), ("index", "all"), ("probability", "")]
 )
@@ -296,6 +303,7 @@ def test_gradient_for_target_and_weight_is_there():
 
 
 # Without the scaler's factor folded in before rounding, these gradients would be zero in float16.
+@together
 @pytest.mark.parametrize("autocast", (False, True))
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 def test_small_fp16_gradients_survive_under_a_scaler(reduction, autocast):
@@ -374,6 +382,7 @@ def test_tied_weight_of_the_module_is_not_copied():
     assert (embedding.weight.grad != 0).all()
 
 
+@together
 @pytest.mark.parametrize("reentrant", (False, True))
 @every_reduction
 def test_gradient_through_a_checkpoint_is_right(reduction, reentrant):

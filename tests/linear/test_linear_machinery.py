@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from support.grids import REDUCTIONS, covering, every_reduction, name_of
+from support.grids import REDUCTIONS, covering, every_reduction, name_of, together
 from support.linear_reference import WAYS, differentiate, every_way, stock_loss
 from torch import nn
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
@@ -233,6 +233,7 @@ def test_autocast_under_compile_keeps_the_type(inside):
     torch.testing.assert_close(*results, rtol=0.03, atol=0.01)
 
 
+@together
 @pytest.mark.parametrize("kind", ("index", "probability"))
 @every_reduction
 @every_way
@@ -272,6 +273,7 @@ def test_operator_keeps_its_schema(kind, reduction, way):
         opcheck(operators.forward, call)
 
 
+@together
 @pytest.mark.parametrize("kind", ("index", "probability"))
 @every_reduction
 def test_fake_call_returns_the_shape(kind, reduction):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.grids import KINDS, MODES, SHAPES, every_mode
+from support.grids import KINDS, MODES, SHAPES, every_mode, together
 from support.layouts import target_of
 from support.reference import differentiate, same_layout
 from torch.overrides import TorchFunctionMode
@@ -36,6 +36,7 @@ def is_fused(*args, **options):
     return fused_ce.explain(*args, **options).startswith("fused: ")
 
 
+@together
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @every_mode
@@ -58,6 +59,7 @@ NUMBERS = {
 }
 
 
+@together
 @pytest.mark.parametrize(
     "option, value", [(option, value) for option, values in NUMBERS.items() for value in values]
 )
@@ -73,6 +75,7 @@ def test_numbers_that_stock_takes_keep_fusion(option, value):
     torch.testing.assert_close(loss, F.cross_entropy(input @ head.T, target, **options))
 
 
+@together
 @pytest.mark.parametrize(
     "options",
     [
@@ -200,6 +203,7 @@ class Recorder(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
+@together
 @pytest.mark.parametrize("which", ["input", "target", "weight"])
 @pytest.mark.parametrize("extra", [{}, {"inplace": True}, {"grad_in_forward": False}], ids=str)
 def test_subclass_is_handed_the_function_of_torch(which, extra):
@@ -236,6 +240,7 @@ def test_function_mode_sees_our_function():
     torch.testing.assert_close(loss, expected)
 
 
+@together
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, "probability"], ids=str)
 @every_mode

@@ -24,6 +24,7 @@ from support.grids import (
     every_dtype,
     every_mode,
     every_reduction,
+    together,
 )
 from support.layouts import target_of
 from support.reference import (
@@ -42,6 +43,7 @@ pytestmark = every_device
 NAN, INF = math.nan, math.inf
 
 
+@together
 @crossed(shape=SHAPES, smoothing=(0.0, 0.1), reduction=REDUCTIONS, dtype=DTYPES, mode=MODES)
 def test_all_rows_ignored_give_the_value_of_stock(shape, smoothing, reduction, dtype, mode):
     # nan, 0, or zeros; and a gradient of zeros, also from the nan.
@@ -67,6 +69,7 @@ def test_all_rows_ignored_give_the_value_of_stock(shape, smoothing, reduction, d
 EMPTY = ((0, 5), (0, 5, 3), (0, 5, 3, 4), (0, 5, 1, 2, 2), (2, 5, 0))
 
 
+@together
 @crossed(shape=EMPTY, reduction=REDUCTIONS, dtype=DTYPES, mode=MODES)
 def test_empty_batch_gives_the_value_of_stock(shape, reduction, dtype, mode):
     for kind in KINDS:
@@ -80,6 +83,7 @@ def test_empty_batch_gives_the_value_of_stock(shape, reduction, dtype, mode):
         )
 
 
+@together
 @every_mode
 @every_reduction
 def test_no_classes_and_nothing_counted_is_no_error(reduction, mode):
@@ -90,6 +94,7 @@ def test_no_classes_and_nothing_counted_is_no_error(reduction, mode):
     torch.testing.assert_close(result, expected, equal_nan=True)
 
 
+@together
 @crossed(smoothing=(0.0, 0.1), reduction=REDUCTIONS, dtype=DTYPES, mode=MODES)
 @pytest.mark.on_simulator
 def test_total_weight_of_zero_gives_the_value_of_stock(smoothing, reduction, dtype, mode):
@@ -109,6 +114,7 @@ def test_total_weight_of_zero_gives_the_value_of_stock(smoothing, reduction, dty
     )
 
 
+@together
 @every_mode
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -130,6 +136,7 @@ def test_weighted_mean_divides_by_the_counted_weight(kind, smoothing, ignored, m
     torch.testing.assert_close(result.loss, losses[counted].sum() / divisor)
 
 
+@together
 @crossed(reduction=REDUCTIONS, dtype=DTYPES, mode=MODES)
 def test_unbatched_input_takes_both_forms_of_target(reduction, dtype, mode):
     input = torch.randn(19).to(dtype)
@@ -146,6 +153,7 @@ def test_unbatched_input_takes_both_forms_of_target(reduction, dtype, mode):
     check_against_stock(input, probability, mode=mode, reduction=reduction)
 
 
+@together
 @crossed(offset=(1000.0, -1000.0, 30000.0), dtype=DTYPES, mode=MODES)
 def test_large_logits_keep_their_digits(offset, dtype, mode):
     # Shifting all logits of a row changes nothing, if they are exact: eighths in float.
@@ -162,6 +170,7 @@ def test_large_logits_keep_their_digits(offset, dtype, mode):
         assert torch.equal(there.loss, here.loss)
 
 
+@together
 @every_dtype
 @every_mode
 def test_confident_row_keeps_all_its_digits(dtype, mode):
@@ -184,6 +193,7 @@ def test_confident_row_keeps_all_its_digits(dtype, mode):
         torch.testing.assert_close(result.grad_input[:, 2].double(), expected, **tolerance)
 
 
+@together
 @every_mode
 @every_dtype
 # 65504 is fp16's largest number; in the others the difference to the smallest overflows.
@@ -205,6 +215,7 @@ POSITIONS = ((5, 0), (5, 4), (19, 17), (4097, 0), (4097, 2048), (4097, 4096))
 
 
 # Which value, where, and in which type meet in the code.
+@together
 @crossed(
     often=3,
     value=(NAN, INF, -INF),
@@ -233,6 +244,7 @@ def test_nonfinite_logit_stays_in_its_row(value, place, smoothing, dtype, mode):
 
 
 # Quiet and signalling, of either sign, with low bits: memory full of ones is the last.
+@together
 @crossed(
     bits=(0x7FC00001, 0x7F800001, 0x7FFFFFFF, -1),
     place=POSITIONS,
@@ -250,6 +262,7 @@ def test_nan_with_a_payload_stays_nan(bits, place, layout, mode):
     assert result.loss[1].isnan()
 
 
+@together
 @crossed(
     value=(NAN, INF, -INF),
     smoothing=(0.0, 0.1),
@@ -266,6 +279,7 @@ def test_row_of_nothing_finite_stays_by_itself(value, smoothing, kind, reduction
     check_against_stock(input, target, mode=mode, **options)
 
 
+@together
 @crossed(
     often=3,
     place=(*POSITIONS, (66, 0), (66, 65)),
@@ -291,6 +305,7 @@ def test_zero_probability_of_minus_infinity_is_nan(mode):
     assert result.loss[0].isnan()
 
 
+@together
 @every_mode
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.on_simulator
@@ -309,6 +324,7 @@ def test_unusual_weight_gives_the_value_of_stock(smoothing, mode):
             )
 
 
+@together
 @every_mode
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.on_simulator
@@ -323,6 +339,7 @@ def test_unusual_probabilities_are_taken_as_they_are(smoothing, mode):
         )
 
 
+@together
 @crossed(
     shape=((6, 19), (6, 4097), (3, 19, 7), (2, 19, 5, 5)),
     value=(NAN, INF, -INF),
@@ -376,6 +393,7 @@ def test_ignore_index_of_another_width_is_no_class(mode):
         check_against_stock(input, target, mode=mode, ignore_index=index)
 
 
+@together
 @crossed(shape=SHAPES, kind=KINDS[:-1], mode=MODES)
 def test_narrow_indices_are_taken_everywhere(shape, kind, mode):
     input = torch.randn(SHAPES[shape](19))
@@ -384,6 +402,7 @@ def test_narrow_indices_are_taken_everywhere(shape, kind, mode):
         check_against_stock(input, target, mode=mode, reduction=reduction, ignore_index=2)
 
 
+@together
 @every_mode
 @pytest.mark.parametrize("smoothing", [-0.1, NAN, -INF, 0, 1, True])
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
@@ -405,6 +424,7 @@ def test_deprecated_name_of_the_mean_is_taken(mode):
         check_against_stock(input, target, mode=mode, reduction="elementwise_mean")
 
 
+@together
 @every_mode
 @every_reduction
 @pytest.mark.parametrize("wide", ["target", "weight", "input", "half target", "half weight"])
@@ -427,6 +447,7 @@ def test_weight_that_requires_grad_is_taken_where_nothing_is_differentiated():
         torch.testing.assert_close(loss, F.cross_entropy(input, target, weight))
 
 
+@together
 @every_mode
 @every_reduction
 def test_negative_ignore_index_is_taken_with_probabilities(reduction, mode):
@@ -434,6 +455,7 @@ def test_negative_ignore_index_is_taken_with_probabilities(reduction, mode):
     check_against_stock(input, target, mode=mode, reduction=reduction, ignore_index=-1)
 
 
+@together
 @on_cpu
 @every_mode
 @pytest.mark.parametrize("kind", ["numpy", "tensor"])
@@ -448,6 +470,7 @@ def test_numbers_of_other_libraries_are_taken(kind, mode):
 
 
 # Far from zero, float64 has few digits left for the differences; C as a block and as several.
+@together
 @pytest.mark.parametrize("offset", [1e6, 1e9])
 @pytest.mark.parametrize("classes", [10, 1000, 4097])
 @pytest.mark.parametrize("kind", ["smoothing", "probabilities"])
@@ -482,6 +505,7 @@ def test_input_of_the_most_dimensions_agrees():
 
 
 # More than a hundred tiles, the last of a run a short one.
+@together
 @pytest.mark.parametrize("shape", [(90011, 10), (2, 21, 150, 457)], ids=str)
 @every_differentiating_mode
 @pytest.mark.not_on_simulator

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from support.grids import DTYPES, MODES, SHAPES, crossed, every_mode
+from support.grids import DTYPES, MODES, SHAPES, crossed, every_mode, together
 from support.layouts import lay_out
 from support.reference import check_against_stock
 
@@ -147,8 +147,9 @@ def raised_by(function, input, target, **options):
     return caught.value
 
 
-@pytest.mark.parametrize("call", BAD_CALLS)
 @every_mode
+@together
+@pytest.mark.parametrize("call", BAD_CALLS)
 def test_bad_call_raises_what_stock_raises(call, mode):
     input, target, *rest = BAD_CALLS[call]()
     options = rest[0] if rest else {}
@@ -221,6 +222,7 @@ QUOTED = {
 }
 
 
+@together
 @pytest.mark.parametrize("call", QUOTED)
 def test_message_is_the_one_in_the_contract(call):
     input, target, *rest = BAD_CALLS[call]()
@@ -229,6 +231,7 @@ def test_message_is_the_one_in_the_contract(call):
         fused_ce.cross_entropy(input, target, **(rest[0] if rest else {}))
 
 
+@together
 @crossed(shape=SHAPES, mode=MODES, dtype=DTYPES, reduction=("mean", "none"))
 def test_target_out_of_range_is_refused_and_nothing_written(shape, mode, dtype, reduction):
     # Each kind of index has its own nearest and farthest wrong values; 5 is C itself. A far index
@@ -267,6 +270,7 @@ def test_target_out_of_range_is_refused_and_nothing_written(shape, mode, dtype, 
 
 
 # The bad target comes last, after rows that other threads have long finished.
+@together
 @crossed(
     shape=((5000, 10), (65, 4097), (2, 21, 33, 67)),
     dtype=DTYPES,
@@ -287,6 +291,7 @@ def test_in_place_writes_nothing_where_a_target_is_bad(shape, dtype, reduction, 
     fused_ce.cross_entropy(input, target.zero_(), reduction=reduction, inplace=True)
 
 
+@together
 @every_mode
 @pytest.mark.parametrize("value", [7, -1, -100, 2**40, -(2**63)])
 def test_ignored_value_may_be_out_of_range(mode, value):
@@ -328,8 +333,9 @@ LEGACY = [
 ]
 
 
-@pytest.mark.parametrize("options", LEGACY, ids=str)
 @every_mode
+@together
+@pytest.mark.parametrize("options", LEGACY, ids=str)
 def test_legacy_arguments_mean_and_warn_the_same(options, mode):
     input, target = logits(), torch.tensor([0, 1, 2, 3])
     input.requires_grad_(mode != "no grad")
@@ -345,8 +351,8 @@ def test_legacy_arguments_mean_and_warn_the_same(options, mode):
     assert messages[1] == messages[0]
 
 
-@pytest.mark.parametrize("freed", ["input", "target", "weight"])
 @every_mode
+@pytest.mark.parametrize("freed", ["input", "target", "weight"])
 def test_storage_that_was_freed_is_not_read(freed, mode):
     # As sharded training does between uses: the sizes stay, the memory goes.
     tensors = {

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support.grids import every_mode
+from support.grids import every_mode, together
 from support.reference import check_against_stock, ours
 
 
@@ -46,6 +46,7 @@ EXAMPLES = {
 }
 
 
+@together
 @every_mode
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("example", EXAMPLES)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.composed import composed, in_float64
 from support.devices import every_device
-from support.grids import MODES, REDUCTIONS, cases_of, every_differentiating_mode
+from support.grids import MODES, REDUCTIONS, cases_of, every_differentiating_mode, together
 from support.reference import assert_as_accurate, differentiate, one_thread, ours
 
 import fused_ce
@@ -101,6 +101,7 @@ def check(input, target, options, mode="default", scale=1.0):
         assert_as_accurate(result.grad_input, plain.grad_input, exact.grad_input, "gradient", 2.0)
 
 
+@together
 @pytest.mark.parametrize("case", cases_of(AXES, often=2, seldom=3, valid=is_valid))
 @pytest.mark.on_simulator
 def test_all_options_together_are_the_composed_formula(case):
@@ -108,6 +109,7 @@ def test_all_options_together_are_the_composed_formula(case):
     check(input, target, options_of(case, input, target), case["mode"], case["incoming"])
 
 
+@together
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("kind", ["index", "probability"])
@@ -131,6 +133,7 @@ def test_a_sample_without_weight_is_not_read(rows, kind, mode):
             torch.testing.assert_close(value, other, rtol=0, atol=0)
 
 
+@together
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("on_all_ignored", ["nan", "zero"])
@@ -160,6 +163,7 @@ def test_the_gradient_of_probabilities_of_weighed_samples_is_the_composed_one(ro
     assert (result.grad_target[1] == 0).all()
 
 
+@together
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("given", [{}, {"denominator": 0.0}, {"denominator": 5}])
 @pytest.mark.parametrize("sampled", [False, True])
@@ -188,6 +192,7 @@ def test_a_total_weight_of_nothing_that_counts_stays_nan():
     assert fused_ce.cross_entropy(input, target, **options).isnan()
 
 
+@together
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("weighted", [False, True])
@@ -232,6 +237,7 @@ def test_a_target_that_is_no_class_is_named_with_its_row(sampled):
         )
 
 
+@together
 @pytest.mark.parametrize("mode", ["default", "recompute", "in place"])
 @pytest.mark.parametrize("incoming", [1.0, -3.0])
 @pytest.mark.parametrize("softcap", [None, 4.0])
@@ -279,6 +285,7 @@ def test_a_masked_logit_leaves_a_learned_scale_its_gradient():
     torch.testing.assert_close(scale.grad, other.grad)
 
 
+@together
 @pytest.mark.parametrize("name", ["denominator", "sample_weight"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("weighted", [False, True])
@@ -300,6 +307,7 @@ def test_weights_that_require_grad_get_the_composed_gradient(name, reduction, we
         torch.testing.assert_close(found, other)
 
 
+@together
 @every_differentiating_mode
 @pytest.mark.parametrize("rows", ["lanes", "short rows", "rows of several blocks"])
 @pytest.mark.on_simulator
@@ -320,6 +328,7 @@ def test_a_certain_row_has_a_focal_gradient_of_zero():
     assert result.grad_input[1].isfinite().all() and result.loss == 200.0
 
 
+@together
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -374,6 +383,7 @@ CHECKED = [
 ]
 
 
+@together
 @pytest.mark.parametrize("options, message", CHECKED, ids=str)
 def test_an_option_that_makes_no_sense_is_refused_before_anything_is_written(options, message):
     input, target = torch.randn(4, 5), torch.arange(4)
@@ -444,6 +454,7 @@ ALL = {
 }
 
 
+@together
 @pytest.mark.parametrize(
     "options", [ALL, {"focal_gamma": 1.5, "z_loss": 0.1}], ids=["all", "focal"]
 )
@@ -515,6 +526,7 @@ def test_threads_leave_every_bit_of_every_option():
         torch.testing.assert_close(value, other, rtol=0, atol=0)
 
 
+@together
 @pytest.mark.parametrize("count", [1, 2, 7, 64, 300])
 @pytest.mark.parametrize("rows", ["lanes", "short rows", "rows of several blocks"])
 @pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all"])

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from support.grids import together
 from torch import nn
 
 import fused_ce
@@ -176,6 +177,7 @@ def head(rows=10, features=3, classes=5, grad=True, dtype=torch.float32):
     return input, torch.randn(classes, features, dtype=dtype, requires_grad=grad)
 
 
+@together
 @pytest.mark.parametrize(
     "options, grad, moment, chunks",
     [

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.devices import every_device, on_cpu
+from support.grids import together
 from support.reference import assert_as_accurate, incoming_gradient, one_thread, same_layout
 
 from fused_ce import eager, graph, ops
@@ -109,6 +110,7 @@ def check(input, target, options, scale=-3.0):
         assert_as_accurate(value, *gradient, "gradient", LUCK)
 
 
+@together
 @pytest.mark.parametrize("scale, cap", MAPS_OFTEN)
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("rows", ROWS)
@@ -116,6 +118,7 @@ def test_loss_and_gradient_are_those_of_mapped_logits(rows, kind, scale, cap):
     check(*problem(rows, kind), options_of(scale, softcap=cap))
 
 
+@together
 @pytest.mark.parametrize("reduction", [NONE, MEAN, SUM])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", ["index", "probability"])
@@ -137,6 +140,7 @@ def test_a_strided_gradient_and_strided_logits_are_mapped(rows):
     check(input, target, options_of(0.7, softcap=6.0))
 
 
+@together
 @pytest.mark.parametrize("scale, cap", MAPS)
 @pytest.mark.parametrize("rows", ["lanes", "pixels", "rows of several blocks"])
 @pytest.mark.on_simulator
@@ -165,6 +169,7 @@ def test_a_masked_logit_is_at_the_cap_and_has_no_gradient(rows):
     assert ops.forward(input, target, *options_of(2.0)).isnan()
 
 
+@together
 @pytest.mark.parametrize("rows", ["lanes", "pixels", "short rows", "rows of several blocks"])
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @on_cpu
@@ -195,6 +200,7 @@ def test_a_row_that_threads_share_has_the_same_bits():
         torch.testing.assert_close(value, other, rtol=0, atol=0)
 
 
+@together
 @pytest.mark.parametrize("loss", [eager.recompute, eager.grad_in_forward, graph.graph_loss])
 @pytest.mark.parametrize("kind", ["index", "probability"])
 def test_second_derivatives_are_those_of_mapped_logits(loss, kind):
@@ -234,6 +240,7 @@ def test_a_head_computes_from_mapped_logits(dtype):
         torch.testing.assert_close(gradient.double(), other, rtol=rtol, atol=atol)
 
 
+@together
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -19,6 +19,7 @@ from support.grids import (
     every_differentiating_mode,
     every_dtype,
     every_reduction,
+    together,
 )
 from support.layouts import GEOMETRIES, OVERLAPPING, lay_out, target_of
 from support.reference import assert_as_accurate, float64, ours, same_layout, stock
@@ -54,6 +55,7 @@ def test_modes_can_be_told_apart():
     assert len({text.rsplit(", ", 1)[1] for text in said}) == 1
 
 
+@together
 @every_dtype
 @every_reduction
 @pytest.mark.parametrize("mode", ["default", "recompute"])
@@ -67,6 +69,7 @@ def test_logits_are_left_alone_unless_asked(mode, reduction, dtype):
     assert leaf.grad.data_ptr() != leaf.data_ptr()
 
 
+@together
 @every_dtype
 @every_reduction
 @pytest.mark.parametrize("is_leaf", [True, False])
@@ -130,6 +133,7 @@ def test_in_place_waits_for_a_target_gradient(dtype):
     assert leaf.grad.data_ptr() == leaf.data_ptr()
 
 
+@together
 @every_reduction
 @every_dtype
 @pytest.mark.parametrize("reason", ["no_grad", "inference_mode", "no input grad", "target grad"])
@@ -154,6 +158,7 @@ def test_in_place_writes_nothing_where_no_gradient_is_wanted(reason, dtype, redu
     assert torch.equal(input, values)
 
 
+@together
 @pytest.mark.parametrize("shape, layout", [g for g in GEOMETRIES if g[1] in OVERLAPPING])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -169,6 +174,7 @@ def test_in_place_refuses_logits_that_share_memory(shape, layout, reduction, dty
     ours(input.detach(), target, mode="no grad", reduction=reduction, inplace=True)
 
 
+@together
 @every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("hooked", [False, True])
@@ -186,6 +192,7 @@ def test_in_place_goes_back_once(hooked, reduction, dtype):
     assert torch.equal(input.grad, gradient)
 
 
+@together
 @every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.on_simulator
@@ -197,6 +204,7 @@ def test_in_place_refuses_to_be_differentiated_twice(reduction, dtype):
         torch.autograd.grad(loss, input, create_graph=True)
 
 
+@together
 @every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.on_simulator
@@ -209,6 +217,7 @@ def test_in_place_is_noticed_by_a_node_that_saved_the_logits(reduction, dtype):
         (loss + penalty).backward()
 
 
+@together
 @every_reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.on_simulator
@@ -227,6 +236,7 @@ def test_in_place_forward_is_noticed_by_another_node(reduction, dtype):
         loss.backward()
 
 
+@together
 @pytest.mark.parametrize("first", REDUCTIONS)
 @pytest.mark.parametrize("second", REDUCTIONS)
 @pytest.mark.on_simulator
@@ -239,6 +249,7 @@ def test_two_losses_in_place_on_the_same_logits_are_refused(first, second):
         (one + two).backward()
 
 
+@together
 @every_reduction
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, "probability"], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.25])
@@ -273,6 +284,7 @@ def test_tensor_changed_before_backward_gives_no_wrong_gradient(
         torch.testing.assert_close(gradient, expected)
 
 
+@together
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @every_reduction
 def test_in_place_in_a_checkpoint_finds_the_logits_in_their_place(reduction, scale):
@@ -317,6 +329,7 @@ def test_selective_checkpoint_that_keeps_our_operators_is_right(inplace):
     torch.testing.assert_close(*gradients)
 
 
+@together
 @every_dtype
 @pytest.mark.parametrize("classes", [10, 300])  # tiles of rows, and rows by themselves
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)

@@ -13,7 +13,7 @@ import warnings
 import pytest
 import torch
 import torch.nn as nn
-from support.grids import MODES, every_dtype, every_mode
+from support.grids import MODES, every_dtype, every_mode, together
 from support.reference import differentiate
 
 import fused_ce
@@ -50,6 +50,7 @@ def assert_same(module, expected, dtype=torch.float32):
     )
 
 
+@together
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @every_mode
 @every_dtype
@@ -103,6 +104,7 @@ def test_positional_arguments_land_where_they_should():
     assert_same(fused_ce.CrossEntropyLoss(*arguments), nn.CrossEntropyLoss(*arguments))
 
 
+@together
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_module_can_take_the_place_of_stocks(options):
     module, expected = (build(k, options) for k in (fused_ce.CrossEntropyLoss, nn.CrossEntropyLoss))
@@ -144,6 +146,7 @@ def through_torch_save(module):
     return torch.load(file, weights_only=False)
 
 
+@together
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, through_pickle, through_torch_save])
 @pytest.mark.parametrize("extra", MODES.values(), ids=MODES.keys())
 def test_copy_keeps_every_option(copied, extra):
@@ -189,6 +192,7 @@ def test_weight_moves_with_the_module():
     assert build(fused_ce.CrossEntropyLoss, OPTIONS[1]).half().weight.dtype == torch.float16
 
 
+@together
 @pytest.mark.parametrize(
     "options",
     [
@@ -214,6 +218,7 @@ def test_bad_option_raises_when_and_what_stock_raises(options):
     assert errors[0] == errors[1]
 
 
+@together
 @pytest.mark.parametrize("size_average", [None, True, False])
 @pytest.mark.parametrize("reduce", [None, True, False])
 def test_legacy_arguments_choose_the_same_reduction(size_average, reduce):

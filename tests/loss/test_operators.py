@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.devices import every_device
+from support.grids import together
 from support.reference import assert_as_accurate, incoming_gradient, one_thread
 
 import fused_ce
@@ -43,6 +44,7 @@ def summed(input, target, weight, smoothing, dtype, reduction="sum"):
     return F.cross_entropy(leaf, target, **options), leaf
 
 
+@together
 @pytest.mark.parametrize("smoothing, weighted", [(0.0, False), (0.1, False), (0.1, True)])
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("shape, dtype", SHAPES, ids=str)
@@ -69,6 +71,7 @@ def test_a_mean_divides_by_the_denominator(shape, dtype, kind, smoothing, weight
     assert stats[1].tolist()[1] == 37.5
 
 
+@together
 @pytest.mark.parametrize("reduction", [NONE, MEAN, SUM])
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("shape, dtype", SHAPES, ids=str)

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from support.grids import together
 from torch import nn
 
 import fused_ce
@@ -27,6 +28,7 @@ def described(operator):
     return [(a.name, str(a.type), a.default_value) for a in operator._schema.arguments]
 
 
+@together
 @pytest.mark.parametrize("name", COMPUTING)
 def test_operator_ends_in_the_list(name):
     arguments = described(getattr(ops, name))[-len(Options._fields) :]

@@ -22,6 +22,7 @@ from support.grids import (
     crossed,
     every_reduction,
     name_of,
+    together,
 )
 from support.layouts import target_of
 from support.reference import check_against_stock, float64, ours, ulp
@@ -63,6 +64,7 @@ def weights(choice, classes, dtype):
     return weight.to(dtype)
 
 
+@together
 @pytest.mark.parametrize("case", covering(OPTIONS, 3, is_possible), ids=name_of)
 @pytest.mark.on_simulator
 def test_all_options_agree_with_stock(case):
@@ -99,6 +101,7 @@ CLASS_COUNTS = (1, 2, 3, 10, 16, 17, 19, 63, 64, 65, 100, 127, 128, 129, 1000)
 LONG_ROWS = (2047, 2048, 2049, 4097)
 
 
+@together
 @crossed(
     classes=CLASS_COUNTS + LONG_ROWS,
     dtype=DTYPES,
@@ -117,6 +120,7 @@ def test_any_number_of_classes_agrees_with_stock(classes, dtype, mode, kind):
     )
 
 
+@together
 @pytest.mark.parametrize("classes", CLASS_COUNTS + LONG_ROWS)
 @pytest.mark.parametrize("position", ["first", "last"])
 @pytest.mark.on_simulator
@@ -127,6 +131,7 @@ def test_target_at_the_edge_of_a_row_is_met(classes, position):
 
 # 0: nothing at all. 1, 2, 3: fewer rows than threads or than a tile. 33: a tile and one row.
 # 5000 x 10: many rows to a thread, and a mean over more rows than fp16 has digits.
+@together
 @crossed(rows=(0, 1, 2, 3, 33, 5000), dtype=DTYPES, mode=MODES, reduction=REDUCTIONS)
 @pytest.mark.on_simulator
 def test_any_number_of_rows_agrees_with_stock(rows, dtype, mode, reduction):
@@ -140,6 +145,7 @@ def test_any_number_of_rows_agrees_with_stock(rows, dtype, mode, reduction):
 
 # Enough work for every thread to take part in several blocks: long rows, and wide images, where
 # neighbouring rows share cache lines.
+@together
 @crossed(
     shape=((65, 4097), (2, 21, 33, 67)),
     dtype=DTYPES,
@@ -170,6 +176,7 @@ OUTGROWN = {
 }
 
 
+@together
 @crossed(rows=OUTGROWN, dtype=DTYPES[1:], mode=MODES, kind=(torch.int64, "probability"))
 @pytest.mark.not_on_simulator
 def test_row_that_outgrows_the_scratch_memory_is_right(rows, dtype, mode, kind):
@@ -178,6 +185,7 @@ def test_row_that_outgrows_the_scratch_memory_is_right(rows, dtype, mode, kind):
     check_against_stock(input, target, mode=mode, label_smoothing=0.1)
 
 
+@together
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @every_reduction
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.devices import every_device
-from support.grids import DTYPES, KINDS, MODES, SHAPES, cases_of, every_reduction
+from support.grids import DTYPES, KINDS, MODES, SHAPES, cases_of, every_reduction, together
 from support.layouts import (
     GEOMETRIES,
     LAYOUTS,
@@ -47,6 +47,7 @@ def is_possible(case):
     return not (layout in OVERLAPPING and case.get("mode") == "in place")
 
 
+@together
 @pytest.mark.parametrize("case", cases_of(AXES, often=2, seldom=3, valid=is_possible))
 def test_any_layout_of_the_logits_agrees_with_stock(case):
     (shape, layout), dtype, classes = case["geometry"], case["dtype"], case["classes"]
@@ -77,6 +78,7 @@ def _meaningful_strides(tensor):
     return [s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]
 
 
+@together
 @pytest.mark.parametrize(
     "shape, layout, mode",
     [
@@ -97,6 +99,7 @@ def test_grad_of_a_leaf_has_the_strides_of_stock(shape, layout, mode):
     torch.testing.assert_close(*grads)
 
 
+@together
 @pytest.mark.parametrize("shape, layout", [g for g in GEOMETRIES if g[1] not in OVERLAPPING])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -136,6 +139,7 @@ def is_exact(case):
     return not (rounds and case.get("weighted and smooth"))
 
 
+@together
 @pytest.mark.parametrize("case", cases_of(RUNS, often=2, seldom=3, valid=is_exact))
 @pytest.mark.not_on_simulator
 def test_tiles_of_several_runs_of_rows_agree_with_stock(case):
@@ -160,6 +164,7 @@ def test_tiles_of_several_runs_of_rows_agree_with_stock(case):
     )
 
 
+@together
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("place", [(0, 0, 1), (5, 7, 0), (74, 7, 7)], ids=str)
 @pytest.mark.parametrize("mode", MODES)
@@ -189,6 +194,7 @@ def test_tiles_of_several_runs_have_the_same_bits_for_any_number_of_threads(layo
 
 
 # Only probabilities are many numbers to a row.
+@together
 @pytest.mark.parametrize(
     "kind",
     [*KINDS[:-1], pytest.param("probability", marks=pytest.mark.on_simulator)],
@@ -255,6 +261,7 @@ def test_expanded_and_strided_index_targets_are_read_right(reduction):
                 check_against_stock(input, index, mode=mode, reduction=reduction)
 
 
+@together
 @pytest.mark.parametrize("weight", ["every second", "expanded", "odd offset"])
 @pytest.mark.parametrize("kind", [torch.int64, "probability"], ids=str)
 def test_strided_weight_is_read_right(weight, kind):

@@ -4,7 +4,16 @@ import hashlib
 
 import pytest
 import torch
-from support.grids import DTYPES, PARTS_OF_301, SHAPES, cases_of, covering, every_dtype, name_of
+from support.grids import (
+    DTYPES,
+    PARTS_OF_301,
+    SHAPES,
+    cases_of,
+    covering,
+    every_dtype,
+    name_of,
+    together,
+)
 from support.layouts import GEOMETRIES, is_dense, lay_out
 from support.reference import one_thread
 from support.statistics_reference import (
@@ -38,6 +47,7 @@ AXES = {
 }
 
 
+@together
 @pytest.mark.parametrize("case", cases_of(AXES, often=2, seldom=3))
 def test_values_and_gradient_are_as_accurate_as_the_composition(case):
     (shape, layout), kind, classes = case["geometry"], case["target"], case["classes"]
@@ -84,6 +94,7 @@ FEW = AXES | {
 }
 
 
+@together
 @pytest.mark.on_simulator
 @pytest.mark.parametrize("case", [pytest.param(c, id=name_of(c)) for c in covering(FEW, 2)])
 def test_every_device_has_the_accuracy_of_the_composition(case):
@@ -97,6 +108,7 @@ def test_every_device_has_the_accuracy_of_the_composition(case):
     check(input, target, luck=4.0, wanted=case["wanted"], **options)
 
 
+@together
 @pytest.mark.parametrize("dim", range(-4, 4))
 def test_the_classes_may_be_in_any_dimension(dim):
     input = torch.randn(3, 70, 4, 5)
@@ -153,6 +165,7 @@ def test_a_masked_target_has_a_log_prob_of_minus_infinity(classes):
     torch.testing.assert_close(grad, exact.float(), rtol=1e-5, atol=1e-6)
 
 
+@together
 @pytest.mark.on_simulator
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("classes", [5, 70, 4099])
@@ -173,6 +186,7 @@ def test_rows_without_a_finite_maximum_are_what_torch_makes_of_them(classes, lay
     assert grad[:5].isnan().any(1).all() and grad[5].isfinite().all()
 
 
+@together
 @pytest.mark.on_simulator
 @pytest.mark.parametrize("classes", [5, 70, 4099])
 @every_dtype
@@ -185,6 +199,7 @@ def test_equal_logits_have_the_entropy_of_a_choice_among_all(dtype, classes):
     assert grad.abs().max() <= torch.finfo(wide).eps * 8 / classes
 
 
+@together
 @pytest.mark.on_simulator
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("classes", [5, 70, 4099, 9000])
@@ -196,6 +211,7 @@ def test_argmax_is_the_first_of_the_largest(classes, layout):
     assert torch.equal(ours(input, None).argmax, input.argmax(1))
 
 
+@together
 @pytest.mark.on_simulator
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("classes", [5, 70, 4099])
@@ -222,6 +238,7 @@ def test_nothing_of_an_ignored_row_is_used(classes, layout):
     assert not grad[::2].any() and grad[1::2].isfinite().all()
 
 
+@together
 @pytest.mark.parametrize("shape", [(9, 300), (9, 4099), (300, 7), (2, 70, 9)])
 @pytest.mark.parametrize("bad", [-1, 1 << 20])
 def test_a_target_that_is_no_class_raises_before_anything_is_written(shape, bad):
@@ -265,6 +282,7 @@ def test_entropy_has_digits_that_the_difference_of_large_numbers_has_not(input, 
     assert error(difference) > 5 * found
 
 
+@together
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("classes", [5, 70, 4099])
 def test_a_confident_row_keeps_its_digits(classes, layout):
@@ -288,6 +306,7 @@ def digest(tensors):
     return state.hexdigest()
 
 
+@together
 @pytest.mark.parametrize("shape", [(7001, 10), (701, 300), (33, 4099), (4, 70, 33, 65)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_number_of_threads_changes_no_bit(shape, dtype):
@@ -301,6 +320,7 @@ def test_the_number_of_threads_changes_no_bit(shape, dtype):
     assert len(found) == 1
 
 
+@together
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("classes", [3, 64, 65, 300, 4099])
 @every_dtype

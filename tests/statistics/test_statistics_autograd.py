@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
+from support.grids import together
 from support.reference import one_thread
 from support.statistics_reference import FIELDS, composed, ours, target_of
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
@@ -50,6 +51,7 @@ def by_torch(input, target, **options):
     return composed(input, target, dim=min(1, input.dim() - 1), **options)
 
 
+@together
 @every_shape
 @every_map
 @one_thread()
@@ -163,6 +165,7 @@ TRANSFORMS = {
 }
 
 
+@together
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS.keys())
 @pytest.mark.parametrize("options", [MAPS[0], MAPS[3]], ids=str)
 def test_transforms_see_the_composition(transform, options):
@@ -202,6 +205,7 @@ def compiled(function, backend="aot_eager", **options):
     return torch.compile(function, backend=backend, fullgraph=True, **options)
 
 
+@together
 @every_map
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_call_is_one_graph_of_our_operators(options, dtype):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.grids import together
 
 import fused_ce
 from fused_ce import ops
@@ -40,6 +41,7 @@ CALLS = {
 }
 
 
+@together
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 @pytest.mark.parametrize("function", [fused_ce.softmax_stats, fused_ce.explain_stats])
 def test_the_error_says_what_was_expected_and_what_came(function, call):
@@ -98,6 +100,7 @@ RAW = {
 }
 
 
+@together
 @pytest.mark.parametrize("call, text", RAW.values(), ids=RAW.keys())
 def test_the_operators_prove_what_they_touch(call, text):
     with pytest.raises(RuntimeError, match=text):

@@ -5,8 +5,13 @@ cases in which every two or three of their values meet, and the rest of the prod
 slow tests.
 """
 
+import collections
+import contextlib
+import functools
+import inspect
 import itertools
 import random
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -90,13 +95,19 @@ def covering(axes, strength, valid=lambda case: True):
     return cases
 
 
+# Whether a run leaves the slow tests out (conftest.py): their cases are then not even made.
+without_slow = False
+
+
 def cases_of(axes, *, often, seldom=None, rare=False, valid=lambda case: True):
     """A selection of strength `often`; as slow cases, one of strength `seldom`, or all others.
 
     The slow ones may be rare as well, where a push has no time for them.
     """
     chosen = covering(axes, often, valid)
-    if seldom is None:
+    if without_slow:
+        others = []
+    elif seldom is None:
         names = tuple(axes)
         product = (zip(names, values, strict=True) for values in itertools.product(*axes.values()))
         others = [case for case in map(dict, product) if valid(case)]
@@ -118,6 +129,110 @@ def crossed(often=2, **axes):
         tuple(axes),
         [pytest.param(*case.values[0].values(), id=case.id, marks=case.marks) for case in cases],
     )
+
+
+# So many that a test takes a moment, and that two workers can share what a function has.
+AT_ONCE = 32
+
+
+def together(test):
+    """The cases of the `parametrize` marks beneath it in a few tests, each a loop over some.
+
+    What pytest and xdist do for a test takes longer than many a case. A case begins like a test,
+    and an error names it.
+    """
+    marks = [mark for mark in test.pytestmark if _is_loop(mark)]
+    groups = collections.defaultdict(list)
+    for one in itertools.product(*map(_sets, marks)):
+        own_marks = tuple(dict.fromkeys(mark for values in one for mark in values.marks))
+        given = {name: value for values in one for name, value in values.values.items()}
+        groups[own_marks].append(("-".join(values.id for values in one), given))
+    params = [
+        pytest.param(
+            group[at : at + AT_ONCE],
+            id=f"{group[at][0]} ...",
+            marks=[getattr(pytest.mark, name) for name in own_marks],
+        )
+        for own_marks, group in groups.items()
+        for at in range(0, len(group), AT_ONCE)
+    ]
+    signature = inspect.signature(test)
+    looped = {name for mark in marks for name in _names(mark)}
+    rest = [value for name, value in signature.parameters.items() if name not in looped]
+
+    @functools.wraps(test)
+    def run(cases, **fixtures):
+        skipped = []
+        for name, given in cases:
+            try:
+                with as_a_test_begins():
+                    test(**fixtures, **given)
+            except pytest.skip.Exception as reason:
+                skipped.append(reason)
+            except (Exception, pytest.fail.Exception) as error:
+                raise AssertionError(f"{name}: {error}") from error
+        if len(skipped) == len(cases):
+            raise skipped[0]
+
+    cases = inspect.Parameter("cases", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    run.__signature__ = signature.replace(parameters=[cases, *rest])
+    run.pytestmark = [mark for mark in test.pytestmark if not _is_loop(mark)]
+    nothing = pytest.param([], id="none", marks=pytest.mark.slow)  # all are slow, and not made
+    return pytest.mark.parametrize("cases", params or [nothing])(run)
+
+
+class _Set(NamedTuple):
+    """What one set of a `parametrize` mark's values stands for."""
+
+    id: str
+    values: dict
+    marks: tuple
+
+
+def _is_loop(mark):
+    return mark.name == "parametrize" and not mark.kwargs.get("indirect")
+
+
+def _names(mark):
+    names = mark.args[0]
+    return [n.strip() for n in names.split(",")] if isinstance(names, str) else list(names)
+
+
+def _sets(mark):
+    names, ids = _names(mark), mark.kwargs.get("ids")
+    ids = ids if ids is None or callable(ids) else list(ids)
+    sets = []
+    for i, given in enumerate(mark.args[1]):
+        is_param = hasattr(given, "marks")
+        values = given.values if is_param else given if len(names) > 1 else (given,)
+        own = given.id if is_param else None
+        if ids is not None and own is None:
+            own = "-".join(map(str, map(ids, values))) if callable(ids) else str(ids[i])
+        if own is None:
+            own = "-".join(_label(f"{n}{i}", v) for n, v in zip(names, values, strict=True))
+        marks = tuple(mark.name for mark in given.marks) if is_param else ()
+        assert not any(mark.args or mark.kwargs for mark in (given.marks if is_param else ()))
+        if not (without_slow and "slow" in marks):
+            sets.append(_Set(own, dict(zip(names, values, strict=True)), marks))
+    return sets
+
+
+def _label(place, value):
+    """What can be read, and is the same in every process; else the place in the list."""
+    if isinstance(value, (str, int, float, torch.dtype, type(None))):
+        return _text(value)
+    return getattr(value, "__name__", place)
+
+
+@contextlib.contextmanager
+def as_a_test_begins():
+    """The random state is the same in each, and the number of threads is left as it was."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def name_of(case):

@@ -6,7 +6,7 @@ On the simulator, for one problem of each regime of csrc/cuda/kernels.cu.
 
 import pytest
 import torch
-from support.grids import DTYPES, every_dtype
+from support.grids import DTYPES, every_dtype, together
 from support.kernel_cases import (
     Case,
     assert_close,
@@ -64,6 +64,7 @@ EXTREMES = {
 }
 
 
+@together
 @pytest.mark.parametrize("extreme", EXTREMES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @every_regime
@@ -85,6 +86,7 @@ def test_extreme_logits_agree_with_float64(kernels, case, extreme, smoothing):
         assert_close(value, expected_grad, case.dtype, 1.0, "gradient")
 
 
+@together
 @pytest.mark.parametrize("value", [-torch.inf, torch.nan, torch.inf])
 @every_regime
 def test_row_of_nothing_but_one_extreme_is_nan(kernels, case, value):
@@ -96,6 +98,7 @@ def test_row_of_nothing_but_one_extreme_is_nan(kernels, case, value):
         assert gradient[0].isnan().all() and not gradient[1].isnan().any()
 
 
+@together
 @pytest.mark.parametrize("value", [-3e38, 1e30, 3e38])
 @every_index_regime
 def test_equal_logits_are_a_uniform_row_however_large(kernels, case, value):
@@ -110,6 +113,7 @@ def test_equal_logits_are_a_uniform_row_however_large(kernels, case, value):
         assert_close(gradient, 1 / case.classes - target.double(), case.dtype, 1.0, "gradient")
 
 
+@together
 @every_index_regime
 def test_confident_row_keeps_its_digits(kernels, case):
     """Where the target leads by far, the loss is all in terms that a plain sum would lose."""
@@ -125,6 +129,7 @@ def test_confident_row_keeps_its_digits(kernels, case):
         torch.testing.assert_close(gradient.double(), expected_grad, rtol=rtol, atol=0)
 
 
+@together
 @every_index_regime
 def test_ignored_rows_are_zero_whatever_they_hold(kernels, case):
     case = case._replace(reduction="mean", smoothing=0.1)
@@ -140,6 +145,7 @@ def test_ignored_rows_are_zero_whatever_they_hold(kernels, case):
         assert_close(gradient, expected_grad, case.dtype, scale, "gradient")
 
 
+@together
 @pytest.mark.parametrize("reduction, expected", [("mean", torch.nan), ("sum", 0.0), ("none", 0.0)])
 @every_index_regime
 def test_nothing_but_ignored_rows_is_nan_or_zero(kernels, case, reduction, expected):
@@ -151,6 +157,7 @@ def test_nothing_but_ignored_rows_is_nan_or_zero(kernels, case, reduction, expec
     assert (grad == 0).all() and (again == 0).all()
 
 
+@together
 @every_index_regime
 def test_zero_total_weight_is_nan(kernels, case):
     for smoothing in (0.0, 0.1):
@@ -162,6 +169,7 @@ def test_zero_total_weight_is_nan(kernels, case):
 
 
 # In no class's place, though its neighbours are; the value is the one that PyTorch names.
+@together
 @pytest.mark.parametrize("bad", ["classes", -1, -(2**40)])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @every_index_regime
@@ -172,6 +180,7 @@ def test_target_out_of_range_is_an_assertion(kernels, case, bad, reduction):
         forward(kernels, case, data, "gradient")
 
 
+@together
 @every_index_regime
 def test_backward_checks_targets_too(kernels, case):
     case = case._replace(reduction="sum", weight=True)
@@ -186,6 +195,7 @@ def test_backward_checks_targets_too(kernels, case):
         )
 
 
+@together
 @pytest.mark.parametrize("ignored", [3, 10**12])
 @every_index_regime
 def test_any_index_may_be_the_ignored_one(kernels, case, ignored):
@@ -199,6 +209,7 @@ def test_any_index_may_be_the_ignored_one(kernels, case, ignored):
         assert_close(gradient, expected_grad, case.dtype, 1.0, "gradient")
 
 
+@together
 @pytest.mark.parametrize("reduction, expected", [("mean", torch.nan), ("sum", 0.0), ("none", None)])
 @pytest.mark.parametrize("target", [torch.int64, torch.float32])
 def test_no_rows_is_nan_or_zero(kernels, reduction, expected, target):
@@ -215,6 +226,7 @@ def test_no_rows_is_nan_or_zero(kernels, reduction, expected, target):
 MANY_ROWS = 20000
 
 
+@together
 @every_regime
 def test_small_call_is_two_launches_and_one(kernels, case):
     for reduction, most in (("none", 1), ("sum", 2), ("mean", 2)):
@@ -241,6 +253,7 @@ def test_reduction_of_many_rows_is_rounded_once(kernels, reduction, weight):
     assert narrow == wide.bfloat16()
 
 
+@together
 @every_dtype
 @every_regime
 def test_grad_output_of_one_leaves_the_gradient_alone(kernels, case, dtype):
@@ -259,6 +272,7 @@ def test_grad_output_of_one_leaves_the_gradient_alone(kernels, case, dtype):
     assert_close(grad, expected, case.dtype, expected.abs().max().item(), "gradient")
 
 
+@together
 @every_regime
 def test_totals_are_kept_with_the_statistics(kernels, case):
     for reduction in ("none", "sum", "mean"):
@@ -277,6 +291,7 @@ def test_totals_are_kept_with_the_statistics(kernels, case):
             assert totals[0].item() == pytest.approx(weight.sum().item(), rel=1e-6)
 
 
+@together
 @every_dtype
 @pytest.mark.parametrize("layout", ["dense", "strided", "many"])
 def test_scale_multiplies_what_is_not_zero(kernels, dtype, layout):
@@ -296,6 +311,7 @@ def test_scale_multiplies_what_is_not_zero(kernels, dtype, layout):
         assert (gaps == 7).all()
 
 
+@together
 @every_regime
 def test_losses_may_be_of_another_type(kernels, case):
     """Under autocast a half input has a float32 loss; a raw call may ask for any."""

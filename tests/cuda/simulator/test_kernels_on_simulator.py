@@ -7,7 +7,7 @@ touched that is not the kernel's to touch.
 
 import pytest
 import torch
-from support.grids import DTYPES
+from support.grids import DTYPES, together
 from support.kernel_cases import Case, check_backward, check_forward
 
 OFFSETS = ("odd offset", "offset of 2", "offset of 3")
@@ -69,12 +69,14 @@ IDS = list(map(str, CASES))
 
 
 # With a gradient there are row statistics too.
+@together
 @pytest.mark.parametrize("mode", ["no grad", "gradient", "in place"])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_forward_agrees_with_float64(kernels, case, mode):
     check_forward(kernels, case, mode)
 
 
+@together
 @pytest.mark.parametrize("in_place", [False, True], ids=["new", "in place"])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_backward_agrees_with_float64(kernels, case, in_place):
