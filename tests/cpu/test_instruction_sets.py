@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import multiprocessing
 import platform
-import subprocess
 import sys
 import threading
 import time
@@ -28,7 +27,7 @@ from support.grids import (
     name_of,
 )
 from support.layouts import OVERLAPPING, lay_out, target_of
-from support.processes import environment
+from support.processes import environment, finish
 from support.reference import check_against_stock, one_thread, ours
 
 import fused_ce
@@ -123,9 +122,7 @@ def digest(outcomes):
 
 def in_a_process(capability):
     """The set that is in use there and the digest of `shared_results`, once the rule is obeyed."""
-    own = environment(ATEN_CPU_CAPABILITY=capability)
-    command = [sys.executable, __file__]
-    result = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
+    result = finish(__file__, env=environment(ATEN_CPU_CAPABILITY=capability))
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
 
@@ -214,8 +211,7 @@ def _fork_at_once():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_threads_work_in_the_child_of_a_process_that_only_imported():
-    command = [sys.executable, __file__, "fork"]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    result = finish(__file__, "fork", env=environment())
     assert result.returncode == 0, result.stderr
 
 

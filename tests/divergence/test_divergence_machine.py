@@ -1,7 +1,7 @@
 """Peak memory of the divergence, and every instruction set, each in processes of their own.
 
-This file run as a program makes the measurements of memory; with an argument it compares a
-selection of calls with float64 on the instruction set in use, and says which that is.
+This file run as a program compares a selection of calls with float64 on the instruction set in
+use, and says which that is.
 """
 
 import platform
@@ -16,12 +16,12 @@ from support.layouts import lay_out
 from support.memory import (
     LOGITS,
     MEGABYTE,
+    ONE_PROGRAM,
     PER_ROW,
     ROWS,
     SLACK,
     Measurements,
     reset_peak,
-    serve,
     status,
 )
 from support.processes import environment, finish
@@ -50,14 +50,13 @@ CALLS = {
 OFTEN = ("contiguous", "no grad")
 
 # One program measures all.
-pytestmark = pytest.mark.xdist_group("memory of the divergence")
+pytestmark = ONE_PROGRAM
 
 
 @pytest.fixture(scope="module")
 def extra_memory():
     measurements = Measurements(__file__)
-    yield lambda call: measurements.of(call)[0]
-    measurements.close()
+    return lambda call: measurements.of(call)[0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
@@ -150,17 +149,12 @@ def test_every_instruction_set_is_as_accurate_as_the_composition(capability):
     if name == ops.instruction_set():  # the one of this process
         check_accuracy()
         return
-    done = finish(__file__, "accuracy", env=environment(ATEN_CPU_CAPABILITY=capability))
+    done = finish(__file__, env=environment(ATEN_CPU_CAPABILITY=capability))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == name
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["accuracy"]:
-        check_accuracy()
-        said = fused_ce.explain_call(
-            fused_ce.kl_div_with_logits, torch.randn(2, 3), torch.randn(2, 3)
-        )
-        print(said.rsplit(", ", 1)[1])
-    else:
-        serve(measure)
+    check_accuracy()
+    said = fused_ce.explain_call(fused_ce.kl_div_with_logits, torch.randn(2, 3), torch.randn(2, 3))
+    print(said.rsplit(", ", 1)[1])

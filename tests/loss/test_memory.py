@@ -1,7 +1,6 @@
 """Peak memory of one loss, forward and backward, beyond the logits: 1.0 logits, or O(rows).
 
-This file run as a program makes the measurements, each of logits and a call on them, in processes
-of their own.
+`measure` makes logits and calls the loss with them, in a process of its own each time.
 """
 
 import sys
@@ -12,12 +11,12 @@ import torch.nn.functional as F
 from support.memory import (
     LOGITS,
     MEGABYTE,
+    ONE_PROGRAM,
     PER_ROW,
     ROWS,
     SLACK,
     Measurements,
     reset_peak,
-    serve,
     status,
 )
 
@@ -67,13 +66,12 @@ def extra_memory():
         print(f"{call}: {extra / LOGITS:.3f} logits, {extra} bytes")
         return extra, rows
 
-    yield of
-    measurements.close()
+    return of
 
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status"),
-    pytest.mark.xdist_group("memory of a loss"),  # one program measures them all
+    ONE_PROGRAM,
 ]
 
 
@@ -115,7 +113,7 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, parameter, shape):
-        return torch.randn(shape)
+        return torch.ones(shape)  # quickly made
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -124,7 +122,7 @@ class Layer(torch.autograd.Function):
 
 def measure_autocast(options, with_grad):
     def call(rows, bytes):
-        logits = torch.randn(rows, bytes // rows // 2, dtype=torch.bfloat16)
+        logits = torch.ones(rows, bytes // rows // 2, dtype=torch.bfloat16)
         logits.requires_grad_(with_grad)
         target = torch.randint(0, logits.shape[1], (rows,))
         before = reset_peak()
@@ -160,7 +158,7 @@ def measure(name):
             "channels_last": ((4, rows // 40, 10, classes), (0, 3, 1, 2)),
             "next token": ((8, rows // 8, classes), (0, 1, 2)),
         }[layout]
-        memory = torch.randn(shape, dtype=dtype)
+        memory = torch.ones(shape, dtype=dtype)
         logits = memory.permute(order)
         if layout == "next token":
             logits = logits[:, :-1].transpose(1, 2)
@@ -179,7 +177,3 @@ def measure(name):
     before = reset_peak()
     call(logits, target)
     return status("VmHWM") - before, target.numel()
-
-
-if __name__ == "__main__":
-    serve(measure)

@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from support.grids import cases_of
-from support.memory import MEGABYTE, SLACK, Measurements, reset_peak, serve, status
+from support.grids import cases_of, together
+from support.memory import MEGABYTE, ONE_PROGRAM, SLACK, Measurements, reset_peak, status
 from support.reference import assert_as_accurate, one_thread
 from support.statistics_reference import FIELDS, composed, incoming
 
@@ -75,6 +75,7 @@ def outcome(function, case, tensors, options):
     return stats, dict(zip(wanted, of, strict=True))
 
 
+@together
 @pytest.mark.parametrize("case", cases_of(AXES, often=2, seldom=3, valid=is_possible))
 @one_thread()
 def test_chunks_give_the_values_and_gradients_of_all_logits(case):
@@ -207,6 +208,7 @@ ERRORS = {
 }
 
 
+@together
 @pytest.mark.parametrize("call", ERRORS.values(), ids=ERRORS.keys())
 def test_the_error_says_what_was_expected_and_what_came(call):
     arguments, options, error, text = call
@@ -231,12 +233,12 @@ ROWS, WIDTH, VOCABULARY = 1024, 32, 16384
 BUDGET = 8 * MEGABYTE
 
 
+@ONE_PROGRAM
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_memory_stays_within_the_budget_and_the_gradients():
     measurements = Measurements(__file__)
     (extra,) = measurements.of("chunks")
     (all_logits,) = measurements.of("all")
-    measurements.close()
     gradients = 4 * WIDTH * (ROWS + VOCABULARY)
     assert extra <= BUDGET + 2 * gradients + 64 * ROWS + SLACK
     assert all_logits > 3 * 4 * ROWS * VOCABULARY
@@ -257,7 +259,3 @@ def measure(name):
 
     call(8)
     return call(ROWS)
-
-
-if __name__ == "__main__":
-    serve(measure)

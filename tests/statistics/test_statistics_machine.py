@@ -1,11 +1,10 @@
 """Peak memory of the row statistics, and every instruction set, each in processes of their own.
 
-This file run as a program makes the measurements of memory; with an argument it compares a
-selection of calls with float64 on the instruction set in use, and says which that is.
+This file run as a program compares a selection of calls with float64 on the instruction set in
+use, and says which that is.
 """
 
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,15 +14,15 @@ from support.grids import DTYPES, covering
 from support.memory import (
     LOGITS,
     MEGABYTE,
+    ONE_PROGRAM,
     PER_ROW,
     ROWS,
     SLACK,
     Measurements,
     reset_peak,
-    serve,
     status,
 )
-from support.processes import environment
+from support.processes import environment, finish
 from support.statistics_reference import FIELDS, check, composed, logits_of, target_of
 
 import fused_ce
@@ -47,14 +46,13 @@ CALLS = {
 OFTEN = ("contiguous", "rows side by side", "no grad")
 
 # One program measures all.
-pytestmark = pytest.mark.xdist_group("memory of the row statistics")
+pytestmark = ONE_PROGRAM
 
 
 @pytest.fixture(scope="module")
 def extra_memory():
     measurements = Measurements(__file__)
-    yield lambda call: measurements.of(call)[0]
-    measurements.close()
+    return lambda call: measurements.of(call)[0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
@@ -80,7 +78,7 @@ def measure(name):
 
     def call(rows, size):
         classes = size // rows // dtype.itemsize
-        memory = torch.randn([(rows, classes)[d] for d in order], dtype=dtype)
+        memory = torch.ones([(rows, classes)[d] for d in order], dtype=dtype)  # quickly made
         logits = memory.permute(order).requires_grad_(with_grad)
         target = torch.randint(0, classes, (rows,))
         before = reset_peak()
@@ -138,16 +136,11 @@ def test_every_instruction_set_is_as_accurate_as_the_composition(capability):
     if name == ops.instruction_set():  # the one of this process
         check_accuracy()
         return
-    own = environment(ATEN_CPU_CAPABILITY=capability)
-    command = [sys.executable, __file__, "accuracy"]
-    result = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
+    result = finish(__file__, env=environment(ATEN_CPU_CAPABILITY=capability))
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[-1] == name
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["accuracy"]:
-        check_accuracy()
-        print(fused_ce.explain_stats(torch.randn(2, 3)).rsplit(", ", 1)[1])
-    else:
-        serve(measure)
+    check_accuracy()
+    print(fused_ce.explain_stats(torch.randn(2, 3)).rsplit(", ", 1)[1])

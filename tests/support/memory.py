@@ -5,13 +5,19 @@ in memory, then resets the peak of its resident memory and asks by how much a ca
 import torch takes longer than that, so one process imports it and is forked for each measurement.
 """
 
+import atexit
+import functools
+import importlib.util
+import json
 import os
 import subprocess
 import sys
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
+import torch._dynamo  # noqa: F401  which a backward imports: once here, or each child would
 
 from support.processes import environment
 
@@ -43,30 +49,49 @@ def reset_peak():
 
 
 class Measurements:
-    """What `measure` of a test file finds; that file, run as a program, calls `serve`."""
+    """What `measure` of a test file finds, in bytes. One program measures for all of them: their
+    tests are one group of xdist, `ONE_PROGRAM`."""
 
     def __init__(self, file):
-        pipe = subprocess.PIPE
-        self.program = subprocess.Popen(
-            [sys.executable, "-W", "ignore", file],
-            stdin=pipe,
-            stdout=pipe,
-            env=environment(),
-            text=True,
-        )
+        self.file = file
 
     def of(self, call):
-        print(call, file=self.program.stdin, flush=True)
-        answer = self.program.stdout.readline()
+        program = _program()
+        print(json.dumps((self.file, call)), file=program.stdin, flush=True)
+        answer = program.stdout.readline()
         assert answer.strip(), f"{call} could not be measured"
         return list(map(int, answer.split()))
 
-    def close(self):
-        self.program.communicate()
+
+ONE_PROGRAM = pytest.mark.xdist_group("memory")
 
 
-def serve(measure):
-    for call in map(str.strip, sys.stdin):
+@functools.cache
+def _program():
+    """This file, which imports torch."""
+    pipe = subprocess.PIPE
+    program = subprocess.Popen(
+        [sys.executable, "-W", "ignore", __file__],
+        stdin=pipe,
+        stdout=pipe,
+        env=environment(),
+        text=True,
+    )
+    atexit.register(program.communicate)
+    return program
+
+
+@functools.cache
+def _measure_of(file):
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.measure
+
+
+def serve():
+    for file, call in map(json.loads, sys.stdin):
+        measure = _measure_of(file)
         child = os.fork()
         if not child:
             try:
@@ -77,3 +102,7 @@ def serve(measure):
                 print(flush=True)
             os._exit(0)
         os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,9 +1,10 @@
 """Runs programs as their user does: a process, what it prints and how it ends.
 
 To import torch takes seconds, so `run` has a process that did so and is forked for each program:
-this file, run as a program. Where the start itself matters (instruction sets, memory, an old torch)
-a test starts Python; `environment` gives it the package that is being tested, wherever that was
-imported from, and this folder's `support`.
+this file, run as a program. It has computed nothing, so that a program may still choose the
+instruction set. Where the start itself matters (memory, an old torch) a test starts Python;
+`environment` gives it the package that is being tested, wherever that was imported from, and this
+folder's `support`.
 """
 
 import atexit
