@@ -252,6 +252,24 @@ def test_one_mask_alone_counts_as_the_definition_says(classes, layout, reverse):
 
 
 @both_directions
+def test_a_whole_block_that_the_first_alone_masks_has_no_part(reverse):
+    first, second = torch.randn(2, 3, 4100)
+    first[:, :2048] = -torch.inf  # before any class that has a part
+    student, teacher = (first, second) if reverse else (second, first)
+    log_f, log_s = (t.double().log_softmax(1) for t in (first, second))
+    gaps = (log_f - log_s)[:, 2048:]
+    expected = (log_f[:, 2048:].exp() * gaps).sum(1)
+    expected_grad = log_s.exp() - log_f.exp()
+    if reverse:
+        expected_grad = torch.zeros_like(log_f)
+        expected_grad[:, 2048:] = log_f[:, 2048:].exp() * (gaps - expected[:, None])
+    for mode in ("default", "recompute"):
+        found = rows_of(student, teacher, mode=mode, reverse=reverse)
+        torch.testing.assert_close(found.loss, expected.float(), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found.grad_input, expected_grad.float(), rtol=1e-4, atol=5e-7)
+
+
+@both_directions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("classes", [5, 70, 4099])
 def test_extreme_logits_have_the_composition_s_divergence(classes, dtype, reverse):
