@@ -26,6 +26,7 @@ from support.grids import (
     every_dtype,
     every_mode,
     name_of,
+    together,
 )
 from support.layouts import (
     GEOMETRIES,
@@ -95,6 +96,7 @@ def problem(case):
     return input, teacher, options
 
 
+@together
 @pytest.mark.parametrize("case", cases_of(AXES, often=2, seldom=3, rare=True, valid=is_valid))
 def test_value_and_gradient_are_as_accurate_as_the_composition(case):
     # A power of two, in which a gradient that is scaled after its rounding keeps its digits.
@@ -150,6 +152,7 @@ def _loss(input, teacher, **options):
     return ours(input, teacher, mode="no grad", **options).loss
 
 
+@together
 @both_directions
 @pytest.mark.parametrize("classes", [3, 70, 4099])
 @every_dtype
@@ -178,6 +181,7 @@ def exact_rows_of(input, teacher, **options):
     return Outcome(losses, in_float64(input, teacher, reduction="sum", **options).grad_input)
 
 
+@together
 @both_directions
 @pytest.mark.parametrize("mode", ["default", "recompute"])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
@@ -198,6 +202,7 @@ def test_confident_rows_keep_their_digits(classes, layout, mode, reverse):
     )
 
 
+@together
 @both_directions
 @every_mode
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
@@ -224,6 +229,7 @@ def test_a_class_that_both_mask_has_no_part_in_anything(classes, layout, mode, r
     assert not found.grad_input[:, 1::2].any()
 
 
+@together
 @both_directions
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("classes", [6, 70, 4100])
@@ -269,6 +275,7 @@ def test_a_whole_block_that_the_first_alone_masks_has_no_part(reverse):
         torch.testing.assert_close(found.grad_input, expected_grad.float(), rtol=1e-4, atol=5e-7)
 
 
+@together
 @both_directions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("classes", [5, 70, 4099])
@@ -295,6 +302,7 @@ def test_extreme_logits_have_the_composition_s_divergence(classes, dtype, revers
         assert difference.abs().max() <= 1e-5
 
 
+@together
 @both_directions
 @every_mode
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
@@ -316,6 +324,7 @@ def test_rows_without_a_distribution_are_nan_and_harm_no_other(classes, layout, 
         assert torch.equal(found.grad_input[6:], good.grad_input[6:])
 
 
+@together
 @both_directions
 @every_mode
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -364,6 +373,7 @@ def test_a_denominator_of_any_kind_divides_the_sum(denominator):
     torch.testing.assert_close(found.grad_input, summed.grad_input / 3)
 
 
+@together
 @both_directions
 @every_mode
 @pytest.mark.parametrize("classes", [5, 300])
@@ -405,6 +415,7 @@ def digest(tensors):
     return state.hexdigest()
 
 
+@together
 @both_directions
 @pytest.mark.parametrize("shape", [(7001, 10), (701, 300), (33, 4099), (4, 70, 33, 65)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -424,6 +435,7 @@ def test_the_number_of_threads_changes_no_bit(shape, dtype, reverse):
     assert len(found) == 1
 
 
+@together
 @both_directions
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("classes", [3, 64, 65, 300, 4099])
@@ -451,6 +463,7 @@ def test_a_rows_bits_do_not_depend_on_how_many_rows_come_with_it(dtype, classes,
                 assert torch.equal(value, all_values[row : row + count]), (row, count)
 
 
+@together
 @both_directions
 @pytest.mark.parametrize("classes", [3, 64, 65, 300, 4099])
 @every_dtype
@@ -507,6 +520,7 @@ FEW = AXES | {
 }
 
 
+@together
 @pytest.mark.on_simulator
 @pytest.mark.parametrize(
     "case", [pytest.param(c, id=name_of(c)) for c in covering(FEW, 2, is_valid)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.composed import composed
-from support.grids import REDUCTIONS, cases_of
+from support.grids import REDUCTIONS, cases_of, together
 from support.ranks import in_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -66,6 +66,7 @@ def is_valid(case):
     return not (case.get("kind") == "probability" and case.get("options") == "focal")
 
 
+@together
 @pytest.mark.parametrize("case", cases_of(AXES, often=2, seldom=3, valid=is_valid))
 def test_the_loss_of_a_part_is_that_of_the_whole(case):
     size, placements = PLACEMENTS[case["placed"]]
@@ -239,6 +240,7 @@ HEADS = {
 }
 
 
+@together
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("placed", HEADS)

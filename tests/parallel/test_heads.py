@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from support.composed import composed
-from support.grids import REDUCTIONS, cases_of
+from support.grids import REDUCTIONS, cases_of, together
 from support.ranks import errors_of, in_ranks
 
 import fused_ce
@@ -126,6 +126,7 @@ def exact(input, weight, bias, target, class_weight, **options):
     return loss.detach(), *(None if t is None else t.grad for t in layer)
 
 
+@together
 @pytest.mark.parametrize("case", cases_of(AXES, often=2, seldom=3, valid=is_valid))
 def test_chunks_of_a_shard_are_those_of_the_whole(case):
     input, weight, bias, target = problem(case["batch"], case["positions"], case["kind"])
@@ -287,6 +288,7 @@ def test_chunks_follow_from_what_all_ranks_know():
     torch.testing.assert_close(found[0][1], F.cross_entropy(F.linear(input, weight), target))
 
 
+@together
 @pytest.mark.parametrize("focal_gamma", [0.0, 2.0])  # the chunks, and the formula
 @pytest.mark.parametrize(
     "change, says",

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.composed import composed
-from support.grids import REDUCTIONS, cases_of
+from support.grids import REDUCTIONS, cases_of, together
 from support.ranks import errors_of, in_ranks
 from support.reference import incoming_gradient
 from support.shards import at, evenly, sharded
@@ -113,6 +113,7 @@ def run(partition, input, target, *, weight=None, own_weight=False, loss=None, *
     return losses[0], grad, partition.whole(target_grads, axis)
 
 
+@together
 @pytest.mark.parametrize("case", cases_of(AXES, often=2, seldom=3))
 def test_a_call_gives_what_the_operators_do(case):
     input, target = problem(case["shape"], case["kind"], case["dtype"])
@@ -160,6 +161,7 @@ COMPOSED = {
 }
 
 
+@together
 @pytest.mark.parametrize("partition", ["even", "an empty one", "padded"])
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("name", COMPOSED)
@@ -298,6 +300,7 @@ def of_all(change, *, focal_gamma=0.0):
     return errors_of(3, of_rank)
 
 
+@together
 @pytest.mark.parametrize("focal_gamma", [0.0, 2.0])  # the kernels, and the formula
 @pytest.mark.parametrize(
     "change, says",

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from support.composed import composed
-from support.grids import DTYPES, REDUCTIONS, cases_of, every_reduction
+from support.grids import DTYPES, REDUCTIONS, cases_of, every_reduction, together
 from support.layouts import lay_out
 from support.reference import assert_as_accurate, differentiate, incoming_gradient
 from support.shards import at, check, evenly, merged_by_all, options_of, sharded, shards_of
@@ -80,6 +80,7 @@ def check_cut(input, target, cut, **arguments):
     return check(input, target, bounds, padding=padding, **arguments)
 
 
+@together
 @pytest.mark.on_simulator
 @pytest.mark.parametrize("case", cases_of(AXES, often=2, seldom=3, valid=is_valid))
 def test_every_option_is_that_of_the_whole_vocabulary(case):
@@ -107,6 +108,7 @@ def test_every_option_is_that_of_the_whole_vocabulary(case):
     )
 
 
+@together
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
 @pytest.mark.parametrize("layout", ["every second class", "transposed", "gap after each row"])
 def test_shards_are_read_as_they_lie(layout, kind):

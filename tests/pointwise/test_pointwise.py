@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from support.grids import DTYPES, MODES, SHAPES, cases_of, covering, every_dtype, name_of
+from support.grids import DTYPES, MODES, SHAPES, cases_of, covering, every_dtype, name_of, together
 from support.layouts import GEOMETRIES, OVERLAPPING, gaps_are_untouched, is_dense
 from support.pointwise_reference import (
     BCE,
@@ -64,6 +64,7 @@ def is_valid(case):
     return not (shared and case.get("mode") == "in place")
 
 
+@together
 @pytest.mark.parametrize("case", cases_of(AXES, often=2, seldom=3, rare=True, valid=is_valid))
 def test_loss_and_gradient_are_as_accurate_as_stock(case):
     loss, (shape, layout) = LOSSES[case["loss"]], case["geometry"]
@@ -114,6 +115,7 @@ FEW = {
 }
 
 
+@together
 @pytest.mark.on_simulator
 @pytest.mark.parametrize(
     "case", [pytest.param(c, id=name_of(c)) for c in covering(FEW, 2, is_valid)]
@@ -131,6 +133,7 @@ def test_every_device_has_the_accuracy_of_stock(case):
     check(loss, input, target, mode=MODES[case["mode"]], luck=4.0, **options)
 
 
+@together
 @every_loss
 @pytest.mark.parametrize("scale", [0.25, 3.0, 4096.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -194,6 +197,7 @@ def infinities(dtype):
     return x, torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0], dtype=dtype)
 
 
+@together
 @every_dtype
 @pytest.mark.parametrize("gamma", [None, 2.0, 0.5, 0.0, 3.0])
 def test_infinite_logits_have_the_limit_and_a_nan_stays_one(dtype, gamma):
@@ -230,6 +234,7 @@ def test_special_probabilities_are_stocks(log_target, dtype):
         torch.testing.assert_close(found, expected, equal_nan=True)
 
 
+@together
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 100.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_every_gamma_has_a_finite_gradient_that_is_the_compositions(gamma, dtype):
@@ -284,6 +289,7 @@ MIXED = [
 ]
 
 
+@together
 @every_loss
 @pytest.mark.parametrize("dtypes", MIXED, ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
@@ -294,6 +300,7 @@ def test_a_target_of_another_type_gives_a_loss_of_stocks_type(loss, dtypes, auto
         check(loss, input, target, reduction="sum")
 
 
+@together
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_gives_a_loss_in_float32(loss, dtype):
@@ -317,6 +324,7 @@ def test_weights_may_be_of_another_type():
 
 
 # Tiles of long runs, of short ones, and blocks of several tiles; threads may share them.
+@together
 @every_loss
 @pytest.mark.parametrize("shape", [(40, 3000), (3000, 40), (120_000,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -334,6 +342,7 @@ def test_the_bits_are_the_same_for_every_number_of_threads(loss, shape, dtype):
     assert len(hashes) == 1
 
 
+@together
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
