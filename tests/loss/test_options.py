@@ -86,7 +86,7 @@ def test_module_hands_on_an_option_that_it_does_not_name(module, monkeypatch):
 
     @modules._with_options_of(extended, "linear_bias")
     class Loss(base):
-        forward = module.forward
+        forward, _computed = module.forward, module._computed
 
     call = (torch.randn(2, 3), torch.tensor([0, 1]))
     sizes = (3, 4) if linear else ()
