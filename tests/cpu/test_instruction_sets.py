@@ -9,7 +9,6 @@ import concurrent.futures
 import hashlib
 import itertools
 import multiprocessing
-import platform
 import sys
 import threading
 import time
@@ -26,18 +25,13 @@ from support.grids import (
     every_mode,
     name_of,
 )
+from support.instruction_sets import CAPABILITIES, every_instruction_set
 from support.layouts import OVERLAPPING, lay_out, target_of
 from support.processes import environment, finish
 from support.reference import check_against_stock, one_thread, ours
 
 import fused_ce
 
-# value of ATEN_CPU_CAPABILITY: (how explain() calls the set, what the CPU must have)
-CAPABILITIES = {
-    "default": ("baseline", set()),
-    "avx2": ("avx2", {"avx2", "fma"}),
-    "avx512": ("avx512", {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}),
-}
 AXES = {
     "geometry": (
         ("NC", "contiguous"),
@@ -127,11 +121,7 @@ def in_a_process(capability):
     return result.stdout.split()
 
 
-@pytest.mark.skipif(
-    platform.machine() != "x86_64" or sys.platform != "linux",
-    reason="elsewhere there is one instruction set",
-)
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@every_instruction_set
 def test_instruction_set_is_accurate_and_the_one_asked_for(capability):
     name, needed = CAPABILITIES[capability]
     if missing := needed - cpu_flags():

@@ -4,14 +4,13 @@ This file run as a program compares a selection of calls with float64 on the ins
 use, and says which that is.
 """
 
-import platform
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from support.divergence_reference import check, composed
 from support.grids import DTYPES, covering
+from support.instruction_sets import every_instruction_set, has_its_accuracy
 from support.layouts import lay_out
 from support.memory import (
     LOGITS,
@@ -24,10 +23,8 @@ from support.memory import (
     reset_peak,
     status,
 )
-from support.processes import environment, finish
 
 import fused_ce
-from fused_ce import ops
 
 # name: (layout of the student's logits, that of the teacher's, dtype, options, how many copies)
 CALLS = {
@@ -102,11 +99,6 @@ def measure(name):
     return call(ROWS, LOGITS)
 
 
-CAPABILITIES = {
-    "default": ("baseline", set()),
-    "avx2": ("avx2", {"avx2", "fma"}),
-    "avx512": ("avx512", {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}),
-}
 AXES = {
     "layout": ("contiguous", "transposed", "every second class"),
     "dtype": DTYPES,
@@ -130,28 +122,9 @@ def check_accuracy():
         check(input, teacher, mode=case["mode"], luck=2.0, **options)
 
 
-def cpu_flags():
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return set(line.split())
-    return set()
-
-
-@pytest.mark.skipif(
-    platform.machine() != "x86_64" or sys.platform != "linux",
-    reason="elsewhere there is one instruction set",
-)
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@every_instruction_set
 def test_every_instruction_set_is_as_accurate_as_the_composition(capability):
-    name, needed = CAPABILITIES[capability]
-    if missing := needed - cpu_flags():
-        pytest.skip(f"this CPU has no {', '.join(sorted(missing))}")
-    if name == ops.instruction_set():  # the one of this process
-        check_accuracy()
-        return
-    done = finish(__file__, env=environment(ATEN_CPU_CAPABILITY=capability))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == name
+    has_its_accuracy(capability, __file__, check_accuracy)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@ This file run as a program compares a selection of calls with float64 on the ins
 use, and says which that is.
 """
 
-import platform
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from support.grids import DTYPES, covering
+from support.instruction_sets import every_instruction_set, has_its_accuracy
 from support.memory import (
     LOGITS,
     MEGABYTE,
@@ -22,11 +21,9 @@ from support.memory import (
     reset_peak,
     status,
 )
-from support.processes import environment, finish
 from support.statistics_reference import FIELDS, check, composed, logits_of, target_of
 
 import fused_ce
-from fused_ce import ops
 
 # Six numbers a row are returned or saved, two of them of eight bytes.
 RESULTS = 2 * PER_ROW
@@ -91,11 +88,6 @@ def measure(name):
     return call(ROWS, LOGITS)
 
 
-CAPABILITIES = {
-    "default": ("baseline", set()),
-    "avx2": ("avx2", {"avx2", "fma"}),
-    "avx512": ("avx512", {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}),
-}
 AXES = {
     "geometry": (("NC", "contiguous"), ("NC", "transposed"), ("NC", "every second class")),
     "dtype": DTYPES,
@@ -117,28 +109,9 @@ def check_accuracy():
         check(input, target_of(input), wanted=FIELDS, **options)
 
 
-def cpu_flags():
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return set(line.split())
-    return set()
-
-
-@pytest.mark.skipif(
-    platform.machine() != "x86_64" or sys.platform != "linux",
-    reason="elsewhere there is one instruction set",
-)
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@every_instruction_set
 def test_every_instruction_set_is_as_accurate_as_the_composition(capability):
-    name, needed = CAPABILITIES[capability]
-    if missing := needed - cpu_flags():
-        pytest.skip(f"this CPU has no {', '.join(sorted(missing))}")
-    if name == ops.instruction_set():  # the one of this process
-        check_accuracy()
-        return
-    result = finish(__file__, env=environment(ATEN_CPU_CAPABILITY=capability))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[-1] == name
+    has_its_accuracy(capability, __file__, check_accuracy)
 
 
 if __name__ == "__main__":
