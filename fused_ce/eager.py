@@ -83,6 +83,11 @@ def _stock_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
     return by_input, by_target, *gradients_of(by_scale)
 
 
+def _recomputed_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
+    found = _stock_gradients if backward_needs_stock(grad_output) else _fused_gradients
+    return found(ctx, grad_output, saved)
+
+
 class Recompute(Function):
     """Keeps a few numbers a row; the gradient is computed from the logits in the backward."""
 
@@ -94,10 +99,7 @@ class Recompute(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        saved = ctx.saved_tensors
-        if backward_needs_stock(grad_output):
-            return _stock_gradients(ctx, grad_output, saved)
-        return _fused_gradients(ctx, grad_output, saved)
+        return _recomputed_gradients(ctx, grad_output, ctx.saved_tensors)
 
 
 class GradInForward(Function):
@@ -214,22 +216,15 @@ class OverwriteInBackward(Overwriting):
         return found
 
 
-class TakeInBackward(Function):
+class TakeInBackward(Recompute):
     """Overwrites the logits in the backward if nobody else can see them, and else leaves them."""
-
-    @staticmethod
-    def forward(ctx, input, target, *options):
-        loss, *stats = ops.eager.forward_stats(input, target, *options)
-        _save(ctx, options, input, target, *stats, logits=input)
-        return loss
 
     @staticmethod
     def backward(ctx, grad_output):
         saved = ctx.saved_tensors
-        if backward_needs_stock(grad_output):
-            return _stock_gradients(ctx, grad_output, saved)
-        if ctx.version is not None or graph_is_kept() or not is_last_user(saved):
-            return _fused_gradients(ctx, grad_output, saved)
+        is_needed = backward_needs_stock(grad_output) or graph_is_kept() or ctx.version is not None
+        if is_needed or not is_last_user(saved):
+            return _recomputed_gradients(ctx, grad_output, saved)
         (input, *tensors), options = _saved_call(ctx, saved)
         found = _overwritten_gradients(ctx, input, (*tensors, grad_output, *options))
         increment_version(input)

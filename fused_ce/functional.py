@@ -190,28 +190,10 @@ def cross_entropy(
         ignore_index = integer(ignore_index)
     if type(label_smoothing) is not float:
         label_smoothing = real(label_smoothing)
-    if not process_group is num_classes is class_offset is None:
-        options = Options(
-            weight=weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-        )
-        given = Extensions(
-            dtype,
-            denominator,
-            on_all_ignored,
-            z_loss,
-            logit_scale,
-            softcap,
-            sample_weight,
-            focal_gamma,
-            on_out_of_range,
-        )
-        place = process_group, num_classes, class_offset
-        return _sharded().cross_entropy(input, target, options, given, place, inplace)
+    is_whole = process_group is num_classes is class_offset is None
     if not (
-        z_loss is focal_gamma is _ZERO
+        is_whole
+        and z_loss is focal_gamma is _ZERO
         and logit_scale is _ONE
         and dtype is denominator is softcap is sample_weight is None
         and on_all_ignored is _NAN
@@ -228,13 +210,16 @@ def cross_entropy(
             focal_gamma,
             on_out_of_range,
         )
+        options = Options(
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+        if not is_whole:
+            place = process_group, num_classes, class_offset
+            return _sharded().cross_entropy(input, target, options, given, place, inplace)
         if not given.are_default:
-            options = Options(
-                weight=weight,
-                reduction=reduction,
-                ignore_index=ignore_index,
-                label_smoothing=label_smoothing,
-            )
             return _extended(input, target, options, given, grad_in_forward, inplace)
     reason = stock_reason(input, target, weight, ignore_index, label_smoothing)
     if reason is not None:

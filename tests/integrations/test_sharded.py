@@ -5,16 +5,13 @@ loaded torch. The model computes its loss itself, or leaves that to the loop.
 """
 
 import json
-import os
-import signal
 import sys
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from support.processes import SECONDS, environment, finish
+from support.processes import environment, finish, in_two_processes
 from torch import nn
 
 from fused_ce.integrations.transformers import explain_head, fuse_head
@@ -101,25 +98,6 @@ def train_a_rank(rank, folder):
         json.dump(found, file)
 
 
-def main(folder):
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if not child:
-            signal.alarm(SECONDS // 2)  # one may wait for the other
-            code = 1
-            try:
-                train_a_rank(rank, folder)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            # Taking the group down can wait for gloo's threads for ever, which says nothing of the
-            # head.
-            os._exit(code)
-        children.append(child)
-    return int(any(os.waitpid(child, 0)[1] for child in children))
-
-
 @pytest.mark.slow  # FSDP2 and its imports take seconds in each process
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_a_fused_head_trains_in_two_processes_as_stocks_does(tmp_path):
@@ -140,4 +118,4 @@ def test_a_fused_head_trains_in_two_processes_as_stocks_does(tmp_path):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(in_two_processes(train_a_rank, sys.argv[1]))

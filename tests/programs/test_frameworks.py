@@ -6,15 +6,12 @@ tests/integrations'.
 """
 
 import json
-import os
-import signal
 import sys
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.processes import SECONDS, environment, finish
+from support.processes import environment, finish, in_two_processes
 from support.reference import one_thread
 from torch import nn
 
@@ -88,26 +85,6 @@ def train_a_rank(rank, folder):
         curve.append([p.tolist() for p in model.parameters()])
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(curves, file)
-
-
-def main(folder):
-    """Both processes, forked from this one, which has loaded torch and done nothing more."""
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if not child:
-            signal.alarm(SECONDS // 2)  # one may wait for the other
-            code = 1
-            try:
-                train_a_rank(rank, folder)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            # Taking the group down can wait for gloo's threads for ever, which says nothing of the
-            # loss.
-            os._exit(code)
-        children.append(child)
-    return int(any(os.waitpid(child, 0)[1] for child in children))
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
@@ -208,4 +185,4 @@ def test_lightning_takes_the_curve_of_stock(mode, tmp_path):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(in_two_processes(train_a_rank, sys.argv[1]))

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -59,6 +60,27 @@ def run(*command: str, ends_with: int = 0) -> str:
     done = finish(*command)
     assert done.returncode == ends_with, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def in_two_processes(work: Callable[[int, str], None], folder: str) -> int:
+    """Has two forks of this program, which has loaded torch and done nothing more, do the work of
+    ranks 0 and 1, and says how it is to end."""
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if not child:
+            signal.alarm(SECONDS // 2)  # one may wait for the other
+            code = 1
+            try:
+                work(rank, folder)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            # Taking the group down can wait for gloo's threads for ever, which says nothing of the
+            # work.
+            os._exit(code)
+        children.append(child)
+    return int(any(os.waitpid(child, 0)[1] for child in children))
 
 
 def is_png(path: Path) -> bool:
