@@ -17,6 +17,11 @@ def row_shape(shape: tuple) -> tuple:
     return shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
 
 
+def class_dim(input: Tensor) -> int:
+    """Where the operators have the classes."""
+    return min(input.dim() - 1, 1)
+
+
 def _loss(input: Tensor, *options) -> Tensor:
     options = Options(*options)
     shape = row_shape(input.shape) if options.reduction == NONE else ()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from ..fakes import class_dim
 from ..options import MEAN, NONE
 
 
@@ -25,10 +26,6 @@ def computed_dtype(input: Tensor, target_logits: Tensor) -> torch.dtype:
     """In which a divergence is computed, and what it is in."""
     dtype = torch.promote_types(input.dtype, target_logits.dtype)
     return torch.promote_types(dtype, torch.float32)
-
-
-def class_dim(input: Tensor) -> int:
-    return min(input.dim() - 1, 1)
 
 
 def reference(

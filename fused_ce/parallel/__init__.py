@@ -22,7 +22,7 @@ from ..eligibility import (
     transform_is_active,
 )
 from ..extensions import Extensions, requires_grad
-from ..fakes import row_shape
+from ..fakes import class_dim, row_shape
 from ..functional import instructions
 from ..options import SUM, Options
 from . import eager, reference
@@ -44,6 +44,7 @@ class Plan(NamedTuple):
     reason: str | None  # why not by the kernels
     mode: str
     loss_dtype: torch.dtype
+    weight: Tensor | None  # of the classes of this rank
 
 
 def cross_entropy(
@@ -131,12 +132,12 @@ def plan_of(
                 "of this rank (a DTensor needs no process_group)."
             )
     extensions.check_dtype(given.dtype)
-    at = 1 if input.dim() > 1 else 0
+    at = class_dim(input)
     if input.dim() == 0:
         stock.cross_entropy(input, target, options)  # raises what it has to say
     width = input.shape[at]
     place = place_of(width, sharding, group)
-    own_weights(options.weight, width, place)
+    weight = own_weights(options.weight, width, place)
     reason = _reason(input, target, options, given, place, at)
     probabilities = target.is_floating_point()
     rows = row_shape(input.shape)
@@ -149,7 +150,7 @@ def plan_of(
     mode = mode_of(input, target, inplace)
     if mode == "in place in backward" and width > 0:
         ops.check_overwritable(input, target, *Options(reduction=options.reduction))
-    return Plan(place, given, reason, mode, dtype)
+    return Plan(place, given, reason, mode, dtype, weight)
 
 
 def _reason(
@@ -215,8 +216,7 @@ def mode_of(input: Tensor, target: Tensor, inplace: bool) -> str:
 
 
 def _for_operators(input: Tensor, options: Options, plan: Plan) -> Options:
-    weight = own_weights(options.weight, input.shape[1 if input.dim() > 1 else 0], plan.place)
-    options = plan.given.added_to(options._replace(weight=weight), input.device)
+    options = plan.given.added_to(options._replace(weight=plan.weight), input.device)
     dtype = plan.loss_dtype
     return options._replace(loss_dtype=None if dtype == input.dtype else dtype)
 
@@ -224,8 +224,7 @@ def _for_operators(input: Tensor, options: Options, plan: Plan) -> Options:
 def _by_reference(
     input: Tensor, target: Tensor, options: Options, plan: Plan, group: Group
 ) -> Tensor:
-    place, given = plan.place, plan.given
-    weight = options.weight
+    place, given, weight = plan.place, plan.given, plan.weight
     if speaks(input):
         rows, kind = _packet_of(input)
         if target.is_floating_point():
@@ -233,10 +232,10 @@ def _by_reference(
             check_agreement(torch.zeros(rows, dtype=torch.int64), kind, plain, plan, group)
         else:
             check_agreement(target.reshape(-1), kind, options, plan, group)
-    if weight is not None:
-        if weight.shape == (place.num_classes,) and weight.requires_grad:
-            weight = shared(weight, group)  # every rank has all of them, and uses its own
-        weight = own_weights(weight, input.shape[1 if input.dim() > 1 else 0], place)
+    of_all = options.weight
+    if weight is not None and of_all.shape == (place.num_classes,) and of_all.requires_grad:
+        # Every rank has all of them, and uses its own.
+        weight = own_weights(shared(of_all, group), input.shape[class_dim(input)], place)
     options = given.added_for_reference(options._replace(weight=weight))
     dtype = plan.loss_dtype
     found = reference.loss(input.to(given.dtype), target, options, place, group, dtype)

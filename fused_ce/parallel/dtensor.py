@@ -14,7 +14,7 @@ from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, Sh
 
 from .. import functional, parallel
 from ..extensions import Extensions
-from ..fakes import row_shape
+from ..fakes import class_dim, row_shape
 from ..options import MEAN, NONE, Options
 from .collectives import group_of, total
 from .partition import Sharding
@@ -30,7 +30,7 @@ class _Layout(NamedTuple):
 
 
 def _layout_of_logits(input: DTensor) -> _Layout:
-    at = _class_dim(input)
+    at = class_dim(input)
 
     def of_row(placement: Any) -> Any:
         if not placement.is_shard() or placement.is_shard(at):
@@ -40,10 +40,6 @@ def _layout_of_logits(input: DTensor) -> _Layout:
     rows = [of_row(placement) for placement in input.placements]
     class_dims = [d for d, p in enumerate(input.placements) if p.is_shard(at)]
     return _Layout(input.device_mesh, rows, list(input.placements), class_dims)
-
-
-def _class_dim(input: Tensor) -> int:
-    return 1 if input.dim() > 1 else 0
 
 
 def reason(input: DTensor, target: Any, options: Options, given: Extensions) -> str | None:
@@ -89,7 +85,7 @@ def local_arguments(
     found = _of_rows(layout, target, options, given, row_shape(own.shape))
     for dim in layout.class_dims:
         found["process_group"] = input.device_mesh.get_group(dim)
-        found["num_classes"] = input.shape[_class_dim(input)]
+        found["num_classes"] = input.shape[class_dim(input)]
     return found | {"input": own}
 
 
@@ -151,7 +147,7 @@ def explain(
         weight = weight.expand(row_shape(local.shape))
     given = given._replace(sample_weight=weight)
     for dim in _layout_of_logits(input).class_dims:
-        sharding = Sharding(input.device_mesh.get_group(dim), input.shape[_class_dim(input)])
+        sharding = Sharding(input.device_mesh.get_group(dim), input.shape[class_dim(input)])
         return parallel.explain(local, own_target, options, given, sharding, inplace)
     return functional.explain(
         local,

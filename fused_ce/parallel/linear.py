@@ -20,7 +20,7 @@ from ..linear.targets import example, of_one_dimension
 from ..options import NONE, Options
 from . import check_agreement, eager, group_for, plan_of, reference, refuse, speaks
 from .collectives import Group, shared, started_gather, started_sum, summed, total, waited
-from .partition import Place, Sharding, own_weights
+from .partition import Place, Sharding
 
 
 class Shard(NamedTuple):
@@ -196,13 +196,12 @@ def sharded(
         # Before the first chunk: the ranks' targets come with those.
         none = torch.zeros(0, dtype=torch.int64)
         check_agreement(none, torch.float32, call.options, plan, group)
-    weight = own_weights(call.options.weight, call.logits_shape[_class_dim(call)], place)
     given = plan.given._replace(on_out_of_range=_past_the_check(plan.given.on_out_of_range))
     if reason is not None:
         if fallback.is_on:
             fallback.warn("linear_cross_entropy", reason)
         return _unfused(call, sharding, shard), call.loss_shape
-    options = call.options._replace(weight=weight)
+    options = call.options._replace(weight=plan.weight)
     call = call._replace(options=options, given=given, shard=shard.packed())
     if requires_grad(given.logit_scale):
         call = _scaled(call, shard)
@@ -224,10 +223,6 @@ def _scaled(call: Any, shard: Shard) -> Any:
 
 def _past_the_check(on_out_of_range: str) -> str:
     return "assert" if on_out_of_range == "raise" else on_out_of_range
-
-
-def _class_dim(call: Any) -> int:
-    return 1 if call.input.dim() > 1 else 0
 
 
 def _planned(call: Any, sharding: Sharding, group: Group) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import stock
+from ..fakes import class_dim
 from ..graph import variable
 from ..options import Options
 from . import collectives
@@ -28,7 +29,7 @@ def loss(
 ) -> Tensor:
     """As :func:`fused_ce.stock.loss`, of a rank's columns. The class weights are those of these."""
     dtype = torch.promote_types(loss_dtype, torch.float32)
-    at = 1 if input.dim() > 1 else 0
+    at = class_dim(input)
     logits = input.narrow(at, 0, place.shard_classes).to(dtype)
     left_out = stock.uncounted(target, options, input)
     if left_out is not None:

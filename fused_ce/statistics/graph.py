@@ -12,9 +12,9 @@ from torch.library import register_fake
 
 from .. import ops
 from ..eligibility import transform_is_active
-from ..fakes import empty_gradient, row_shape
+from ..fakes import class_dim, empty_gradient, row_shape
 from ..graph import variable
-from .reference import Settings, class_dim, gradient, reference
+from .reference import Settings, gradient, reference
 
 _SETTINGS = len(Settings._fields)
 

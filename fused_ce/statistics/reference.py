@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from ..fakes import class_dim
+
 
 class SoftmaxStats(NamedTuple):
     """What :func:`fused_ce.softmax_stats` returns; ``None`` where something was not asked for."""
@@ -107,8 +109,3 @@ def gradient(
         ignored = target.long() == settings.ignore_index
         total = total.masked_fill(ignored.unsqueeze(dim), 0)
     return total.to(input.dtype)
-
-
-def class_dim(input: Tensor) -> int:
-    """Where the operators have the classes."""
-    return min(input.dim() - 1, 1)
