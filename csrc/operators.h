@@ -16,12 +16,26 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "boxing.h"
 #include "checks.h"
 
+// The text of the newest exception; torch has it from 2.13 on.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
 namespace fused_ce {
+
+// Programs that look for the largest batch that fits know a device without memory by torch's words.
+[[noreturn]] inline void throw_out_of_memory() {
+  std::string text;
+  if (torch_exception_get_what_without_backtrace)
+    text = torch_exception_get_what_without_backtrace();
+  if (text.empty()) text = "fused_ce: torch could not allocate a tensor: out of memory.";
+  throw std::runtime_error(text);
+}
 
 // On the device of `like`.
 inline Tensor empty_strided(Sizes sizes, Sizes strides, ScalarType dtype, const Tensor& like) {
@@ -30,9 +44,10 @@ inline Tensor empty_strided(Sizes sizes, Sizes strides, ScalarType dtype, const 
   int32_t device_type = 0, device_index = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), type, device_type, device_index,
-                                                  &handle));
+  const auto code =
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               type, device_type, device_index, &handle);
+  if (code != AOTI_TORCH_SUCCESS) throw_out_of_memory();
   return Tensor(handle);
 }
 

@@ -103,26 +103,30 @@ class ShardHash {
   uint64_t bits_ = 0;
 };
 
+#define FCE_HASH_NUMBER(type, schema_type, name, value) hash.add(static_cast<double>(o.name));
+// A shard has class weights of its own.
+#define FCE_HASH_VALUES(name) \
+  if (&o.name != &o.weight) hash.add(o.name);
+
 // Of all that must be the same for every shard but the targets, as far as the host knows it.
 inline ShardHash hash_of_numbers(const Problem& p, const Shards& s) {
   const Options& o = p.options;
   ShardHash hash;
-  for (const auto choice :
-       {static_cast<int64_t>(o.reduction), static_cast<int64_t>(o.on_all_ignored),
-        static_cast<int64_t>(o.on_out_of_range), o.ignore_index, p.vocabulary,
-        static_cast<int64_t>(p.probabilities), static_cast<int64_t>(s.has_weights),
-        static_cast<int64_t>(p.weighs_samples())})
-    hash.add(static_cast<double>(choice));
-  for (const double number : {o.label_smoothing, o.softcap, o.z_loss}) hash.add(number);
+  FCE_FOR_OPTIONS(FCE_NOTHING, FCE_NOTHING, FCE_HASH_NUMBER, FCE_NOTHING)
+  hash.add(static_cast<double>(p.vocabulary));
+  for (const bool has : {p.probabilities, s.has_weights, p.weighs_samples()})
+    hash.add(has ? 1.0 : 0.0);
   return hash;
 }
 
 // The same with what lies in the memory of the input's device.
 FCE_HOST_DEVICE uint32_t hash_of_options(ShardHash hash, const Options& o) {
-  hash.add(o.denominator);
-  hash.add(o.logit_scale);
+  FCE_FOR_OPTIONS(FCE_HASH_VALUES, FCE_NOTHING, FCE_NOTHING, FCE_NOTHING)
   return hash.value();
 }
+
+#undef FCE_HASH_NUMBER
+#undef FCE_HASH_VALUES
 
 // What is added up over the rows: a sum, since the shard's memory decides on their order.
 FCE_HOST_DEVICE uint64_t hash_of_target(int64_t target, int64_t row) {

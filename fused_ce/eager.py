@@ -8,6 +8,7 @@ A call is ``(input, target, *options)``, as the forward operators take it, with 
 where each is its default.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -158,33 +159,52 @@ class OverwriteInForward(Overwriting):
     @staticmethod
     def forward(ctx, input, target, *options):
         loss = ops.eager.forward_grad_(input, target, None, *options)
-        keep_overwritten(ctx, input)
+        given = Options(*options)
+        ctx.ignore_index = given.ignore_index
+        indices = None if target.is_floating_point() else target
+        keep_overwritten(ctx, input, indices, given.sample_weight)
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
-        (grad,) = Overwriting.begin_backward(ctx, grad_output)
-        return scale_overwritten(ctx, grad, grad_output), None, *NO_GRADIENTS
+        grad, *rows = Overwriting.begin_backward(ctx, grad_output)
+
+        def left_out() -> Tensor | None:
+            return stock.left_out(grad, *rows, ctx.ignore_index)
+
+        return scale_overwritten(ctx, grad, grad_output, left_out), None, *NO_GRADIENTS
 
 
-def keep_overwritten(ctx: Any, input: Tensor) -> None:
-    """Keeps logits that the forward has overwritten with their gradient."""
+def keep_overwritten(ctx: Any, input: Tensor, *rows: Tensor | None) -> None:
+    """Keeps logits that the forward has overwritten with their gradient, and what tells which rows
+    count."""
     ctx.logits = overwritten.logits_of(input)
     if ctx.logits is None:
         increment_version(input)
     else:
         ctx.logits.overwritten(input)
-    ctx.save_for_backward(input.detach())  # without the node, which would hold this one
+    ctx.save_for_backward(input.detach(), *rows)  # without the node, which would hold this one
     ctx.consumed = False
 
 
-def scale_overwritten(ctx: Any, grad: Tensor, grad_output: Tensor) -> Tensor:
-    """The gradient that lies where the logits were, for what arrives in the backward."""
+def scale_overwritten(
+    ctx: Any,
+    grad: Tensor,
+    grad_output: Tensor,
+    left_out: Callable[[], Tensor | None] = lambda: None,
+) -> Tensor:
+    """The gradient that lies where the logits were, for what arrives in the backward. Of rows that
+    are left out it is zero whatever that is."""
     if torch.compiler.is_compiling():
         # A graph holds no operator that returns what it was given. As the operator has it, a zero
         # stays one even times nan.
         return torch.where(grad == 0, grad, grad * grad_output)
-    ops.scale_(grad, grad_output)
+    if grad.is_cpu and not math.isfinite(grad_output):
+        # The operator keeps every zero, and does not wait for a device to look at this.
+        rows = left_out()
+        grad.data.mul_(grad_output if rows is None else torch.where(rows, 0, grad_output))
+    else:
+        ops.scale_(grad, grad_output)
     if ctx.logits is None:
         increment_version(grad)
     else:

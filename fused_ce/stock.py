@@ -108,12 +108,20 @@ def overridden(input: Tensor, target: Tensor, weight: Tensor | None, **arguments
 
 def uncounted(target: Tensor, options: Options, input: Tensor) -> Tensor | None:
     """Which rows are left out, in a shape that spreads over the classes; None if none can be."""
+    indices = None if target.is_floating_point() else target
+    return left_out(input, indices, options.sample_weight, options.ignore_index)
+
+
+def left_out(
+    input: Tensor, indices: Tensor | None, sample_weight: Tensor | None, ignore_index: int = -100
+) -> Tensor | None:
+    """The same of the class indices of a target, None for probabilities."""
     rows = None
-    if not target.is_floating_point():
+    if indices is not None:
         # A narrower type would wrap the index around.
-        rows = _row_shaped(target, input).long() == options.ignore_index
-    if options.sample_weight is not None:
-        weightless = options.sample_weight == 0
+        rows = _row_shaped(indices, input).long() == ignore_index
+    if sample_weight is not None:
+        weightless = sample_weight == 0
         rows = weightless if rows is None else rows | weightless
     return None if rows is None else rows.unsqueeze(1 if input.dim() > 1 else 0)
 

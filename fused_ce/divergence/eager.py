@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import ops
+from .. import ops, stock
 from ..eager import (
     Overwriting,
     check_version,
@@ -101,13 +101,17 @@ class OverwriteInForward(Overwriting):
     def forward(ctx, *call):
         *tensors, settings = call
         loss = ops.kl_div_with_logits_grad_(*tensors, *settings)
-        keep_overwritten(ctx, tensors[0])
+        keep_overwritten(ctx, tensors[0], tensors[2])
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
-        (grad,) = Overwriting.begin_backward(ctx, grad_output, _FUNCTION)
-        return scale_overwritten(ctx, grad, grad_output), *_NOTHING_ELSE
+        grad, sample_weight = Overwriting.begin_backward(ctx, grad_output, _FUNCTION)
+
+        def left_out() -> Tensor | None:
+            return stock.left_out(grad, None, sample_weight)
+
+        return scale_overwritten(ctx, grad, grad_output, left_out), *_NOTHING_ELSE
 
 
 class OverwriteInBackward(Overwriting):

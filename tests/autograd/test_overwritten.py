@@ -6,12 +6,14 @@ holds, as after any edit under `no_grad`.
 """
 
 import gc
+import math
+import warnings
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.devices import every_device
+from support.devices import every_device, on_cpu
 from support.grids import cases_of, crossed, together
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
@@ -324,3 +326,30 @@ def test_overwritten_logits_are_let_go(kind, call):
         assert [w() for w in watched] == [None, None, None]
     finally:
         gc.enable()
+
+
+@on_cpu  # on a device the host does not look at what arrives
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["index", "probability", "sample_weight", "binary", "divergence"])
+def test_what_arrives_of_no_number_reaches_the_zeros_of_rows_that_count(kind, value):
+    # Logits so far apart that most of the gradient is zero, and of the first row all of it.
+    logits = 1000 * torch.eye(4, 6)
+    target, options = torch.tensor([0, 3, -100, 1]), {}
+    function = fused_ce.cross_entropy
+    left_out = target == -100
+    if kind != "index":
+        target, left_out = F.one_hot(target % 6, 6).float(), torch.zeros(4, dtype=torch.bool)
+    if kind in ("sample_weight", "divergence"):
+        options["sample_weight"] = torch.tensor([1.0, 2.0, 1.0, 0.0])
+        left_out = options["sample_weight"] == 0
+    if kind == "divergence":
+        function, target = fused_ce.kl_div_with_logits, 1000 * target
+    if kind == "binary":
+        function = fused_ce.binary_cross_entropy_with_logits
+    leaf = logits.clone().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss = function(leaf * 1, target, inplace=True, **options)
+    loss.backward(torch.tensor(value))
+    assert not leaf.grad[~left_out].isfinite().any()
+    assert not leaf.grad[left_out].any()

@@ -177,3 +177,15 @@ def measure(name):
     before = reset_peak()
     call(logits, target)
     return status("VmHWM") - before, target.numel()
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "binary_cross_entropy_with_logits"])
+def test_memory_that_torch_has_not_is_an_error_in_its_words(name):
+    # Programs that look for the largest batch know the error by them. No gradient is so large.
+    logits = torch.zeros(1, 1, requires_grad=True).expand(1 << 20, 1 << 25)
+    target = logits.detach() if name.startswith("binary") else torch.zeros(1 << 20).long()
+    words = "DefaultCPUAllocator: can't allocate memory"
+    if torch.__version__ < "2.13":  # does not hand them on
+        words = "out of memory"
+    with pytest.raises(RuntimeError, match=words):
+        getattr(fused_ce, name)(logits, target)
