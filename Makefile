@@ -14,6 +14,7 @@
 #                    random calls beside stock PyTorch: is one of them slower (bench/README.md)
 #   make lint        formatting and static checks
 #   make format      rewrite the sources the way lint wants them
+#   make docs        the pages of docs/ as a website in build/docs/
 #   make wheel       build a wheel into dist/
 #   make clean       remove the environment and everything built
 #
@@ -51,7 +52,7 @@ test test-slow test-all test-torch: export OMP_NUM_THREADS ?= 1
 # Nor does each of many processes compile the tests' Python anew, as where this is set.
 test test-slow test-all test-torch: export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: build test test-slow test-all test-torch demo bench cliffs fuzz lint format wheel clean
+.PHONY: build test test-slow test-all test-torch demo bench cliffs fuzz lint format docs wheel clean
 
 build: $(LIBRARY)
 
@@ -67,6 +68,11 @@ $(INSTALLED): requirements-dev.txt
 $(LIBRARY): $(INSTALLED) $(SOURCES) setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
+
+# What only some targets need.
+$(VENV)/.installed-for-%: requirements-%.txt $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -r $<
+	touch '$@'
 
 test: lint
 	$(BIN)/python -m $(PYTEST) -m "not slow" $(ARGS)
@@ -109,6 +115,11 @@ format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+docs: build $(VENV)/.installed-for-docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html \
+		--doctree-dir build/docs-read docs build/docs $(ARGS)
+	@echo "build/docs/index.html"
 
 wheel: build
 	rm -rf dist

@@ -52,7 +52,7 @@ def kl_div_with_logits(
 
     .. math::
         \mathrm{KL}(q \,\|\, p) = \sum_{c=1}^{C} q_c (\log q_c - \log p_c),
-        \quad\text{or with } \texttt{reverse} \quad
+        \quad\text{or with } \mathtt{reverse} \quad
         \mathrm{KL}(p \,\|\, q) = \sum_{c=1}^{C} p_c (\log p_c - \log q_c).
 
     It is what ``F.kl_div(log_softmax(input / temperature, 1), log_softmax(target_logits /

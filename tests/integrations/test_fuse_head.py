@@ -10,7 +10,8 @@ import re
 
 import pytest
 import torch
-from support.processes import ROOT, run
+from support.pages import text_of
+from support.processes import run
 from support.reference import one_thread
 
 from fused_ce.integrations.transformers import Promise, explain_head, fuse_head, unfuse_head
@@ -108,7 +109,7 @@ def test_an_architecture_trains_without_its_logits(kind, model_type):
 @pytest.mark.slow
 @pytest.mark.rare
 def test_every_architecture_trains_as_without_it_and_nearly_all_without_logits(capsys):
-    """What a small configuration cannot build is not counted: the readme has the numbers."""
+    """What a small configuration cannot build is not counted: the pages have the numbers."""
     counts = {}
     with capsys.disabled():
         for kind, names in KINDS.items():
@@ -121,10 +122,10 @@ def test_every_architecture_trains_as_without_it_and_nearly_all_without_logits(c
             counts[kind] = {"built": sum(count.values()), **count}
             print(f"\n{kind}: {counts[kind]}", end="")
     assert all(count["wrong"] == 0 for count in counts.values())
-    text = (ROOT / "README.md").read_text()
-    for kind, count in counts.items():
-        said = re.search(rf"[Oo]f (\d+) {kind} \D*(\d+)", text).groups()
-        assert (count["built"], count["fused"]) == tuple(map(int, said)), kind
+    for page in ("README.md", "docs/transformers.md"):
+        for kind, count in counts.items():
+            said = re.search(rf"[Oo]f (\d+) {kind} \D*(\d+)", text_of(page)).groups()
+            assert (count["built"], count["fused"]) == tuple(map(int, said)), (page, kind)
 
 
 def llama(**options):

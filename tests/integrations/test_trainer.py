@@ -1,6 +1,6 @@
 """The Trainer of Transformers with a fused head, beside the model as it comes: one curve.
 
-The example and the README's loss in every run; of the ten configurations and of what the Trainer
+The example and the page's loss in every run; of the ten configurations and of what the Trainer
 does besides training there is more time for where it is slow.
 """
 
@@ -10,6 +10,7 @@ import runpy
 import pytest
 import torch
 import torch.nn.functional as F
+from support.pages import text_of
 from support.processes import ROOT
 from support.reference import one_thread
 
@@ -131,9 +132,8 @@ def test_the_example_takes_the_curve_of_stock(capsys):
     assert "'the cat " in printed
 
 
-def test_the_readmes_loss_takes_the_curve_of_the_models_own(tmp_path):
-    text = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(def compute_loss.*?)\n\n\n", text, re.S)
+def test_the_pages_loss_takes_the_curve_of_the_models_own(tmp_path):
+    (code,) = re.findall(r"(def compute_loss.*?)\n\n\n", text_of("docs/transformers.md"), re.S)
     names = {"fused_ce": fused_ce, "F": F}
     exec(code, names)
     curves = [

@@ -5,10 +5,12 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from support.pages import section
 from support.processes import ROOT, environment, finish
 
 import fused_ce
 
+STATISTICS = section("docs/statistics.md", "Log-probabilities and entropy")
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
@@ -69,16 +71,11 @@ def test_every_example_says_how_to_run_it(name):
     assert f"`python examples/{name}`" in (ROOT / "examples" / name).read_text()
 
 
-def section(title):
-    text = (ROOT / "README.md").read_text()
-    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
-
-
-def test_the_readmes_module_with_options_has_the_composed_loss():
+def test_the_pages_module_with_options_has_the_composed_loss():
     input, target, weight = torch.randn(6, 5), torch.randint(0, 5, (6,)), torch.rand(6)
-    names = {"fused_ce": fused_ce, "torch": torch, "input": input, "target": target}
+    names = {"fused_ce": fused_ce, "torch": torch, "logits": input, "target": target}
     names |= {"weight": weight, "num_items": 4}
-    block = re.search(r"```python\n(criterion.*?)```", section("Options"), re.S)
+    block = re.search(r"```python\n(criterion.*?)```", section("docs/options.md", "Options"), re.S)
     exec(block[1], names)
     logits = 30 * torch.tanh(input / 30)
     losses = F.cross_entropy(logits, target, reduction="none")
@@ -86,18 +83,18 @@ def test_the_readmes_module_with_options_has_the_composed_loss():
     torch.testing.assert_close(names["loss"], (losses * weight).sum() / 4)
 
 
-def test_the_readmes_calls_of_the_statistics_run():
+def test_the_pages_calls_of_the_statistics_run():
     hidden = torch.randn(2, 5, 8, requires_grad=True)
     head = torch.nn.Linear(8, 30, bias=False)
     names = {
         "fused_ce": fused_ce,
         "hidden": hidden,
         "head": head,
-        "logits": head(hidden),
+        "rows": head(hidden),
         "tokens": torch.randint(0, 30, (2, 5)),
         "advantage": torch.randn(2, 5),
     }
-    blocks = re.findall(r"```python\n(.*?)```", section("Log-probabilities and entropy"), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", STATISTICS, re.S)
     assert len(blocks) == 2
     found = []
     for block in blocks:
@@ -128,10 +125,10 @@ INSTEAD_OF = {
 
 
 @pytest.mark.parametrize("name", INSTEAD_OF)
-def test_the_readmes_replacement_has_the_librarys_numbers(name):
+def test_the_pages_replacement_has_the_librarys_numbers(name):
     (row,) = (
         line
-        for line in section("Log-probabilities and entropy").splitlines()
+        for line in STATISTICS.splitlines()
         if line.startswith("| ") and name in line.split("|")[1]
     )
     call = row.split("|")[2].strip().strip("`")
@@ -163,10 +160,10 @@ DIVERGENCES = {
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_the_readmes_call_of_distillation_has_the_composed_number(name):
+def test_the_pages_call_of_distillation_has_the_composed_number(name):
     (row,) = (
         line
-        for line in section("Distillation").splitlines()
+        for line in section("docs/losses.md", "Distillation").splitlines()
         if line.startswith("| ") and name in line.split("|")[1]
     )
     call = row.split("|")[2].strip().strip("`")

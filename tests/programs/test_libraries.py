@@ -1,4 +1,4 @@
-"""The README's tables of other libraries' losses, held against the real packages: each line's two
+"""The pages' tables of other libraries' losses, held against the real packages: each line's two
 sides are run, and have the same value and gradient. And its recipe for hard examples.
 """
 
@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from support.processes import ROOT
+from support.pages import text_of
 
 import fused_ce
 
@@ -19,8 +19,7 @@ TABLES = {
     "segmentation_models_pytorch.losses": (2, 5, 4, 3),
     "torchvision.ops": (6, 5),
 }
-SECTION = (ROOT / "README.md").read_text().partition("### In the place of other libraries' losses")
-SECTION = SECTION[2].partition("\n## ")[0]
+SECTION = text_of("docs/libraries.md")
 
 
 def lines():
@@ -82,7 +81,7 @@ def imported(package):
 
 
 @pytest.mark.parametrize(("package", "theirs", "ours"), REPLACED)
-def test_the_readmes_replacement_has_the_packages_loss(package, theirs, ours):
+def test_the_pages_replacement_has_the_packages_loss(package, theirs, ours):
     module = imported(package)
     names = problem(package, ours)
     expected = answer(theirs, vars(module) | names)
@@ -93,7 +92,7 @@ def test_the_readmes_replacement_has_the_packages_loss(package, theirs, ours):
 
 
 @pytest.mark.parametrize(("package", "name"), WITHOUT)
-def test_what_the_readme_says_is_not_here_is_there(package, name):
+def test_what_the_page_says_is_not_here_is_there(package, name):
     module = imported(package)
     assert callable(getattr(module, name)) and not hasattr(fused_ce, name)
 
@@ -107,7 +106,7 @@ def test_no_loss_of_a_package_is_left_out(package):
     assert len(losses) > 3 and losses - {"create_classification_loss"} <= mentioned
 
 
-def test_the_readmes_hard_examples_are_the_worst_pixels():
+def test_the_pages_hard_examples_are_the_worst_pixels():
     logits = torch.randn(2, 5, 4, 6, requires_grad=True)
     target = torch.randint(0, 5, (2, 4, 6))
     names = {"fused_ce": fused_ce, "logits": logits, "target": target}
