@@ -15,7 +15,7 @@
 #   make lint        formatting and static checks
 #   make format      rewrite the sources the way lint wants them
 #   make docs        the pages of docs/ as a website in build/docs/
-#   make wheel       build a wheel into dist/
+#   make wheel       a wheel and the source distribution into dist/ (docs/wheels.md)
 #   make clean       remove the environment and everything built
 #
 # PYTHON=python3.12 picks the interpreter, TORCH=torch==2.10.0 another torch with the newest setuptools
@@ -121,9 +121,16 @@ docs: build $(VENV)/.installed-for-docs
 		--doctree-dir build/docs-read docs build/docs $(ARGS)
 	@echo "build/docs/index.html"
 
-wheel: build
+# torch brings its own libraries. auditwheel names the wheel after the oldest system that it runs on.
+wheel: build $(VENV)/.installed-for-release
 	rm -rf dist
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist/linux .
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
+		-w dist dist/linux/*.whl
+	rm -rf dist/linux
+	$(BIN)/python setup.py --quiet sdist --dist-dir dist
+	$(BIN)/python -m auditwheel show dist/*.whl
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info $(LIBRARY)

@@ -55,6 +55,13 @@ CXX_FLAGS = [
 NVCC_FLAGS = [*COMMON_FLAGS, "-UNDEBUG", "-Xcompiler=-fvisibility=hidden"]
 
 
+def long_description() -> str:
+    """The README without pictures and links into the repository, which an index has no files of."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^!\[.*\n+", "", text, flags=re.M)
+    return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]+\)", r"\1", text)
+
+
 def cuda_home() -> Path | None:
     """The toolkit that has nvcc: a CPU-only torch does not look for one."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -123,6 +130,8 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     # What is up to date is for ninja to say: it knows the headers, the flags and the wish for CUDA.
     options={"build_ext": {"force": True}},
     ext_modules=[extension()],

@@ -4,7 +4,9 @@ A build is tried with a torch that is too old and without a compiler, an import 
 and with a broken one. Each must end in our sentence, and not in a traceback from deep inside.
 """
 
+import email
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -127,6 +129,13 @@ def test_kernels_are_built_where_they_can_be_and_are_wanted(
     assert kernels & set(sources) == (kernels if expected else set())
 
 
+def test_an_index_shows_no_file_of_the_repository(build):
+    shown = build()["long_description"]
+    assert "# fused_ce" in shown and "fuse_head(" in shown
+    targets = re.findall(r"\]\(([^)]*)\)", shown)
+    assert all(target.startswith("https://") for target in targets)
+
+
 def has_cuda_kernels():
     from fused_ce import ops
 
@@ -241,6 +250,11 @@ def test_wheel_serves_every_python_and_carries_type_information(tmp_path):
     shutil.unpack_archive(wheel, unpacked, "zip")
     names = {p.name for p in (unpacked / "fused_ce").iterdir()}
     assert {"__init__.py", "_C.so", "py.typed"} <= names
+    (metadata,) = unpacked.glob("*.dist-info/METADATA")
+    told = email.message_from_string(metadata.read_text())
+    assert told["Description-Content-Type"] == "text/markdown"
+    assert "Programming Language :: Python :: 3.10" in told.get_all("Classifier")
+    assert told.get_payload().startswith("# fused_ce")
     code = (
         "import torch, fused_ce; print(fused_ce.__file__); "
         "print(fused_ce.cross_entropy(torch.zeros(2, 4), torch.tensor([1, 3])).item())"
