@@ -110,6 +110,7 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: build
 	$(BIN)/ruff check --fix .
@@ -128,7 +129,7 @@ wheel: build $(VENV)/.installed-for-release
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' \
 		-w dist dist/linux/*.whl
 	rm -rf dist/linux
-	$(BIN)/python setup.py --quiet sdist --dist-dir dist
+	FUSED_CE_CUDA=0 $(BIN)/python setup.py --quiet sdist --dist-dir dist
 	$(BIN)/python -m auditwheel show dist/*.whl
 	$(BIN)/python -m twine check --strict dist/*
 

@@ -55,6 +55,13 @@ CXX_FLAGS = [
 NVCC_FLAGS = [*COMMON_FLAGS, "-UNDEBUG", "-Xcompiler=-fvisibility=hidden"]
 
 
+def version(has_cuda: bool) -> str:
+    """The package's; a wheel with CUDA kernels is not to be taken for the one without."""
+    text = Path("fused_ce", "__init__.py").read_text(encoding="utf-8")
+    (found,) = re.findall(r'^__version__ = "(.+)"$', text, re.M)
+    return found + ("+cuda" if has_cuda else "")
+
+
 def long_description() -> str:
     """The README without pictures and links into the repository, which an index has no files of."""
     text = Path("README.md").read_text(encoding="utf-8")
@@ -89,8 +96,7 @@ def wanted_cuda_home() -> Path | None:
     return home
 
 
-def extension() -> CppExtension:
-    home = wanted_cuda_home()
+def extension(home: Path | None) -> CppExtension:
     if home is None:
         return CppExtension(
             "fused_ce._C", SOURCES, extra_compile_args=CXX_FLAGS, py_limited_api=True
@@ -129,12 +135,14 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", platform
 
 
+cuda = wanted_cuda_home()
 setup(
+    version=version(has_cuda=cuda is not None),
     long_description=long_description(),
     long_description_content_type="text/markdown",
     # What is up to date is for ninja to say: it knows the headers, the flags and the wish for CUDA.
     options={"build_ext": {"force": True}},
-    ext_modules=[extension()],
+    ext_modules=[extension(cuda)],
     cmdclass={
         "bdist_wheel": AnyPythonWheel,
         "build_ext": SharedObjects,

@@ -20,6 +20,7 @@ import torch
 from support.processes import ROOT, Done, finish
 from torch.utils import cpp_extension
 
+import fused_ce
 from fused_ce.ops import LIBRARY
 
 
@@ -121,7 +122,9 @@ def test_kernels_are_built_where_they_can_be_and_are_wanted(
         path.parent.mkdir()
         path.touch()
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-    (extension,) = build(FUSED_CE_CUDA=wish)["ext_modules"]
+    told = build(FUSED_CE_CUDA=wish)
+    assert told["version"] == fused_ce.__version__ + ("+cuda" if expected else "")
+    (extension,) = told["ext_modules"]
     sources = extension.sources
     assert "csrc/cpu/backend.cpp" in sources
     kernels = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/**/*.cu")}
