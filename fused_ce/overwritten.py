@@ -3,7 +3,8 @@
 They are no longer what their graph computed. As after any in-place operation of torch, the tensor
 that owns their memory gets a new node; this one raises, where the gradient would be that of other
 numbers. The loss goes back to the nodes from before, and hooks see there what they always saw. A
-leaf is left alone: torch takes it for what it holds, whoever has written that.
+leaf is left alone: torch takes it for what it holds, whoever has written that. Where a node needs
+its own result, as those of exp and relu do, the error is torch's, in words of ours.
 """
 
 import weakref
@@ -51,6 +52,8 @@ class Logits:
         if owner is None or owner.is_leaf:
             increment_version(memory)
         else:
+            if hasattr(owner.grad_fn, "_raw_saved_result"):
+                owner.grad_fn.register_prehook(_before_it_needs_its_result)
             kept = owner.grad if owner.retains_grad else None
             # It is off, as in each forward and backward; a context manager takes longer than this.
             torch._C._set_grad_enabled(True)
@@ -81,6 +84,23 @@ class Logits:
         input = self._input()
         if input is not None and input is not self._owner():
             _is_usable(input)
+
+
+def _before_it_needs_its_result(gradients: tuple) -> None:
+    """Raises what the node that runs next is about to, in other words. A result that was packed
+    elsewhere by hooks for saved tensors is as it was, and nothing is raised. The node is asked for
+    here, since one that its own hook holds would wait for a search for garbage."""
+    node = torch._C._current_autograd_node()
+    try:
+        _ = node._saved_result
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"fused_ce: a loss with inplace=True has overwritten the result of {node.name()} with "
+            "its gradient, and the backward of that layer needs the result; use inplace='auto', "
+            "which sees this, or inplace=False."
+        ) from error
 
 
 def logits_of(input: Tensor) -> Logits | None:

@@ -353,3 +353,58 @@ def test_what_arrives_of_no_number_reaches_the_zeros_of_rows_that_count(kind, va
     loss.backward(torch.tensor(value))
     assert not leaf.grad[~left_out].isfinite().any()
     assert not leaf.grad[left_out].any()
+
+
+@every_call
+@pytest.mark.parametrize("kind", ["result", "nested view"])
+@pytest.mark.parametrize("name", ["exp", "relu"])
+def test_a_layer_that_needs_its_own_result_is_named(name, kind, call):
+    leaf = torch.randn(ROWS, CLASSES).to(CALLS[call][1]).requires_grad_()
+    loss = loss_of(LOGITS[kind](getattr(leaf, name)()), call)
+    with pytest.raises(RuntimeError, match=f"fused_ce: .* the result of {name.title()}Backward0"):
+        loss.backward()
+
+
+def exp_and_logits():
+    leaf = torch.randn(ROWS, CLASSES, requires_grad=True)
+    expected = torch.autograd.grad(F.cross_entropy(leaf.exp(), targets(leaf)), leaf)
+    return leaf, leaf.exp(), expected
+
+
+def test_the_gradient_up_to_a_layer_that_needs_its_own_result_is_there():
+    _, logits, _ = exp_and_logits()
+    edge = get_gradient_edge(logits)
+    expected = torch.autograd.grad(F.cross_entropy(logits, targets(logits)), logits)
+    found = torch.autograd.grad(loss_of(logits, "mean"), edge)
+    torch.testing.assert_close(found, expected)
+
+
+def test_auto_sees_a_layer_that_needs_its_own_result():
+    leaf, logits, expected = exp_and_logits()
+    loss = fused_ce.cross_entropy(logits, targets(logits), inplace="auto")
+    del logits
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf), expected)
+
+
+def test_a_result_that_hooks_have_packed_elsewhere_is_as_it_was():
+    leaf, _, expected = exp_and_logits()
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda kept: kept):
+        logits = leaf.exp()
+    torch.testing.assert_close(torch.autograd.grad(loss_of(logits, "mean"), leaf), expected)
+
+
+def test_a_layer_that_needs_its_own_result_is_let_go_at_once():
+    leaf, logits, _ = exp_and_logits()
+    freed = []
+    weakref.finalize(logits.grad_fn.metadata.setdefault("kept", Kept()), freed.append, True)
+    loss = loss_of(logits, "mean")
+    gc.disable()
+    try:
+        del logits, loss
+        assert freed
+    finally:
+        gc.enable()
+
+
+class Kept:
+    """What a node holds, and what tells that it is gone."""

@@ -192,6 +192,17 @@ def test_parameters_and_buffers_keep_fusion_on():
     )
 
 
+class Plain(torch.Tensor):
+    """A subclass that only inherits."""
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_subclass_that_only_inherits_keeps_fusion_on(which):
+    values = [torch.randn(6, 5), torch.randint(0, 5, (6,)), torch.rand(5)]
+    values[which] = values[which].as_subclass(Plain)
+    assert fused_ce.explain(*values).startswith("fused")
+
+
 class Recorder(torch.Tensor):
     """A subclass that writes down which functions it was handed."""
 
