@@ -104,13 +104,13 @@ def linear_cross_entropy(
         options (LinearCrossEntropyOptions, optional): torch's. The chunk size that it names is
             used; its other fields ask for what is always so here.
         chunk_size (int, optional): the most rows of input in a chunk. Chunks are made equal.
-        max_chunk_bytes (int, optional): the most memory for a chunk, the gradients (and the float32
-            sum of the weight's) apart. A row is the least. Default: 64 MiB on the CPU and 1 GiB on
-            CUDA, or as much as the fewest rows take that are efficient there, 256 and 2048.
+        max_chunk_bytes (int, optional): the most memory for a chunk. The gradients, and the float32
+            sum of the weight's, come on top. A chunk has at least one row. Default: 64 MiB on the
+            CPU and 1 GiB on CUDA, or more if 256 rows (on CUDA 2048) need more.
         grad_in_forward (bool): compute the gradients along with the loss, for a ``grad_output`` of
             1. They are scaled if something else arrives, and rounded once more unless that is a
             power of two. ``False`` keeps nothing until the backward, which computes the logits
-            anew. So it always is with ``reduction='none'`` and in float16. Default: ``True``
+            anew. That is always so with ``reduction='none'`` and in float16. Default: ``True``
         dtype, denominator, on_all_ignored, z_loss, logit_scale, softcap, sample_weight: as in
             :func:`fused_ce.cross_entropy`, of the layer's output. A ``logit_scale`` that requires
             grad is multiplied into the input.

@@ -86,8 +86,8 @@ def binary_cross_entropy_with_logits(
         Exception: what torch raises for the same call.
         RuntimeError: with ``inplace=True``, as :func:`fused_ce.cross_entropy`.
 
-    An input of -inf with a target of 1 has a loss of inf, and one of +-inf with the target it is
-    sure of a loss of 0, where torch's is nan.
+    An input of -inf with a target of 1 has a loss of inf. One of +-inf with the target that it is
+    sure of has a loss of 0. torch's loss is nan for both.
 
     Example::
 
@@ -206,8 +206,7 @@ def sigmoid_focal_loss(
         Exception: what torchvision raises for the same call.
         RuntimeError: with ``inplace=True``, as :func:`fused_ce.cross_entropy`.
 
-    At certainty the gradient is 0 for every ``gamma``, where that of torchvision's is nan for one
-    below 1.
+    At certainty the gradient is 0 for every ``gamma``. torchvision's is nan for one below 1.
 
     Example::
 

@@ -104,7 +104,7 @@ def fuse_head(
     chunk_size: int | None = None,
     max_chunk_bytes: int | None = None,
 ) -> nn.Module:
-    r"""Has a language model train without its logits, which stay a promise until they are needed.
+    r"""Lets a language model train without its logits: they stay a promise until they are needed.
 
     In training with grad the output of ``model.get_output_embeddings()`` is a promise of logits. It
     records what models put between head and loss: a factor, a softcap, ``float()``, other shapes
@@ -187,8 +187,8 @@ def explain_head(model: nn.Module) -> str:
 
     Returns ``"fused: "`` and what stood between head and loss, ``"logits: made by "`` and the first
     operation that needed them, ``"not yet: "`` before the first loss, or ``"not fused: "`` and why
-    for a model that :func:`fuse_head` has not been called with. Compiled graphs say nothing. What
-    it could do for a model is said by ``fused_ce.explain_call(fuse_head, model)``.
+    for a model that :func:`fuse_head` has not been called with. Compiled graphs say nothing.
+    ``fused_ce.explain_call(fuse_head, model)`` says what it could do for a model.
     """
     head = _output_embeddings(model)
     if head is None:

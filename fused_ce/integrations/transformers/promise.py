@@ -78,7 +78,7 @@ IDENTITY = LogitMap()
 
 
 class Promise:
-    """Logits that do not exist yet; see the module's text.
+    """Logits that do not exist yet: what the head of a fused model returns in training.
 
     ``logits()`` makes them, and so does any operation of torch that is not recorded. It is no
     :class:`torch.Tensor`, and what asks for one by ``isinstance`` will not know it.
