@@ -4,6 +4,7 @@ A browser loads nothing from elsewhere: formulas are MathML, which it draws by i
 brings its own files. Names of torch's become links by their spelling, so that no index is fetched.
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -23,7 +25,6 @@ copyright = "2026, the fused_ce authors"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
-myst_enable_extensions = ["colon_fence"]
 nitpicky = True  # a name that leads nowhere is a warning, and a warning is an error
 
 autodoc_typehints = "none"  # the docstrings say them, in torch's way
@@ -31,8 +32,7 @@ autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-
-napoleon_use_param = False
+napoleon_use_param = False  # a line may have several names, as in torch's docstrings
 
 html_theme = "furo"
 html_title = f"fused_ce {version}"
@@ -63,7 +63,23 @@ def link_to_torch(
     return nodes.reference("", "", content, internal=False, refuri=f"{TORCH}{name}.html")
 
 
+def refuse_what_is_elsewhere(app: Sphinx, exception: Exception | None) -> None:
+    """A page may link to others' pages, but what it loads by itself has to be here."""
+    loads = re.compile(
+        r"""<(?:script|img|iframe|link)\b[^>]*(?:src|href)=["']?(?:https?:)?//[^>]*>"""
+    )
+    for page in Path(app.outdir).rglob("*.html"):
+        for tag in loads.findall(page.read_text(encoding="utf-8")):
+            raise ExtensionError(f"{page.name} loads something from elsewhere: {tag}")
+    for sheet in Path(app.outdir).rglob("*.css"):
+        if re.search(
+            r"(?:@import|url\()\s*[\"']?(?:https?:)?//", sheet.read_text(encoding="utf-8")
+        ):
+            raise ExtensionError(f"{sheet.name} loads something from elsewhere")
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math_block, None))
     app.connect("missing-reference", link_to_torch)
+    app.connect("build-finished", refuse_what_is_elsewhere)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
