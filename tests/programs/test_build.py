@@ -239,6 +239,10 @@ def test_source_distribution_has_every_file(tmp_path):
         names = {name.partition("/")[2] for name in files.getnames()}
     assert set(listed.stdout.splitlines()) <= names
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
+    shutil.unpack_archive(archive, tmp_path)
+    (elsewhere,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    told = run("setup.py", "--version", "--long-description", cwd=elsewhere)
+    assert told.stdout.startswith(f"{fused_ce.__version__}\n# fused_ce\n"), told.stderr
 
 
 def test_wheel_serves_every_python_and_carries_type_information(tmp_path):
