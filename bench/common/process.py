@@ -20,6 +20,7 @@ Notice = Callable[[str], None]
 
 CONTEXT = multiprocessing.get_context("forkserver")
 NOTICE, ANSWER, ERROR = "notice", "answer", "error"
+BACKWARD = "torch._dynamo"  # the first backward of a process imports it, for seconds
 
 
 class Failed(Exception):
@@ -28,7 +29,7 @@ class Failed(Exception):
 
 def preload(*modules: str) -> None:
     """Further modules for the process that is forked. Heeded until the first call."""
-    CONTEXT.set_forkserver_preload([__name__, *modules])
+    CONTEXT.set_forkserver_preload([__name__, BACKWARD, *modules])
 
 
 preload()
