@@ -16,6 +16,7 @@ from ..options import MEAN, NONE, Options
 from .plan import DEVICES, TILE_BYTES, Limits, Sizes
 from .targets import Rows, batch_dims
 
+Which = slice | Tensor  # rows next to each other, or these
 _CLASSES_APART = 2  # of a row's probabilities: those that mixed-up labels have
 
 
@@ -49,6 +50,8 @@ class Problem:
         if options.reduction == MEAN and (options.denominator is None or options.on_all_ignored):
             options = options._replace(denominator=self._denominators(options), on_all_ignored=0)
         self.options = options._replace(loss_dtype=torch.float64)  # of a chunk's own loss
+        # The rows that count, where others do not and the host may look; else all of them.
+        self.counted = self.rows_that_count(options) if device.checks_values else None
         copied = target.dtype.itemsize if dims > 1 else 0
         self.rows = self.sizes(columns, copied).chunk_rows(limits, self.dtype, device)
 
@@ -59,8 +62,23 @@ class Problem:
 
     def sizes(self, columns: int, copied_bytes: int) -> Sizes:
         """What decides how many rows a chunk has."""
-        converts = self.input.dtype != self.dtype
-        return Sizes(*self.input.shape, self.classes, columns, converts, copied_bytes)
+        copies = self.input.dtype != self.dtype or self.counted is not None
+        features = self.input.shape[1]
+        return Sizes(self.count, features, self.classes, columns, copies, copied_bytes)
+
+    def rows_that_count(self, options: Options) -> Tensor | None:
+        """The others get no logits: a padded batch does not pay for its padding. None for all."""
+        if isinstance(self.target, Rows) or (self.probabilities and options.sample_weight is None):
+            return None
+        left_out = self._left_out(options)
+        if left_out.dim() > 1:
+            left_out = left_out.flatten(1).all(1)
+        return left_out.logical_not().nonzero().squeeze(1) if left_out.any() else None
+
+    @property
+    def count(self) -> int:
+        """How many rows get logits."""
+        return len(self.input if self.counted is None else self.counted)
 
     def _denominators(self, options: Options) -> Tensor:
         """What the mean divides the losses and the z-losses by, in float64; no number visits the
@@ -117,7 +135,7 @@ class Problem:
         """The weight of the class of each row."""
         return weight[classes]
 
-    def options_of(self, rows: slice) -> Options:
+    def options_of(self, rows: Which) -> Options:
         weight = self.options.sample_weight
         return self.options if weight is None else self.options._replace(sample_weight=weight[rows])
 
@@ -132,14 +150,16 @@ class Problem:
         for start in range(0, columns, size):
             yield slice(start, min(start + size, columns))
 
-    def chunks(self, held: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def chunks(self, held: int = 1) -> Iterator[tuple[Which, Tensor, Tensor]]:
         """Which rows, these rows of the input, and their logits, in memory that is used again for
         those of so many chunks later."""
-        count, columns = self.input.shape[0], self.linear_weight.shape[0]
+        count, columns = self.count, self.linear_weight.shape[0]
         shape = min(self.rows, count), columns
         memory: list[Tensor] = []
         for index, start in enumerate(range(0, count, self.rows)):
-            rows = slice(start, min(start + self.rows, count))
+            rows: Which = slice(start, min(start + self.rows, count))
+            if self.counted is not None:
+                rows = self.counted[rows]
             input = self.input[rows].to(self.dtype)
             if index < held:
                 memory.append(fresh(shape, self.input, self.dtype))
@@ -158,7 +178,7 @@ class Problem:
         ]
 
     def losses_and_gradients(
-        self, grad_output: Tensor | None, take: Callable[[slice, Tensor, Tensor], Any]
+        self, grad_output: Tensor | None, take: Callable[[Which, Tensor, Tensor], Any]
     ) -> list[Tensor]:
         """The losses; ``take`` is given each chunk with the gradient in the place of its logits.
 
@@ -182,7 +202,7 @@ class Problem:
     def take_input_grad(self, grad: Tensor) -> None:
         """Is given that of each chunk."""
 
-    def columns_of_targets(self, rows: slice) -> Tensor:
+    def columns_of_targets(self, rows: Which) -> Tensor:
         """Where in a row of logits those of its targets are, or of the two most probable classes;
         any place for an ignored one."""
         target = self.target[rows]
@@ -202,7 +222,12 @@ class Problem:
         """The loss, from those of the chunks."""
         if self.reduction == NONE:
             empty = self.input.new_empty((0, *self.positions), dtype=torch.float64)
-            return torch.cat([empty, *losses]).to(self.loss_dtype)
+            found = torch.cat([empty, *losses]).to(self.loss_dtype)
+            if self.counted is None:
+                return found
+            return found.new_zeros((len(self.input), *self.positions)).index_copy_(
+                0, self.counted, found
+            )
         loss = self.input.new_zeros((), dtype=torch.float64)
         for part in losses:
             loss += part

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..huge_pages import fresh
-from .chunks import Problem
+from .chunks import Problem, Which
 from .plan import TILE_BYTES
 
 
@@ -21,14 +21,14 @@ class Gradients:
         self.needs = needs
         input, linear_weight, linear_bias = like
         dtype = problem.input_grad_dtype(input.dtype)
+        # Rows that do not count have a gradient of zero, which no chunk writes.
+        new = torch.empty_like if problem.counted is None else torch.zeros_like
         self.input = (
-            torch.empty_like(input, dtype=dtype, memory_format=torch.contiguous_format)
-            if needs[0]
-            else None
+            new(input, dtype=dtype, memory_format=torch.contiguous_format) if needs[0] else None
         )
         # Little is lost by summing in the GEMMs' own type where one of them gives the whole, or
         # where narrow results of two are added and rounded once.
-        terms = -(-len(input) // problem.rows)
+        terms = -(-problem.count // problem.rows)
         exact = terms <= 1 or (terms == 2 and problem.has_tiles)
         same = linear_weight.dtype == problem.dtype
         wide = torch.promote_types(problem.dtype, torch.float32)
@@ -39,11 +39,13 @@ class Gradients:
         self.targets_apart = problem.has_tiles and terms > 1 and problem.classes > 0
         self.targets = []  # of each chunk, the columns of the logits and the gradients there
 
-    def add(self, rows: slice, input: Tensor, logits_grad: Tensor) -> None:
+    def add(self, rows: Which, input: Tensor, logits_grad: Tensor) -> None:
         problem = self.problem
         if self.needs[0]:
             part = self.input[rows]
             _mm(logits_grad, problem.linear_weight, part, problem.device.widens)
+            if isinstance(rows, Tensor):  # a copy
+                self.input[rows] = part
             problem.take_input_grad(part)
         if self.needs[2]:
             self._add_bias(logits_grad)
@@ -70,7 +72,7 @@ class Gradients:
         else:
             torch.addmm(total, logits_grad, input, beta=0 if first else 1, out=total)
 
-    def _take_targets(self, rows: slice, logits_grad: Tensor) -> None:
+    def _take_targets(self, rows: Which, logits_grad: Tensor) -> None:
         columns = self.problem.columns_of_targets(rows)
         each = torch.arange(len(columns), device=columns.device).unsqueeze(1)
         self.targets.append((columns, logits_grad[each, columns]))
@@ -78,7 +80,7 @@ class Gradients:
 
     def _add_targets(self) -> None:
         """Adds what was taken out: all that belongs to a row of the weight before it is rounded."""
-        total, input = self.linear_weight, self.problem.input
+        total, input, counted = self.linear_weight, self.problem.input, self.problem.counted
         columns, values = map(torch.cat, zip(*self.targets, strict=True))  # [N, positions]
         found, places = columns.unique(return_inverse=True)
         wide = torch.promote_types(total.dtype, torch.float32)
@@ -89,8 +91,9 @@ class Gradients:
             some = slice(start, start + width)
             sums = total[found, some].to(wide)
             height = max(TILE_BYTES // (sums.shape[1] * places.shape[1] * wide.itemsize), 1)
-            for rows in (slice(first, first + height) for first in range(0, len(input), height)):
-                terms = values[rows] * input[rows, some].to(self.problem.dtype).unsqueeze(1)
+            for rows in (slice(first, first + height) for first in range(0, len(values), height)):
+                of_input = rows if counted is None else counted[rows]
+                terms = values[rows] * input[of_input, some].to(self.problem.dtype).unsqueeze(1)
                 sums.index_add_(0, places[rows].flatten(), terms.flatten(0, 1))
             total[found, some] = sums.to(total.dtype)
 

@@ -29,8 +29,18 @@ class Device(NamedTuple):
         return dtype.itemsize == 2 and not self.widens
 
 
+def _slow_in_gemms() -> tuple[torch.dtype, ...]:
+    """The types in which this processor multiplies matrices many times slower than in float32:
+    bfloat16 where oneDNN does not take it, in torch's own loops."""
+    try:
+        takes_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except AttributeError:  # a torch without oneDNN
+        takes_bfloat16 = False
+    return (torch.float16,) if takes_bfloat16 else (torch.float16, torch.bfloat16)
+
+
 DEVICES = {
-    "cpu": Device(64 << 20, 256, False, {torch.float16: torch.float32}, True),
+    "cpu": Device(64 << 20, 256, False, dict.fromkeys(_slow_in_gemms(), torch.float32), True),
     "cuda": Device(1 << 30, 2048, True, {}, False),
 }
 

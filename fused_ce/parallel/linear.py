@@ -76,6 +76,9 @@ class ShardedProblem(Problem):
     def check_range(self, target: Tensor, options: Options) -> None:
         """It is done where the ranks meet, for all of them."""
 
+    def rows_that_count(self, options: Options) -> None:
+        """All: the chunks must be the same before the ranks know each other's targets."""
+
     def sizes(self, columns: int, copied_bytes: int) -> Sizes:
         part = self.shard.classes
         columns = part * self.positions.numel()

@@ -28,6 +28,13 @@ _SWITCHES = ("entropy", "argmax", "keep_stats")
 _RESULTS = "Tensor log_prob, Tensor entropy, Tensor logsumexp, Tensor argmax, Tensor stats"
 
 
+class _EveryRow(Problem):
+    """A row without a target has statistics too."""
+
+    def rows_that_count(self, options: Options) -> None:
+        pass
+
+
 def _problem(
     input, linear_weight, target, linear_bias, dtype, chunk_size, max_chunk_bytes, *settings
 ) -> Problem:
@@ -35,7 +42,7 @@ def _problem(
         target = input.new_zeros((), dtype=torch.int64).expand(len(input))
     options = Options(reduction=SUM, ignore_index=Settings(*settings).ignore_index)
     limits = Limits(chunk_size, max_chunk_bytes)
-    return Problem(input, linear_weight, target, linear_bias, dtype, limits, options)
+    return _EveryRow(input, linear_weight, target, linear_bias, dtype, limits, options)
 
 
 @custom_op(

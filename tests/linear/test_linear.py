@@ -284,6 +284,26 @@ def test_chunks_are_equal_and_as_small_as_asked_for(rows, size, chunks):
     assert sizes_of(rows, chunk_size=size) == chunks
 
 
+@pytest.mark.parametrize("by", ["ignore_index", "sample_weight"])
+def test_rows_that_do_not_count_get_no_logits(by):
+    target, options = torch.randint(CLASSES, (20,)), {}
+    counts = torch.arange(20) % 3 == 0
+    if by == "ignore_index":
+        target[~counts] = -100
+    else:
+        options["sample_weight"] = counts.float()
+    layer, _, _ = problem()
+    input = torch.randn(20, FEATURES)
+    with chunk_sizes() as sizes, in_chunks():
+        found = ours((input, *layer[1:]), target, chunk_size=4, **options)
+    assert sizes == [4, 3]
+    expected = stock((input[counts], *layer[1:]), target[counts])
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(found.grad_input[counts], expected.grad_input)
+    torch.testing.assert_close(found.grad_linear_weight, expected.grad_linear_weight)
+    assert not found.grad_input[~counts].any()
+
+
 def test_budget_is_kept():
     row = 4 * CLASSES
     with pytest.warns(UserWarning, match=f"max_chunk_bytes={7 * row} leaves 7 rows"):
@@ -378,7 +398,7 @@ def test_gradient_of_ignored_rows_is_exactly_zero(reduction, weighted, smoothing
 
 @pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
 def test_ignored_row_is_not_used(reduction):
-    # An ignored row of nan spoils nothing of the others, nor its own gradient.
+    # A row of nan spoils nothing of the others, nor its own gradient; in stock the weight's.
     layer, target, _ = problem()
     target[4] = -100
     expected = ours(layer, target, reduction=reduction, chunk_size=3)
@@ -386,6 +406,7 @@ def test_ignored_row_is_not_used(reduction):
     result = ours(layer, target, reduction=reduction, chunk_size=3)
     torch.testing.assert_close(result.loss, expected.loss)
     torch.testing.assert_close(result.grad_input, expected.grad_input)
+    torch.testing.assert_close(result.grad_linear_weight, expected.grad_linear_weight)
     assert (result.grad_input[4] == 0).all()
 
 

@@ -8,6 +8,7 @@ from support.grids import cases_of, together
 from support.reference import incoming_gradient
 
 import fused_ce
+from fused_ce.linear.plan import DEVICES
 
 FEATURES, CLASSES = 6, 11
 SHAPES = {"H": ((), ()), "NH": ((13,), ()), "BTH": ((3, 5), ()), "K1": ((7,), (3,))}
@@ -133,7 +134,9 @@ def test_a_float32_loss_of_half_types_keeps_its_digits():
     )
     target = torch.randint(0, 30, (40,))
     loss = fused_ce.linear_cross_entropy(hidden, head, target, dtype=torch.float32)
-    exact = F.cross_entropy(F.linear(hidden, head).double(), target)
+    computed = DEVICES["cpu"].computed_dtype(torch.bfloat16)
+    logits = F.linear(hidden.to(computed), head.to(computed))
+    exact = F.cross_entropy(logits.double(), target)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
 

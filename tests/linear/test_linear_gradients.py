@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_ce
 from fused_ce import linear_cross_entropy as lce
 from fused_ce.linear import gradients, plan
+from fused_ce.linear.chunks import Problem
 
 FEATURES, CLASSES, ROWS = 4, 6, 7
 
@@ -280,6 +281,8 @@ def test_incoming_nan_and_infinity_reach_what_they_reach_in_stock(
 def test_gradient_is_the_same_whether_the_host_reads_what_arrives(kind, dtype, scale, monkeypatch):
     layer, target = with_zeros(kind, "some")
     layer = [t.to(dtype) for t in layer]
+    # Who reads knows as well which rows need no logits; other chunks have other sums.
+    monkeypatch.setattr(Problem, "rows_that_count", lambda *_: None)
     found = []
     for reads in (True, False):
         cpu = plan.DEVICES["cpu"]._replace(checks_values=reads)
