@@ -8,6 +8,8 @@ import torch
 from support import grids, simulated, torchvision
 from support.devices import DEVICES, MISSING
 
+from fused_ce.linear import plan
+
 torchvision.make_importable()
 
 
@@ -51,3 +53,10 @@ def kernels():
     """The CUDA kernels on the simulator."""
     with simulated.Kernels(simulated.built("simulator")) as kernels:
         yield kernels
+
+
+@pytest.fixture
+def bfloat16_in_itself(monkeypatch):
+    """A head's products, as where this processor has fast ones of the type."""
+    cpu = plan.DEVICES["cpu"]._replace(gemm_dtype={torch.float16: torch.float32})
+    monkeypatch.setitem(plan.DEVICES, "cpu", cpu)

@@ -218,7 +218,8 @@ linear_cross_entropy.__prepare_scriptable__ = stocks_or_refusal(
 def explain_linear(*args: Any, **kwargs: Any) -> str:
     """Says how :func:`linear_cross_entropy` would take this call, without computing anything.
 
-    Returns ``"fused: "`` with the moment the gradients are computed, the chunks and the instruction
+    Returns ``"fused: "`` with the moment the gradients are computed, the chunks that all rows take
+    (those that do not count get none on the CPU) and the instruction
     set in use (on CUDA the GPU's compute capability), or ``"stock: "`` with the reason why stock
     PyTorch takes the call, whose formula holds all logits.
 

@@ -243,6 +243,7 @@ def test_errors_of_the_loss_are_stocks():
             fuse_head(LM())(tokens()).view(shape)
 
 
+@pytest.mark.usefixtures("bfloat16_in_itself")  # or nothing of it would be rounded as in stock
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("widened", [True, False])
 @pytest.mark.parametrize("head", ["autocast", torch.bfloat16])

@@ -373,6 +373,26 @@ def test_contradiction_within_the_options_is_refused():
             function(input, torch.randn(48, 12), target, options=options)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 5])  # one chunk, three
+@pytest.mark.parametrize("ahead", [True, False])
+def test_bfloat16_in_float32_products_is_rounded_once(ahead, chunk_size, monkeypatch):
+    # As on processors whose own products of it are slow: nothing but the results is rounded.
+    wide = {torch.bfloat16: torch.float32}
+    monkeypatch.setitem(plan.DEVICES, "cpu", plan.DEVICES["cpu"]._replace(gemm_dtype=wide))
+    layer, target, _ = problem(dtype=torch.bfloat16, bias=True)
+    found = ours(layer, target, chunk_size=chunk_size, grad_in_forward=ahead)
+    exact = stock([t.double() for t in layer], target)
+    for mine, right in zip(found, exact, strict=True):
+        assert mine.dtype == torch.bfloat16
+        torch.testing.assert_close(mine.double(), right, rtol=1.01 * 2**-8, atol=1e-7)
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_bfloat16_is_computed_in_float32_where_onednn_does_not_take_it(takes, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: takes)
+    assert plan._slow_in_gemms() == (torch.float16, torch.bfloat16)[: 2 - takes]
+
+
 # Stock: nan for a mean over nothing, and gradients of exactly zero.
 @together
 @pytest.mark.parametrize("smoothing", (0.0, 0.1))
