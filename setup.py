@@ -39,10 +39,13 @@ CUDA_SOURCES = ["csrc/cuda/backend.cpp", *sorted(map(str, Path("csrc/cuda").rglo
 DEFAULT_ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"
 
 COMMON_FLAGS = ["-std=c++20", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+# Folders of the machine that builds do not go into the library: it is the same from any.
+FOLDERS = [f"-ffile-prefix-map={path}=." for path in (Path(torch.__file__).parents[1], Path.cwd())]
 # NaN and infinity keep their meaning (no -ffast-math); what is given up here is errno, traps, the
 # sign of zero, and separate rounding of a product that is added to something.
 CXX_FLAGS = [
     *COMMON_FLAGS,
+    *FOLDERS,
     "-fopenmp-simd",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -52,7 +55,11 @@ CXX_FLAGS = [
     "-g0",
 ]
 # The assertion on a target out of range stays, whatever the flags that Python was built with say.
-NVCC_FLAGS = [*COMMON_FLAGS, "-UNDEBUG", "-Xcompiler=-fvisibility=hidden"]
+NVCC_FLAGS = [
+    *COMMON_FLAGS,
+    "-UNDEBUG",
+    *(f"-Xcompiler={flag}" for flag in ("-fvisibility=hidden", *FOLDERS)),
+]
 
 
 def version(has_cuda: bool) -> str:

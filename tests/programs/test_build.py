@@ -167,6 +167,12 @@ def test_build_against_an_old_torch_names_the_version_that_is_needed(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_library_names_no_folder_of_the_machine_that_built_it():
+    held = LIBRARY.read_bytes()
+    for folder in (ROOT, Path(torch.__file__).parent):
+        assert str(folder).encode() not in held
+
+
 @pytest.fixture
 def bare_package(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "fused_ce", tmp_path / "fused_ce", ignore=shutil.ignore_patterns("*.so"))
