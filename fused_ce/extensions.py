@@ -36,10 +36,10 @@ class Extensions(NamedTuple):
     @property
     def are_default(self) -> bool:
         """Nothing is asked of a tensor's values: a device would have to be waited for."""
-        return all(
-            given is default or (not isinstance(given, Tensor) and given == default)
-            for given, default in zip(self, Extensions(), strict=True)
-        )
+        for given, default in zip(self, _DEFAULTS, strict=True):
+            if given is not default and (isinstance(given, Tensor) or given != default):
+                return False
+        return True
 
     def checked(self, options: Options, probabilities: bool, row_shape: tuple) -> "Extensions":
         """The same with Python's numbers; what makes no sense raises."""
@@ -110,6 +110,7 @@ class Extensions(NamedTuple):
         )
 
 
+_DEFAULTS = Extensions()
 NAMES = Extensions._fields
 COMPOSED = "denominator or sample_weight requires grad, with an option that has to know the rows"
 

@@ -4,7 +4,7 @@
 the gradient is computed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -357,16 +357,25 @@ def _of_dtensor(
 REDUCTIONS = {_Reduction.get_enum(name): name for name in ("none", "mean", "sum")}
 
 
+def _options_of_stock() -> dict[str, Callable[[Any], Any]]:
+    """Those that torch's loss has too, and how a caller's value becomes the operators'."""
+    kinds = {int: integer, float: real}
+    found = {
+        name: kinds.get(kind, lambda value: value)
+        for name, kind in Options.__annotations__.items()
+        if name not in (*extensions.NAMES, "loss_dtype")
+    }
+    return found | {"reduction": _Reduction.get_enum}
+
+
+_OPTIONS_OF_STOCK = _options_of_stock()
+
+
 def options_of(arguments: Mapping[str, Any]) -> Options:
     """The options among the arguments of a function, as the operators have them."""
-    names = set(Options._fields).difference(extensions.NAMES)
-    given = {name: value for name, value in arguments.items() if name in names}
-    given["reduction"] = _Reduction.get_enum(given["reduction"])
-    convert = {int: integer, float: real}
-    for name, kind in Options.__annotations__.items():
-        if name in given and kind in convert:
-            given[name] = convert[kind](given[name])
-    return Options(**given)
+    return Options(
+        **{name: of(arguments[name]) for name, of in _OPTIONS_OF_STOCK.items() if name in arguments}
+    )
 
 
 def instructions(input: Tensor) -> str:
