@@ -205,6 +205,7 @@ def test_head_is_explained(options, grad, moment, chunks):
     assert said.split(", ")[1].split()[3] == str(sizes[0])
 
 
+@pytest.mark.usefixtures("bfloat16_in_itself")
 def test_half_types_of_a_head_are_explained():
     target = torch.arange(10) % 5
     said = fused_ce.explain_linear(*head(dtype=torch.bfloat16), target)
