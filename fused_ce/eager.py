@@ -242,8 +242,7 @@ class TakeInBackward(Recompute):
     @staticmethod
     def backward(ctx, grad_output):
         saved = ctx.saved_tensors
-        is_needed = backward_needs_stock(grad_output) or graph_is_kept() or ctx.version is not None
-        if is_needed or not is_last_user(saved):
+        if not may_take(ctx, grad_output, saved):
             return _recomputed_gradients(ctx, grad_output, saved)
         (input, *tensors), options = _saved_call(ctx, saved)
         found = _overwritten_gradients(ctx, input, (*tensors, grad_output, *options))
@@ -259,6 +258,14 @@ def _overwritten_gradients(ctx: Any, input: Tensor, call: tuple) -> tuple:
     grad = input.detach()
     ops.backward_(grad, *call)
     return grad, target_grad, *gradients_of(scale_grad)
+
+
+def may_take(ctx: Any, grad_output: Tensor, saved: tuple) -> bool:
+    """Whether this backward may write over the first of the tensors that it has just unpacked, into
+    `saved` and no other variable. Another backward may need it, or a hook may have a copy of it."""
+    if backward_needs_stock(grad_output) or graph_is_kept() or ctx.version is not None:
+        return False
+    return is_last_user(saved)
 
 
 def keep_to_overwrite(ctx: Any, input: Tensor) -> None:

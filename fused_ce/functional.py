@@ -1,7 +1,7 @@
 """``cross_entropy`` with the signature of ``torch.nn.functional``'s, and the way that a call takes.
 
-``eligibility`` says whether the kernels can take it or why stock PyTorch does; ``_mode`` says when
-the gradient is computed.
+``eligibility`` says whether the kernels can take it or why stock PyTorch does; ``mode_of`` says
+when the gradient is computed.
 """
 
 from collections.abc import Callable, Mapping
@@ -84,8 +84,9 @@ def cross_entropy(
             backward, and only if nobody else holds them or needs them, which is proved by counts
             of references; else the gradient is computed into fresh memory. The usual
             ``loss(model(x), y).backward()`` then takes none of the logits' size. It does not see
-            who knows the address alone, as another CUDA stream may (see
-            :meth:`torch.Tensor.record_stream`). With ``True`` no memory is taken ever, but
+            who knows the address alone, as another CUDA stream (see
+            :meth:`torch.Tensor.record_stream`) or process may. Of a process group each rank looks
+            for itself. With ``True`` no memory is taken ever, but
             **whoever reads the logits after the loss reads gradients**, and a leaf's ``.grad``
             shares their memory. There is one backward, not differentiable. What is computed from
             overwritten logits, or from what they are a view of, cannot be differentiated; only a
@@ -239,7 +240,7 @@ def cross_entropy(
     options = (weight, *_NO_TENSORS, reduction, ignore_index, label_smoothing, *_NO_NUMBERS, dtype)
     if weight is None and options == DEFAULTS:
         options = ()  # an operator takes as long to read them
-    mode = _mode(input, target, reduction, grad_in_forward, inplace)
+    mode = mode_of(input, target, reduction, grad_in_forward, inplace)
     return _RUN[mode](input, target, *options)
 
 
@@ -305,7 +306,7 @@ def explain(*args: Any, **kwargs: Any) -> str:
     if extensions.composes(given, options, target):
         return f"stock: {extensions.COMPOSED}"
     options = given.added_to(options, input.device)
-    mode = _mode(
+    mode = mode_of(
         input,
         target,
         options.reduction,
@@ -313,7 +314,7 @@ def explain(*args: Any, **kwargs: Any) -> str:
         call["inplace"],
         options.logit_scale,
     )
-    if mode.startswith("in place") and mode != TAKEN:
+    if mode in OVERWRITES:
         try:
             ops.check_overwritable(input, target, *options)
         except RuntimeError as error:
@@ -339,7 +340,7 @@ def _distributed() -> Any:
 
 
 def _of_dtensor(
-    input, target, options: Options, given: Extensions, grad_in_forward: bool, inplace: bool
+    input, target, options: Options, given: Extensions, grad_in_forward: bool, inplace: bool | str
 ) -> Tensor:
     """By the loss of the parts of this rank."""
     dtensor = _distributed()
@@ -415,7 +416,7 @@ def _overridden(input, target, weight, *, grad_in_forward, inplace, **arguments)
 
 
 def _extended(
-    input, target, options: Options, given: Extensions, grad_in_forward: bool, inplace: bool
+    input, target, options: Options, given: Extensions, grad_in_forward: bool, inplace: bool | str
 ) -> Tensor:
     """A call with options that stock does not have."""
     reason = _reason(input, target, options, given)
@@ -444,7 +445,7 @@ def _extended(
     options = given.added_to(options, input.device)
     options = options._replace(loss_dtype=None if found == input.dtype else found)
     scale = options.logit_scale
-    mode = _mode(input, target, options.reduction, grad_in_forward, inplace, scale)
+    mode = mode_of(input, target, options.reduction, grad_in_forward, inplace, scale)
     return _RUN[mode](input, target, *options)
 
 
@@ -484,30 +485,7 @@ def _by_stock(input, target, options: Options, reason: str) -> Tensor:
 
 
 TAKEN = "in place in backward if nobody else holds the logits"
-
-
-def _mode(
-    input,
-    target,
-    reduction: int,
-    grad_in_forward: bool,
-    inplace: bool | str,
-    logit_scale: Tensor | None = None,
-) -> str:
-    """The same for a loss whose backward may take the logits' memory."""
-    takes = inplace == "auto"
-    inplace = False if takes else inplace
-    mode = mode_of(input, target, reduction, grad_in_forward, inplace, logit_scale)
-    if not takes or mode not in ("gradient in forward", "recomputed in backward"):
-        return mode
-    # A leaf is never taken, nor what a hook on saved tensors may have another copy of.
-    if input.is_leaf or type(input) is not Tensor or input.is_neg() or eager.hooks_are_active():
-        return mode
-    try:
-        ops.check_overwritable(input, target)
-    except RuntimeError:
-        return mode
-    return TAKEN
+OVERWRITES = "in place in forward", "in place in backward"  # whoever holds the logits
 
 
 def mode_of(
@@ -515,7 +493,7 @@ def mode_of(
     target,
     reduction: int,
     grad_in_forward: bool,
-    inplace: bool,
+    inplace: bool | str,
     logit_scale: Tensor | None = None,
 ) -> str:
     """When the gradient is computed; a key of _RUN."""
@@ -529,21 +507,34 @@ def mode_of(
     # AOTAutograd makes a graph of the backward too, without operators that write to an argument.
     if not input.requires_grad or type(input) is FunctionalTensor:
         return "recomputed in backward"
-    defers = reduction == NONE or target.requires_grad
-    # For an operator that writes to a negative view torch materialises the view, and expects to
-    # find it as the first result, where forward_grad_ has the loss.
-    if inplace and not input.is_neg():
-        if inplace is not True:
-            raise ValueError(
-                "fused_ce: inplace must be True or False, or 'auto' for cross_entropy, got "
-                f"{inplace!r}."
-            )
-        # What runs a function again for its saved tensors must find the logits in their place.
-        defers = defers or not grad_in_forward or input.dtype == torch.float16 or learns_scale
-        if defers or eager.hooks_are_active():
-            return "in place in backward"
-        return "in place in forward"
-    return "recomputed in backward" if defers or not grad_in_forward else "gradient in forward"
+    defers = reduction == NONE or target.requires_grad or not grad_in_forward
+    if inplace:
+        overwrites = inplace is True
+        if not overwrites and inplace != "auto":
+            raise ValueError(f"fused_ce: inplace must be True, False or 'auto', got {inplace!r}.")
+        # For an operator that writes to a negative view torch materialises the view, and expects to
+        # find it as the first result, where forward_grad_ has the loss.
+        if overwrites and not input.is_neg():
+            # What runs a function again for its saved tensors must find the logits in their place.
+            defers = defers or input.dtype == torch.float16 or learns_scale
+            if defers or eager.hooks_are_active():
+                return "in place in backward"
+            return "in place in forward"
+        if not overwrites and _may_become_free(input, target):
+            return TAKEN
+    return "recomputed in backward" if defers else "gradient in forward"
+
+
+def _may_become_free(input: Tensor, target: Tensor) -> bool:
+    """Whether the backward is to look who holds the logits. A leaf is somebody's, and of what a
+    hook on saved tensors has had there may be another copy."""
+    if input.is_leaf or type(input) is not Tensor or input.is_neg() or eager.hooks_are_active():
+        return False
+    try:
+        ops.check_overwritable(input, target)
+    except RuntimeError:
+        return False
+    return True
 
 
 _RUN = {

@@ -19,25 +19,28 @@ from torch.autograd import Function
 from torch.utils._python_dispatch import _disable_current_modes
 
 Counts = tuple[int, ...]
+Pair = tuple[Tensor, Tensor]
 _lock = threading.Lock()
 
 
 def is_last_user(saved: tuple) -> bool:
     """Of the first of the saved tensors, as the backward has just unpacked them into a variable.
 
-    A leaf belongs to whoever made it, and memory that processes share to all of them. A weak
-    reference can become a strong one at any time.
+    A leaf belongs to whoever made it, and memory that torch has not allocated, or that processes
+    share, to those who have. A weak reference can become a strong one at any time.
     """
     tensor = saved[0]
     base = tensor._base
-    for each in (tensor,) if base is None else (tensor, base):
-        if each.is_leaf or weakref.getweakrefcount(each) > 0:
-            return False
-    storage = tensor.untyped_storage()
-    if storage.is_shared() or weakref.getweakrefcount(storage) > 0:
+    if tensor.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         return False
-    alone = _counts_alone()[base is not None]
-    del tensor, base, each, storage
+    storage = tensor.untyped_storage()
+    if not storage.resizable() or (tensor.is_cpu and storage.is_shared()):  # CUDA's always says so
+        return False
+    if any(weakref.getweakrefcount(each) > 0 for each in (tensor, base, storage)):
+        return False
+    kind = 0 if base is None else 2 if base.is_leaf else 1
+    del tensor, base, storage
+    alone = _counts_alone()[kind]
     return alone is not None and _counts(saved) == alone
 
 
@@ -69,49 +72,81 @@ class _Probe(Function):
         return grad_output.expand(saved[0].shape), None
 
 
-def _counts_alone() -> tuple[Counts | None, Counts | None]:
-    """Of a tensor with memory of its own, and of a view; None where they prove nothing."""
+class _Unwrap(Function):
+    """Gives out a view of what autograd knows nothing of, as ``DTensor.to_local`` does."""
+
+    @staticmethod
+    def forward(ctx, tensor, wrapped):
+        return wrapped[0].view_as(wrapped[0])
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output, None
+
+
+def _counts_alone() -> tuple[Counts | None, ...]:
+    """Of each of the kinds below; None where they prove nothing."""
     with _lock:
         return _found()
 
 
 @functools.cache
-def _found() -> tuple[Counts | None, Counts | None]:
+def _found() -> tuple[Counts | None, ...]:
     with _disable_current_modes(), torch.enable_grad():
-        return _calibrated(lambda tensor: tensor), _calibrated(lambda tensor: tensor.view(-1))
+        return tuple(map(_calibrated, _KINDS))
 
 
-def _calibrated(saved_of: Callable[[Tensor], Tensor]) -> Counts | None:
-    """What is saved is made of a fresh tensor."""
-    alone = {_probed(saved_of, lambda *_: None) for _ in range(2)}
-    if len(alone) > 1:
-        return None
-    (counts,) = alone
-    return None if any(_probed(saved_of, hold) == counts for hold in _HOLDERS) else counts
+def _of_its_own() -> Pair:
+    tensor = _leaf() * 2
+    return tensor, tensor
 
 
-# Who may hold the fresh tensor, or what was saved of it.
+def _view() -> Pair:
+    base = _leaf() * 2
+    return base, base.view(-1)
+
+
+def _view_without_a_gradient() -> Pair:
+    base = torch.ones(2, 2)
+    return base, _Unwrap.apply(_leaf(), [base])
+
+
+def _leaf() -> Tensor:
+    return torch.ones(2, 2, requires_grad=True)
+
+
+# What may be saved, and whose memory it has.
+_KINDS: tuple[Callable[[], Pair], ...] = (_of_its_own, _view, _view_without_a_gradient)
+
+# Who may hold either.
 _HOLDERS: tuple[Callable[[Tensor, Tensor], Any], ...] = (
-    lambda fresh, saved: saved,
-    lambda fresh, saved: fresh,
-    lambda fresh, saved: fresh.detach(),
-    lambda fresh, saved: saved.detach(),
-    lambda fresh, saved: fresh.untyped_storage(),
-    lambda fresh, saved: saved.untyped_storage(),
-    lambda fresh, saved: fresh[:1],
-    lambda fresh, saved: saved[:1],
-    lambda fresh, saved: (saved * saved).grad_fn,
-    lambda fresh, saved: (fresh * fresh).grad_fn,
+    lambda base, saved: saved,
+    lambda base, saved: base,
+    lambda base, saved: base.detach(),
+    lambda base, saved: saved.detach(),
+    lambda base, saved: base.untyped_storage(),
+    lambda base, saved: saved.untyped_storage(),
+    lambda base, saved: base[:1],
+    lambda base, saved: saved[:1],
+    lambda base, saved: (saved * saved).grad_fn,
+    lambda base, saved: (base * _leaf()).grad_fn,
 )
 
 
-def _probed(saved_of: Callable[[Tensor], Tensor], hold: Callable[[Tensor, Tensor], Any]) -> Counts:
+def _calibrated(kind: Callable[[], Pair]) -> Counts | None:
+    alone = {_probed(kind, lambda *_: None) for _ in range(2)}
+    if len(alone) > 1:
+        return None
+    (counts,) = alone
+    return None if any(_probed(kind, hold) == counts for hold in _HOLDERS) else counts
+
+
+def _probed(kind: Callable[[], Pair], hold: Callable[[Tensor, Tensor], Any]) -> Counts:
     found: list[Counts] = []
-    fresh = torch.ones(2, 2, requires_grad=True) * 2
-    saved = saved_of(fresh)
-    holder = hold(fresh, saved)
+    base, saved = kind()
+    holder = hold(base, saved)
     loss = _Probe.apply(saved, found)
-    del fresh, saved
+    del base, saved
     loss.backward()
     del holder
     return found[0]

@@ -42,7 +42,7 @@ def kl_div_with_logits(
     sample_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     grad_in_forward: bool = True,
-    inplace: bool = False,
+    inplace: bool | str = False,
 ) -> Tensor:
     r"""Computes the Kullback-Leibler divergence between the distributions of a teacher's logits and
     a student's, in one fused pass over both.
@@ -147,7 +147,7 @@ def _explain(*args: Any, **kwargs: Any) -> str:
     if reason is not None:
         return f"stock: {reason}"
     mode = _mode(*tensors, settings, call["grad_in_forward"], call["inplace"])
-    if mode.startswith("in place"):
+    if mode in functional.OVERWRITES:
         try:
             ops.check_overwritable(*tensors, sample_weight=weights[0])
         except RuntimeError as error:
@@ -237,7 +237,7 @@ def _mode(
     target_logits: Tensor,
     settings: Settings,
     grad_in_forward: bool,
-    inplace: bool,
+    inplace: bool | str,
 ) -> str:
     """When the gradient is computed; a key of _RUN."""
     return functional.mode_of(input, target_logits, settings.reduction, grad_in_forward, inplace)
@@ -249,7 +249,7 @@ def _fused(
     sample_weight: Tensor | None,
     denominator: float | Tensor | None,
     settings: Settings,
-    *when: bool,
+    *when: bool | str,
 ) -> Tensor:
     tensors = input, target_logits
     if requires_grad(sample_weight):
@@ -283,4 +283,5 @@ _RUN = {
     "recomputed in the graph's backward": graph.divergence,
     "in place in forward": eager.overwrite_in_forward,
     "in place in backward": eager.overwrite_in_backward,
+    functional.TAKEN: eager.take_in_backward,
 }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import increment_version
 
 from .. import ops, stock
 from ..eager import (
@@ -19,6 +20,7 @@ from ..eager import (
     keep_overwritten,
     keep_to_overwrite,
     may_overwrite,
+    may_take,
     scale_overwritten,
     tell_overwritten,
     version_of,
@@ -49,6 +51,11 @@ def _reference_gradient(ctx: Any, grad_output: Tensor, saved: tuple) -> Tensor:
     return gradient(input, target_logits, *weights, ctx.settings, grad_output)
 
 
+def _recomputed_gradient(ctx: Any, grad_output: Tensor, saved: tuple) -> Tensor:
+    find = _reference_gradient if backward_needs_stock(grad_output) else _fused_gradient
+    return find(ctx, grad_output, saved)
+
+
 class Recompute(Function):
     """Keeps a few numbers a row; the gradient is computed from the logits in the backward."""
 
@@ -61,8 +68,7 @@ class Recompute(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        find = _reference_gradient if backward_needs_stock(grad_output) else _fused_gradient
-        return find(ctx, grad_output, ctx.saved_tensors), *_NOTHING_ELSE
+        return _recomputed_gradient(ctx, grad_output, ctx.saved_tensors), *_NOTHING_ELSE
 
 
 class GradInForward(Function):
@@ -133,11 +139,30 @@ class OverwriteInBackward(Overwriting):
         if not may_overwrite(ctx, input):
             return _fused_gradient(ctx, grad_output, saved), *_NOTHING_ELSE
         check_version(ctx, input, _FUNCTION)
-        _, *tensors, sample_weight, _ = saved
-        grad = input.detach()
-        ops.kl_div_with_logits_backward_(grad, *tensors, grad_output, sample_weight, *ctx.settings)
+        grad = _overwritten(ctx, grad_output, saved)
         tell_overwritten(ctx, input)
         return grad, *_NOTHING_ELSE
+
+
+class TakeInBackward(Recompute):
+    """Overwrites the logits in the backward if nobody else can see them, and else leaves them."""
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        saved = ctx.saved_tensors
+        if not may_take(ctx, grad_output, saved):
+            return _recomputed_gradient(ctx, grad_output, saved), *_NOTHING_ELSE
+        grad = _overwritten(ctx, grad_output, saved)
+        increment_version(saved[0])
+        return grad, *_NOTHING_ELSE
+
+
+def _overwritten(ctx: Any, grad_output: Tensor, saved: tuple) -> Tensor:
+    """The gradient, where the student's logits were."""
+    input, *tensors, sample_weight, _ = saved
+    grad = input.detach()
+    ops.kl_div_with_logits_backward_(grad, *tensors, grad_output, sample_weight, *ctx.settings)
+    return grad
 
 
 def no_gradient(*call: Any) -> Tensor:
@@ -149,3 +174,4 @@ recompute = entrance(Recompute)
 grad_in_forward = entrance(GradInForward)
 overwrite_in_forward = entrance(OverwriteInForward)
 overwrite_in_backward = entrance(OverwriteInBackward)
+take_in_backward = entrance(TakeInBackward)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import extensions, fallback, ops, stock
 from ..eligibility import (
@@ -23,17 +22,21 @@ from ..eligibility import (
 )
 from ..extensions import Extensions, requires_grad
 from ..fakes import class_dim, row_shape
-from ..functional import instructions
+from ..functional import TAKEN, instructions, mode_of
 from ..options import SUM, Options
 from . import eager, reference
 from .collectives import Group, gathered, group_of, shared
 from .partition import Place, Sharding, own_weights, place_of
 
 _MODES = {
-    "no gradient": lambda *call: eager.loss(*call)[0],
+    "no gradient": eager.loss_alone,
+    "no gradient in the graph": eager.loss_alone,
     "recomputed in backward": eager.recompute,
+    "recomputed in the graph's backward": eager.recompute,
     "in place in backward": eager.overwrite_in_backward,
+    TAKEN: eager.take_in_backward,
 }
+_GRAD_IN_FORWARD = False  # when the row's sums are still on their way
 
 
 class Plan(NamedTuple):
@@ -53,7 +56,7 @@ def cross_entropy(
     options: Options,
     given: Extensions,
     sharding: tuple,
-    inplace: bool,
+    inplace: bool | str,
 ) -> Tensor:
     """The loss, with the options as the caller gives them; the class weights may be all or ours."""
     sharding = Sharding(*sharding)
@@ -88,7 +91,7 @@ def explain(
     options: Options,
     given: Extensions,
     sharding: tuple,
-    inplace: bool,
+    inplace: bool | str,
 ) -> str:
     """As :func:`fused_ce.explain`; asks nothing of the other ranks."""
     sharding = Sharding(*sharding)
@@ -122,7 +125,7 @@ def plan_of(
     given: Extensions,
     sharding: Sharding,
     group: Group,
-    inplace: bool,
+    inplace: bool | str,
 ) -> Plan:
     for tensor, name in ((input, "logits"), (target, "target"), (options.weight, "weight")):
         reason = None if tensor is None else foreign(tensor, name)
@@ -147,7 +150,7 @@ def plan_of(
     extensions.check_targets(given, options, target, _whole(input, at, place).shape)
     dtype = given.dtype or input.dtype
     dtype = loss_dtype(dtype, target, options.weight) or dtype
-    mode = mode_of(input, target, inplace)
+    mode = mode_of(input, target, options.reduction, _GRAD_IN_FORWARD, inplace)
     if mode == "in place in backward" and width > 0:
         ops.check_overwritable(input, target, *Options(reduction=options.reduction))
     return Plan(place, given, reason, mode, dtype, weight)
@@ -202,17 +205,6 @@ def _whole(tensor: Tensor, at: int, place: Place) -> Tensor:
     shape = list(tensor.shape)
     shape[at] = place.num_classes
     return tensor.detach().new_empty(()).expand(shape)
-
-
-def mode_of(input: Tensor, target: Tensor, inplace: bool) -> str:
-    """When the gradient is computed; a key of _MODES."""
-    if not torch.is_grad_enabled() or not (input.requires_grad or target.requires_grad):
-        return "no gradient"
-    if torch.compiler.is_compiling() or not (inplace is True and input.requires_grad):
-        return "recomputed in backward"
-    if input.is_neg() or type(input) is FunctionalTensor:  # see functional.mode_of
-        return "recomputed in backward"
-    return "in place in backward"
 
 
 def _for_operators(input: Tensor, options: Options, plan: Plan) -> Options:

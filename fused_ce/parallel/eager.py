@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import increment_version
 
 from .. import ops
 from ..eager import (
@@ -16,6 +17,7 @@ from ..eager import (
     check_version,
     keep_to_overwrite,
     may_overwrite,
+    may_take,
     tell_overwritten,
     version_of,
 )
@@ -33,6 +35,11 @@ def loss(
     packet = ops.shard_forward(input, target, *place, *options)
     packets = gathered(packet, group)
     return ops.shard_merge(packets, input, target, place.num_classes, *options)
+
+
+def loss_alone(*call) -> Tensor:
+    found, *_ = loss(*call)
+    return found
 
 
 def _save(ctx: Any, input: Tensor, target: Tensor, place: Place, group: Group, options: tuple):
@@ -101,15 +108,36 @@ class OverwriteInBackward(Overwriting):
         if not may_overwrite(ctx, input):
             return _gradients(ctx, grad_output, saved)
         check_version(ctx, input)
-        _, target, *stats = saved[:4]
-        call = (target, *stats, grad_output, *ctx.place, *saved[4:], *ctx.options)
-        _, needs_target = ctx.needs_input_grad[:2]
-        target_grad = ops.shard_backward_target(input, *call) if needs_target else None
-        grad = input.detach()
-        ops.shard_backward_(grad, *call)
+        found = _overwritten_gradients(ctx, grad_output, saved)
         tell_overwritten(ctx, input)
-        return grad, target_grad, *_NO_MORE
+        return found
+
+
+class TakeInBackward(Recompute):
+    """Overwrites the logits in the backward if nobody else in this process can see them, whatever
+    the other ranks do: the gradient has the same bits, and nothing is exchanged any more."""
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        saved = ctx.saved_tensors
+        if not may_take(ctx, grad_output, saved):
+            return _gradients(ctx, grad_output, saved)
+        found = _overwritten_gradients(ctx, grad_output, saved)
+        increment_version(saved[0])
+        return found
+
+
+def _overwritten_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
+    """The target's first: it is computed from the logits."""
+    input, target, *stats = saved[:4]
+    call = (target, *stats, grad_output, *ctx.place, *saved[4:], *ctx.options)
+    _, needs_target = ctx.needs_input_grad[:2]
+    target_grad = ops.shard_backward_target(input, *call) if needs_target else None
+    grad = input.detach()
+    ops.shard_backward_(grad, *call)
+    return grad, target_grad, *_NO_MORE
 
 
 recompute = Recompute.apply
 overwrite_in_backward = OverwriteInBackward.apply
+take_in_backward = TakeInBackward.apply

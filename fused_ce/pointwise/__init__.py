@@ -28,7 +28,7 @@ from ..eligibility import (
     recording_reason,
 )
 from ..explaining import explains
-from ..functional import instructions, mode_of
+from ..functional import OVERWRITES, TAKEN, instructions, mode_of
 from ..options import SUM, real
 from ..scripting import refusal, stocks_or_refusal
 from ..signatures import bound, takes_arguments_of
@@ -55,7 +55,7 @@ def binary_cross_entropy_with_logits(
     pos_weight: Tensor | None = None,
     *,
     grad_in_forward: bool = True,
-    inplace: bool = False,
+    inplace: bool | str = False,
 ) -> Tensor:
     r"""Computes the binary cross entropy between logits and target, in one fused pass.
 
@@ -79,8 +79,8 @@ def binary_cross_entropy_with_logits(
             shape that expands to the input's.
         grad_in_forward (bool): compute the gradient along with the loss, for a ``grad_output`` of
             1; see :func:`fused_ce.cross_entropy`. Default: ``True``
-        inplace (bool): write the gradient over the input, as :func:`fused_ce.cross_entropy`
-            describes it. Default: ``False``
+        inplace (bool or str): write the gradient over the input, or do so with ``'auto'`` if nobody
+            else holds it, as :func:`fused_ce.cross_entropy` describes it. Default: ``False``
 
     Raises:
         Exception: what torch raises for the same call.
@@ -178,7 +178,7 @@ def sigmoid_focal_loss(
     reduction: str = "none",
     *,
     grad_in_forward: bool = True,
-    inplace: bool = False,
+    inplace: bool | str = False,
 ) -> Tensor:
     r"""Computes the focal loss of `Focal Loss for Dense Object Detection
     <https://arxiv.org/abs/1708.02002>`__ of independent classes, in one fused pass.
@@ -291,7 +291,7 @@ def kl_div(
     log_target: bool = False,
     *,
     grad_in_forward: bool = True,
-    inplace: bool = False,
+    inplace: bool | str = False,
 ) -> Tensor:
     r"""Computes the Kullback-Leibler divergence of log-probabilities from a target, in one fused
     pass.
@@ -415,7 +415,7 @@ def _computed(
     settings: Settings,
     stock: Callable[..., Tensor],
     grad_in_forward: bool,
-    inplace: bool,
+    inplace: bool | str,
     reason: str | None = None,
 ) -> Tensor:
     """The loss, by the kernels if they can."""
@@ -439,6 +439,7 @@ _RUN = {
     "recomputed in the graph's backward": graph.loss,
     "in place in forward": eager.overwrite_in_forward,
     "in place in backward": eager.overwrite_in_backward,
+    TAKEN: eager.take_in_backward,
 }
 
 
@@ -549,7 +550,7 @@ def _explained(
         return f"stock: {reason}"
     grad_in_forward, inplace = call["grad_in_forward"], call["inplace"]
     mode = mode_of(tensors[0], tensors[1], settings.reduction, grad_in_forward, inplace)
-    if mode.startswith("in place"):
+    if mode in OVERWRITES:
         try:
             ops.check_pointwise_overwritable(*tensors)
         except RuntimeError as error:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import increment_version
 
 from .. import ops
 from ..eager import (
@@ -19,6 +20,7 @@ from ..eager import (
     keep_overwritten,
     keep_to_overwrite,
     may_overwrite,
+    may_take,
     scale_overwritten,
     tell_overwritten,
     version_of,
@@ -119,17 +121,38 @@ class OverwriteInBackward(Overwriting):
 
     @staticmethod
     def backward(ctx, grad_output):
-        tensors = input, *others = Overwriting.begin_backward(ctx, grad_output, ctx.name)
+        tensors = input, *_ = Overwriting.begin_backward(ctx, grad_output, ctx.name)
         if not may_overwrite(ctx, input):
             return _gradient(ctx, grad_output, tensors), *_NOTHING_ELSE
         check_version(ctx, input, ctx.name)
-        grad = input.detach()
-        ops.pointwise_backward_(grad, *others, grad_output, *ctx.settings.numbers)
+        grad = _overwritten(ctx, grad_output, tensors)
         tell_overwritten(ctx, input)
         return grad, *_NOTHING_ELSE
+
+
+class TakeInBackward(Recompute):
+    """Overwrites the input in the backward if nobody else can see it, and else leaves it."""
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        tensors = ctx.saved_tensors
+        if not may_take(ctx, grad_output, tensors):
+            return _gradient(ctx, grad_output, tensors), *_NOTHING_ELSE
+        grad = _overwritten(ctx, grad_output, tensors)
+        increment_version(tensors[0])
+        return grad, *_NOTHING_ELSE
+
+
+def _overwritten(ctx: Any, grad_output: Tensor, tensors: tuple) -> Tensor:
+    """The gradient, where the first of the tensors was."""
+    input, *others = tensors
+    grad = input.detach()
+    ops.pointwise_backward_(grad, *others, grad_output, *ctx.settings.numbers)
+    return grad
 
 
 recompute = entrance(Recompute)
 grad_in_forward = entrance(GradInForward)
 overwrite_in_forward = entrance(OverwriteInForward)
 overwrite_in_backward = entrance(OverwriteInBackward)
+take_in_backward = entrance(TakeInBackward)

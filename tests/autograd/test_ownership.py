@@ -26,13 +26,19 @@ auto = fused_ce.CrossEntropyLoss(inplace="auto")
 @pytest.fixture
 def taken(monkeypatch):
     """One entry for each backward that wrote over the logits."""
-    written, real = [], ops.backward_
+    written = []
 
-    def spy(*call):
-        written.append(call[0].shape)
-        return real(*call)
+    def watch(name):
+        real = getattr(ops, name)
 
-    monkeypatch.setattr(ops, "backward_", spy)
+        def spy(*call):
+            written.append(name)
+            return real(*call)
+
+        monkeypatch.setattr(ops, name, spy)
+
+    for name in ("backward_", "pointwise_backward_", "kl_div_with_logits_backward_"):
+        watch(name)
     return written
 
 
@@ -345,26 +351,105 @@ def test_memory_that_processes_share_is_not_taken(taken):
     assert not taken
 
 
+@pytest.mark.parametrize("viewed", [False, True])
+def test_memory_that_torch_has_not_allocated_is_not_taken(viewed, taken):
+    model = Model()
+    lent = model().detach().numpy().copy()  # who lends it is among no counts
+    logits = torch.from_numpy(lent)
+    logits.copy_(model())
+    loss = auto(logits.view(-1, CLASSES) if viewed else logits, model.target)
+    del logits
+    model.check(loss)
+    assert not taken
+    assert torch.equal(torch.from_numpy(lent), model())
+
+
 def test_where_the_counts_tell_nothing_nothing_is_taken(taken, monkeypatch):
-    monkeypatch.setattr(ownership, "_counts_alone", lambda: (None, None))
+    monkeypatch.setattr(ownership, "_counts_alone", lambda: (None, None, None))
     model = Model()
     model.check(auto(model(), model.target))
     assert not taken
 
 
-def test_holders_that_look_like_nobody_are_noticed(monkeypatch):
+@pytest.mark.parametrize("kind", ownership._KINDS)
+def test_holders_that_look_like_nobody_are_noticed(kind, monkeypatch):
     real = ownership._counts
     monkeypatch.setattr(ownership, "_counts", lambda saved: real(saved)[:1])
-    assert ownership._calibrated(lambda tensor: tensor) is None
+    assert ownership._calibrated(kind) is None
 
 
 @pytest.mark.parametrize("wrong", ["yes", 2])
 def test_what_is_no_answer_is_refused(wrong):
     model = Model()
-    with pytest.raises(ValueError, match="inplace must be True or False, or 'auto'"):
+    says = "inplace must be True, False or 'auto', got "
+    with pytest.raises(ValueError, match=says):
         fused_ce.cross_entropy(model(), model.target, inplace=wrong)
-    with pytest.raises(ValueError, match="inplace must be True or False"):
-        fused_ce.binary_cross_entropy_with_logits(model(), torch.rand(6, 11), inplace="auto")
+    for function, arguments in SIBLINGS.values():
+        with pytest.raises(ValueError, match=says):
+            function(model(), **arguments, inplace=wrong)
+
+
+# The losses beside the cross entropy, and their arguments.
+LABELS = (torch.arange(ROWS * CLASSES).view(ROWS, CLASSES) % 3 == 0).float()
+SIBLINGS = {
+    "BCE": (
+        fused_ce.binary_cross_entropy_with_logits,
+        {"target": LABELS, "pos_weight": torch.arange(1.0, CLASSES + 1)},
+    ),
+    "focal": (fused_ce.sigmoid_focal_loss, {"targets": LABELS, "reduction": "sum"}),
+    "kl_div": (fused_ce.kl_div, {"target": LABELS.softmax(1), "reduction": "batchmean"}),
+    "divergence": (
+        fused_ce.kl_div_with_logits,
+        {"target_logits": LABELS * 2, "temperature": 2.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_the_other_losses_take_what_nobody_holds(name, taken):
+    function, arguments = SIBLINGS[name]
+    model = Model()
+    for of in (FREE["as it is"], FREE["a view"], FREE["of its own transposed memory"]):
+        for scale in (1.0, 0.25):
+            logits = of(model())
+            said = fused_ce.explain_call(function, logits, **arguments, inplace="auto")
+            assert said.startswith("fused: in place in backward if nobody else holds the logits, ")
+            loss = function(logits, **arguments, inplace="auto")
+            del logits
+            grad = model.grad_of(loss * scale)
+            assert len(taken) == 1
+            taken.clear()
+            expected = function(of(model()), **arguments, grad_in_forward=False)
+            assert torch.equal(grad, model.grad_of(expected * scale))
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_the_other_losses_leave_what_is_held_or_needed(name, taken):
+    function, arguments = SIBLINGS[name]
+    model = Model()
+    expected = model.grad_of(function(model(), **arguments, grad_in_forward=False))
+    for held in ("a variable", "a view", "a detached alias", "numpy", "its storage"):
+        hold, read = HELD[held]
+        logits = model()
+        kept, before = hold(logits), logits.detach().clone()
+        loss = function(logits, **arguments, inplace="auto")
+        del logits
+        assert torch.equal(model.grad_of(loss), expected)
+        seen = read(kept)
+        assert torch.equal(seen.detach(), before[1:, 2:] if held == "a view" else before)
+    loss = function(model(), **arguments, inplace="auto")
+    kept = torch.autograd.grad(loss, model.layer.weight, retain_graph=True)
+    assert torch.equal(kept[0], expected)
+    (second,) = torch.autograd.grad(loss, model.layer.weight, create_graph=True)
+    torch.testing.assert_close(second, expected)
+    with save_on_cpu():
+        loss = function(model(), **arguments, inplace="auto")
+    torch.testing.assert_close(model.grad_of(loss), expected)
+    leaf = model().detach().requires_grad_()
+    before = leaf.detach().clone()
+    function(leaf, **arguments, inplace="auto").backward()
+    assert torch.equal(leaf, before)
+    assert not taken
 
 
 def program(seed, model, loss):

@@ -73,6 +73,7 @@ def main():
         )
 
     ranks.check_logits(of_logits)
+    ranks.check_logits(lambda logits: ranks.of_logits(logits * 1, inplace="auto"))
     ranks.check_head(of_head)
     for backend in ("eager", "aot_eager", "inductor"):
         ranks.check_logits(torch.compile(of_logits, fullgraph=True, backend=backend))

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from support.composed import composed
 from support.grids import REDUCTIONS, cases_of, together
@@ -18,6 +19,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
 
 import fused_ce
+from fused_ce import ops
 
 ALL, ROWS, CLASSES = Replicate(), Shard(0), Shard(1)
 # Of logits on a mesh of so many ranks each way.
@@ -35,7 +37,7 @@ AXES = {
     "reduction": REDUCTIONS,
     "weighted": (None, "plain", "replicated", "sharded"),
     "options": ("none", "z-loss and smoothing", "focal", "sampled", "zero"),
-    "inplace": (False, True),
+    "inplace": (False, True, "auto"),
 }
 OPTIONS = {
     "none": {},
@@ -112,6 +114,50 @@ def test_the_loss_of_a_part_is_that_of_the_whole(case):
     for loss, grad in found:
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-14, atol=1e-14)
         torch.testing.assert_close(grad, whole.grad, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("placement", [CLASSES, ROWS], ids=str)
+def test_logits_that_nobody_holds_are_taken(placement, monkeypatch):
+    """By the counts of the part that the DTensor holds, and with it whoever holds the DTensor."""
+    input, target = problem(shape=(6, 11))
+    taken = set()
+    for name in ("backward_", "shard_backward_"):
+        real = getattr(ops, name)
+
+        def spy(*call, real=real):
+            taken.add(dist.get_rank())
+            return real(*call)
+
+        monkeypatch.setattr(ops, name, spy)
+    holders = {
+        "nobody": lambda logits: None,
+        "a variable": lambda logits: logits,
+        "a part": lambda logits: logits.to_local(),
+        "a loss": lambda logits: logits.square().sum(),
+    }
+
+    def of_rank(rank, hold):
+        mesh = init_device_mesh("cpu", (2,))
+        own = distribute_tensor(input.clone(), mesh, [placement]).requires_grad_()
+        own_target = distribute_tensor(target, mesh, of_rows([placement]))
+        logits = own * 1
+        kept = hold(logits)
+        before = logits.to_local().detach().clone()
+        loss = fused_ce.cross_entropy(logits, own_target, inplace="auto")
+        del logits
+        loss.backward()
+        if isinstance(kept, torch.Tensor) and kept.dim() > 1:
+            seen = kept.to_local() if isinstance(kept, DTensor) else kept
+            assert torch.equal(seen, before)
+        return own.grad.full_tensor()
+
+    expected = input.clone().requires_grad_()
+    F.cross_entropy(expected, target).backward()
+    for name, hold in holders.items():
+        taken.clear()
+        for grad in in_ranks(2, lambda rank, hold=hold: of_rank(rank, hold)):
+            torch.testing.assert_close(grad, expected.grad)
+        assert taken == ({0, 1} if name == "nobody" else set()), name
 
 
 def test_rows_on_no_rank_that_count_leave_the_mean_alone():

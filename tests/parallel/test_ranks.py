@@ -19,6 +19,7 @@ from support.shards import at, evenly, sharded
 from torch.distributed.tensor.debug import CommDebugMode
 
 import fused_ce
+from fused_ce import ops
 from fused_ce.parallel import collectives
 
 CLASSES = 11
@@ -36,7 +37,7 @@ AXES = {
     "kind": ("index", "probability"),
     "dtype": (torch.float32, torch.float64, torch.bfloat16),
     "reduction": REDUCTIONS,
-    "inplace": (False, True),
+    "inplace": (False, True, "auto"),
     "weighted": (None, "whole", "own"),
     "options": ("none", "smoothed", "mapped"),
 }
@@ -101,6 +102,7 @@ def run(partition, input, target, *, weight=None, own_weight=False, loss=None, *
             given = weight[first:end]
         logits = own * 1  # no leaf, so that it may be overwritten
         found = function(logits, own_target, given, **options, **partition.place(rank))
+        del logits  # and nobody's, so that it may be taken
         found.backward(incoming_gradient(found, -3.0))
         return found.detach(), own.grad, own_target.grad
 
@@ -282,6 +284,34 @@ def test_an_overwritten_shard_has_one_backward():
     in_ranks(3, of_rank)
 
 
+def test_a_rank_takes_the_logits_that_nobody_holds_there(monkeypatch):
+    input, target = problem((5, CLASSES))
+    partition, taken, real = Partition("even"), set(), ops.shard_backward_
+
+    def spy(*call):
+        taken.add(dist.get_rank())
+        return real(*call)
+
+    monkeypatch.setattr(ops, "shard_backward_", spy)
+
+    def of_rank(rank, inplace, holds):
+        own = partition.own(input, rank, 1).requires_grad_()
+        logits = own * 1
+        kept = logits if holds else None
+        loss = fused_ce.cross_entropy(logits, target, inplace=inplace, **partition.place(rank))
+        del logits
+        loss.backward()
+        assert kept is None or torch.equal(kept, own)
+        return loss.detach(), own.grad
+
+    plain = in_ranks(3, lambda rank: of_rank(rank, False, False))
+    assert not taken
+    mixed = in_ranks(3, lambda rank: of_rank(rank, "auto", rank == 1))
+    assert taken == {0, 2}
+    for found, expected in zip(mixed, plain, strict=True):
+        assert all(map(torch.equal, found, expected))
+
+
 # Whatever one rank finds wrong, all of them raise.
 
 
@@ -375,6 +405,10 @@ def test_explain_says_how_the_ranks_meet():
         start = "fused: recomputed in backward, statistics of 2 ranks in one all-gather, "
         assert plain.startswith(start)
         assert explain(input, target, inplace=True, **world).startswith("fused: in place")
+        assert explain(input, target, inplace="auto", **world) == plain  # of a leaf
+        taken = explain(input * 1, target, inplace="auto", **world)
+        assert taken.startswith("fused: in place in backward if nobody else holds the logits, ")
+        assert explain(input, target, inplace="yes", **world).startswith("refused: fused_ce: inpl")
         assert explain(input, target, focal_gamma=1.0, **world).startswith("stock: there is no")
         assert explain(input, target, softcap=-1.0, **world).startswith("refused: fused_ce: soft")
         assert explain(input, target, num_classes=8).startswith("refused: ")
