@@ -32,6 +32,9 @@ from bench.loss.run import run as run_cases
 from bench.losses.measure import LossesFigures
 from bench.losses.providers import PROVIDERS as LOSSES_PROVIDERS
 from bench.losses.run import run as run_losses
+from bench.ownership.measure import StepFigures
+from bench.ownership.providers import PROVIDERS as OWNERSHIP_PROVIDERS
+from bench.ownership.run import run as run_ownership
 from bench.parallel.measure import ShardedFigures
 from bench.parallel.providers import PROVIDERS as PARALLEL_PROVIDERS
 from bench.parallel.run import run as run_parallel
@@ -48,6 +51,7 @@ RUNS = {
     "statistics": run_statistics,
     "losses": run_losses,
     "parallel": run_parallel,
+    "ownership": run_ownership,
     "scaling": run_sizes,
     "against": run_builds,
 }
@@ -57,6 +61,7 @@ OWN_PROVIDERS = {
     "statistics": STATISTICS_PROVIDERS,
     "losses": LOSSES_PROVIDERS,
     "parallel": PARALLEL_PROVIDERS,
+    "ownership": OWNERSHIP_PROVIDERS,
 }
 
 
@@ -119,6 +124,11 @@ def parse(command_line: Sequence[str] | None) -> argparse.Namespace:
         help="instead of the cases: classes sharded over two processes of one thread, with gloo",
     )
     parser.add_argument(
+        "--ownership",
+        action="store_true",
+        help="instead of the cases: steps that hold their logits until after the backward, or not",
+    )
+    parser.add_argument(
         "--against",
         type=Path,
         metavar="FOLDER",
@@ -174,7 +184,13 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
     def write(
         records: Sequence[
-            Record | HeadFigures | StatisticsFigures | LossesFigures | ShardedFigures | Comparison
+            Record
+            | HeadFigures
+            | StatisticsFigures
+            | LossesFigures
+            | ShardedFigures
+            | StepFigures
+            | Comparison
         ],
     ) -> None:
         data = {

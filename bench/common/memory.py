@@ -27,6 +27,15 @@ def read_status(key: str) -> int | None:
     return None
 
 
+def available() -> int | None:
+    """Bytes that the system can still give out; None where it keeps no such file."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line), None)
+
+
 def lower_mark() -> None:
     """Brings the mark down to what is resident now, where that is allowed."""
     try:

@@ -1,7 +1,8 @@
 """Who is measured on the ranks: torch's loss_parallel, what people write with three all-reduces,
 and ours over the process group; and on the first rank alone, with all classes, the unsharded loss.
 
-A provider gives a call that answers with the loss and the gradient of this rank's logits.
+A provider gives a call that takes this rank's logits out of their box, and answers with the loss
+and their gradient.
 """
 
 from collections.abc import Callable
@@ -14,21 +15,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
-from bench.parallel.tensors import RankTensors
+from bench.common.made import Box
+from bench.parallel.tensors import UNSHARDED, RankTensors
 
-Call = Callable[[], tuple[Tensor, Tensor]]
+Call = Callable[[Box], tuple[Tensor, Tensor]]
 
 
 def stock(tensors: RankTensors) -> Call:
     mesh = init_device_mesh("cpu", (tensors.case.ranks,))
 
-    def call() -> tuple[Tensor, Tensor]:
-        own = tensors.logits()
-        logits = DTensor.from_local(own, mesh, [Shard(1)], run_check=False)
+    def call(box: Box) -> tuple[Tensor, Tensor]:
+        logits = DTensor.from_local(box.pop(), mesh, [Shard(1)], run_check=False)
         with loss_parallel():
             loss = F.cross_entropy(logits, tensors.target)
             loss.backward()
-        return loss.full_tensor(), own.grad
+        return loss.full_tensor(), box.pop()
 
     return call
 
@@ -61,31 +62,34 @@ class _ThreeReductions(torch.autograd.Function):
 
 
 def three(tensors: RankTensors) -> Call:
-    def call() -> tuple[Tensor, Tensor]:
-        own = tensors.logits()
-        loss = _ThreeReductions.apply(own, tensors.target, tensors.first)
+    def call(box: Box) -> tuple[Tensor, Tensor]:
+        loss = _ThreeReductions.apply(box.pop(), tensors.target, tensors.first)
         loss.backward()
-        return loss.detach(), own.grad
+        return loss.detach(), box.pop()
 
     return call
 
 
-def _ours(tensors: RankTensors, inplace: bool) -> Call:
+def _ours(tensors: RankTensors, inplace: bool | str) -> Call:
     from fused_ce import cross_entropy
 
     place = {"process_group": dist.group.WORLD, "num_classes": tensors.case.classes}
 
-    def call() -> tuple[Tensor, Tensor]:
-        own = tensors.logits()
-        loss = cross_entropy(own, tensors.target, inplace=inplace, **place)
+    def call(box: Box) -> tuple[Tensor, Tensor]:
+        loss = cross_entropy(box.pop(), tensors.target, inplace=inplace, **place)
         loss.backward()
-        return loss.detach(), own.grad
+        return loss.detach(), box.pop()
 
     return call
 
 
 def fused(tensors: RankTensors) -> Call:
     return _ours(tensors, inplace=False)
+
+
+def auto(tensors: RankTensors) -> Call:
+    """In place too, since the box was all that held the logits."""
+    return _ours(tensors, inplace="auto")
 
 
 def inplace(tensors: RankTensors) -> Call:
@@ -98,13 +102,11 @@ def unsharded(tensors: RankTensors) -> Call | None:
 
     if tensors.rank > 0:
         return None
-    whole = tensors.whole()
 
-    def call() -> tuple[Tensor, Tensor]:
-        logits = whole.detach().requires_grad_()
-        loss = cross_entropy(logits, tensors.target)
+    def call(box: Box) -> tuple[Tensor, Tensor]:
+        loss = cross_entropy(box.pop(), tensors.target)
         loss.backward()
-        return loss.detach(), logits.grad[:, : tensors.own.shape[1]]
+        return loss.detach(), box.pop()[:, : tensors.own.shape[1]]
 
     return call
 
@@ -112,7 +114,8 @@ def unsharded(tensors: RankTensors) -> Call | None:
 PROVIDERS = {
     "loss_parallel": stock,
     "three": three,
-    "unsharded": unsharded,
+    UNSHARDED: unsharded,
     "fused": fused,
+    "auto": auto,
     "inplace": inplace,
 }

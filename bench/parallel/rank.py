@@ -7,6 +7,7 @@ sample is the time from one barrier to the next, as the slowest rank has it.
 import os
 import random
 from datetime import timedelta
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bench.common import memory
+from bench.common.made import Box
 from bench.common.measure import Effort
 from bench.common.precision import check
 from bench.parallel.cases import Sharded
@@ -47,10 +49,9 @@ class Rank:
         tensors = self._begin()
         calls = {name: make(tensors) for name, make in PROVIDERS.items()}
         reference = tensors.reference()
-        for call in calls.values():
+        for name, call in calls.items():
             if call is not None:
-                tensors.own.copy_(tensors.whole()[:, tensors.first :][:, : tensors.own.shape[1]])
-                check(call(), reference, NAMES, "fp32")
+                check(call(tensors.logits(name)), reference, NAMES, "fp32")
         del reference
         order, samples = random.Random(0), {name: [] for name in calls}
         start = perf_counter()
@@ -58,14 +59,14 @@ class Rank:
             if done >= effort.least and self._agree(perf_counter() - start) > effort.seconds:
                 break
             for name in order.sample(list(calls), len(calls)):
-                samples[name].append(self._sample(calls[name]))
+                samples[name].append(self._sample(calls[name], tensors.logits(name)))
         self._end()
         return samples
 
-    def _sample(self, call: Any) -> float:
+    def _sample(self, call: Any, logits: Box) -> float:
         dist.barrier()
         start = perf_counter()
-        answer = None if call is None else call()
+        answer = None if call is None else call(logits)
         dist.barrier()
         elapsed = perf_counter() - start
         del answer
@@ -84,9 +85,9 @@ class Rank:
         call = PROVIDERS[name](tensors)
         peak = collectives = None
         if call is not None:
-            call()
-            peak = memory.rise(call)
-            collectives = _collectives_of(call)
+            call(tensors.logits(name))
+            peak = memory.rise(partial(call, tensors.logits(name)))
+            collectives = _collectives_of(partial(call, tensors.logits(name)))
         dist.barrier()
         self._end()
         return peak, collectives

@@ -4,6 +4,7 @@ Figures are not judged here. What must not be lost is that every one was measure
 raises, answers wrongly or hands the call to stock has to show a dash and a reason.
 """
 
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 
 import pytest
 import torch
+from rich.console import Console
 from support.processes import ROOT, finish, is_png, run
 
 import fused_ce
@@ -30,7 +32,11 @@ from bench.loss.tensors import LossTensors
 from bench.losses import measure as losses
 from bench.losses import report
 from bench.losses.cases import LOSSES
+from bench.ownership import measure as steps
+from bench.ownership.cases import STEPS, Size
+from bench.ownership.run import table_of, verdict
 from bench.scaling import measure as scaling
+from fused_ce import ops
 
 UNCOMPILED = ("stock", "fused", "recompute", "inplace", "copy")
 
@@ -485,7 +491,40 @@ def test_sharded_classes_are_measured_on_ranks(tmp_path, bench):
         assert not case["reason"], case
         assert case["median_ms"] > 0 and case["times_as_fast_as_loss_parallel"] > 0
     collectives = {name: case["collectives"] for name, case in found.items()}
-    assert collectives == {"loss_parallel": 3, "three": 3, "unsharded": 0, "fused": 1, "inplace": 1}
+    ours = dict.fromkeys(("fused", "auto", "inplace"), 1)
+    assert collectives == {"loss_parallel": 3, "three": 3, "unsharded": 0, **ours}
+
+
+def test_steps_are_measured_with_and_without_their_logits(monkeypatch):
+    monkeypatch.delitem(steps.PROVIDERS, "compile")  # which takes a while
+    taken, real = [], ops.backward_
+    monkeypatch.setattr(ops, "backward_", lambda *call: taken.append(call) or real(*call))
+    effort = Effort(0, least=2, most=2)
+    figures = steps.time_here(Size(64, 500), effort, lambda text: None)
+    assert len(taken) == 6  # two kinds of free steps, thrice
+    assert {found.which for found in figures} == set(STEPS)
+    for found in figures:
+        assert not found.reason and len(found.samples) == 2
+    shown = io.StringIO()
+    table = table_of("steps", figures, lambda one: f"{one.median}", "auto/fused")
+    Console(file=shown, width=200).print(table)
+    assert shown.getvalue().count("64x500") == len(STEPS)
+    assert verdict(figures) == "auto has no figures"  # before the rounds have been compared
+    for found, ratio in zip(figures, range(1, 100), strict=False):
+        found.ratios = [float(ratio)]
+    assert verdict(figures).startswith("auto's time over the default's is at best 3.00 (64x500, ")
+
+
+@pytest.mark.rare  # a push measures the loss and the heads
+@pytest.mark.slow
+def test_steps_leave_tables_and_json(tmp_path, bench):
+    printed = bench("--ownership")
+    assert "peak memory" in printed and "auto's time over the default's is at best" in printed
+    data = json.loads((tmp_path / "ownership.json").read_text())
+    assert data["providers"] == ["stock", "compile", "fused", "auto", "inplace"]
+    assert len(data["cases"]) == len(STEPS) * len(data["providers"])
+    for case in data["cases"]:
+        assert not case["reason"] and case["median_ms"] > 0 and case["time_over_default"] > 0
 
 
 # One of the losses, and a function that there is not; without torch.compile, which takes a while.
