@@ -5,6 +5,7 @@ It answers a question: whether the memory of the logits should be taken without 
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from time import perf_counter
 
 import torch
 from rich.console import Console
@@ -68,13 +69,16 @@ def run(
     all_threads = torch.get_num_threads()
     threads = [all_threads] if args.threads or args.quick else sorted({1, all_threads})
     sizes = QUICK if args.quick else SIZES
-    figures = []
+    figures, start = [], perf_counter()
     with progress(console, len(threads) * measure.notices(sizes)) as notice:
         for size in sizes:
             if not fits(size):
                 print_line(console, f"[yellow]no memory for {size.name}[/]")
                 continue
             for count in threads:
+                if args.budget is not None and perf_counter() - start > args.budget:
+                    print_line(console, f"[yellow]no time left for {size.name}[/]")
+                    break
                 torch.set_num_threads(count)
                 figures += measure.measure(size, effort, notice)
                 yield figures  # a run that is stopped leaves what it has measured
