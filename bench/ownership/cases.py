@@ -24,6 +24,9 @@ class Size:
 SIZES = [Size(rows, 32000) for rows in (80, 1024, 8192, 16384)]
 QUICK = [Size(64, 500)]
 
+# A round of all steps takes a minute from here on, and what disturbs it is a small part of each.
+LARGE, FEW_ROUNDS = 2**29, 3
+
 # Logits, what they are made of, and what stock's loss and the check of an answer take at most.
 COPIES = 8
 

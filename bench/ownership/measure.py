@@ -2,7 +2,7 @@
 provider in a process of its own."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -16,7 +16,7 @@ from bench.common.measure import Effort
 from bench.common.precision import check
 from bench.common.process import Notice
 from bench.common.subject import Subject
-from bench.ownership.cases import STEPS, Size
+from bench.ownership.cases import FEW_ROUNDS, LARGE, STEPS, Size
 from bench.ownership.providers import OURS, PROVIDERS, step
 from bench.ownership.tensors import StepTensors
 
@@ -80,6 +80,8 @@ def make_subjects(size: Size, names: Sequence[str], device: Device) -> list[Subj
 
 
 def time_here(size: Size, effort: Effort, notice: Notice) -> list[StepFigures]:
+    if size.logits_bytes > LARGE:
+        effort = replace(effort, least=min(effort.least, FEW_ROUNDS))
     subjects = make_subjects(size, list(PROVIDERS), DEVICES["cpu"])
     common.measure_times(size.name, subjects, effort, notice)
     return [subject.figures for subject in subjects]
