@@ -46,6 +46,10 @@ def table_of(
     return table
 
 
+def megabytes_text(one: StepFigures) -> str:
+    return memory_text(one.peak).removesuffix(" MB")
+
+
 def verdict(figures: Sequence[StepFigures]) -> str:
     ratios = {one.subject: one.ratio for one in figures if one.provider == "auto" and one.ratio}
     if not ratios:
@@ -87,7 +91,7 @@ def run(
     console.print(
         table_of(f"{title}, ms", figures, lambda one: milliseconds_text(one.median), "auto/fused")
     )
-    console.print(table_of(f"{title}, peak memory", figures, lambda one: memory_text(one.peak)))
+    console.print(table_of(f"{title}, peak memory in MB", figures, megabytes_text))
     print_line(console, verdict(figures))
     print_reasons(console, figures)
     yield figures
