@@ -82,12 +82,13 @@ def cross_entropy(
             ``reduction='none'`` that is always so. Default: ``True``
         inplace (bool or str): write the gradient over the logits. ``'auto'`` does so in the
             backward, and only if nobody else holds them or needs them, which is proved by counts
-            of references; else the gradient is computed into fresh memory. The usual
+            of references; else the gradient is computed into fresh memory. Either way it is
+            computed there, as with ``grad_in_forward=False``. The usual
             ``loss(model(x), y).backward()`` then takes none of the logits' size. It does not see
             who knows the address alone, as another CUDA stream (see
             :meth:`torch.Tensor.record_stream`) or process may. Of a process group each rank looks
-            for itself. With ``True`` no memory is taken ever, but
-            **whoever reads the logits after the loss reads gradients**, and a leaf's ``.grad``
+            for itself. With ``True`` no memory is taken ever, but **whoever reads the logits after
+            the loss reads gradients**, and a leaf's ``.grad``
             shares their memory. There is one backward, not differentiable. What is computed from
             overwritten logits, or from what they are a view of, cannot be differentiated; only a
             leaf is taken for what it then holds, as after any edit under ``no_grad``. Without grad
