@@ -88,13 +88,13 @@ def cross_entropy(
             who knows the address alone, as another CUDA stream (see
             :meth:`torch.Tensor.record_stream`) or process may. Of a process group each rank looks
             for itself. With ``True`` no memory is taken ever, but **whoever reads the logits after
-            the loss reads gradients**, and a leaf's ``.grad``
-            shares their memory. There is one backward, not differentiable. What is computed from
-            overwritten logits, or from what they are a view of, cannot be differentiated; only a
-            leaf is taken for what it then holds, as after any edit under ``no_grad``. Without grad
-            mode the logits are left alone. Under ``torch.compile``, which plans memory itself, the
-            option has no effect. In bfloat16 a ``grad_output`` that is no power of two rounds the
-            gradient once more, but not with ``grad_in_forward=False``. Default: ``False``
+            the loss reads gradients**, and a leaf's ``.grad`` shares their memory. There is one
+            backward, not differentiable. What is computed from overwritten logits, or from what
+            they are a view of, cannot be differentiated; only a leaf is taken for what it then
+            holds, as after any edit under ``no_grad``. Without grad mode the logits are left alone.
+            Under ``torch.compile``, which plans memory itself, the option has no effect. In
+            bfloat16 a ``grad_output`` that is no power of two rounds the gradient once more, but
+            not with ``grad_in_forward=False``. Default: ``False``
         dtype (torch.dtype, optional): compute the loss in this dtype, as
             :func:`torch.nn.functional.log_softmax` does; the gradient keeps the input's. With
             ``torch.float32`` half types need no copy of the logits. Default: the input's

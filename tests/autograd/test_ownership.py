@@ -351,6 +351,33 @@ def test_memory_that_processes_share_is_not_taken(taken):
     assert not taken
 
 
+class GivesOut(torch.autograd.Function):
+    """A view of what it computes without autograd, as a DTensor's ``to_local`` does."""
+
+    @staticmethod
+    def forward(ctx, x, keeps):
+        within = x.detach() * 1
+        if keeps is not None:
+            keeps.append(within)
+        return within.view_as(within)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+@pytest.mark.parametrize("keeps", [None, []], ids=["and forgets it", "and keeps it"])
+def test_a_view_that_a_function_gives_out_is_its_users(keeps, taken):
+    model = Model()
+    for viewed in (False, True):
+        logits = GivesOut.apply(model(), keeps)
+        loss = auto(logits.view(-1, CLASSES) if viewed else logits, model.target)
+        del logits
+        model.check(loss)
+    assert len(taken) == (2 if keeps is None else 0)
+    assert keeps is None or torch.equal(keeps[1], model())
+
+
 @pytest.mark.parametrize("viewed", [False, True])
 def test_memory_that_torch_has_not_allocated_is_not_taken(viewed, taken):
     model = Model()
