@@ -46,7 +46,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     grad_in_forward: bool = True,
-    inplace: bool | str = False,
+    inplace: bool | str | None = None,
     dtype: torch.dtype | None = None,
     denominator: float | Tensor | None = None,
     on_all_ignored: str = _NAN,
@@ -94,7 +94,8 @@ def cross_entropy(
             holds, as after any edit under ``no_grad``. Without grad mode the logits are left alone.
             Under ``torch.compile``, which plans memory itself, the option has no effect. In
             bfloat16 a ``grad_output`` that is no power of two rounds the gradient once more, but
-            not with ``grad_in_forward=False``. Default: ``False``
+            not with ``grad_in_forward=False``. Default: ``None``, which is ``'auto'`` for sharded
+            classes on the CPU, whose gradient is computed in the backward anyway, else ``False``
         dtype (torch.dtype, optional): compute the loss in this dtype, as
             :func:`torch.nn.functional.log_softmax` does; the gradient keeps the input's. With
             ``torch.float32`` half types need no copy of the logits. Default: the input's
@@ -341,7 +342,12 @@ def _distributed() -> Any:
 
 
 def _of_dtensor(
-    input, target, options: Options, given: Extensions, grad_in_forward: bool, inplace: bool | str
+    input,
+    target,
+    options: Options,
+    given: Extensions,
+    grad_in_forward: bool,
+    inplace: bool | str | None,
 ) -> Tensor:
     """By the loss of the parts of this rank."""
     dtensor = _distributed()
@@ -417,7 +423,12 @@ def _overridden(input, target, weight, *, grad_in_forward, inplace, **arguments)
 
 
 def _extended(
-    input, target, options: Options, given: Extensions, grad_in_forward: bool, inplace: bool | str
+    input,
+    target,
+    options: Options,
+    given: Extensions,
+    grad_in_forward: bool,
+    inplace: bool | str | None,
 ) -> Tensor:
     """A call with options that stock does not have."""
     reason = _reason(input, target, options, given)
@@ -494,7 +505,7 @@ def mode_of(
     target,
     reduction: int,
     grad_in_forward: bool,
-    inplace: bool | str,
+    inplace: bool | str | None,
     logit_scale: Tensor | None = None,
 ) -> str:
     """When the gradient is computed; a key of _RUN."""

@@ -70,13 +70,13 @@ def three(tensors: RankTensors) -> Call:
     return call
 
 
-def _ours(tensors: RankTensors, inplace: bool | str) -> Call:
+def _ours(tensors: RankTensors, **options: bool) -> Call:
     from fused_ce import cross_entropy
 
     place = {"process_group": dist.group.WORLD, "num_classes": tensors.case.classes}
 
     def call(box: Box) -> tuple[Tensor, Tensor]:
-        loss = cross_entropy(box.pop(), tensors.target, inplace=inplace, **place)
+        loss = cross_entropy(box.pop(), tensors.target, **options, **place)
         loss.backward()
         return loss.detach(), box.pop()
 
@@ -84,12 +84,13 @@ def _ours(tensors: RankTensors, inplace: bool | str) -> Call:
 
 
 def fused(tensors: RankTensors) -> Call:
+    """Over the logits, since the box was all that held them."""
+    return _ours(tensors)
+
+
+def fresh(tensors: RankTensors) -> Call:
+    """As it is where somebody else holds the logits."""
     return _ours(tensors, inplace=False)
-
-
-def auto(tensors: RankTensors) -> Call:
-    """In place too, since the box was all that held the logits."""
-    return _ours(tensors, inplace="auto")
 
 
 def inplace(tensors: RankTensors) -> Call:
@@ -116,6 +117,6 @@ PROVIDERS = {
     "three": three,
     UNSHARDED: unsharded,
     "fused": fused,
-    "auto": auto,
+    "fresh": fresh,
     "inplace": inplace,
 }

@@ -30,7 +30,7 @@ def table_of(figures: Sequence[ShardedFigures]) -> Table:
             ratio_text(found.share),
             DASH if found.collectives is None else str(found.collectives),
             memory_text(found.peak),
-            style="bold" if found.provider in ("fused", "auto", "inplace") else "",
+            style="bold" if found.provider in ("fused", "fresh", "inplace") else "",
             end_section=found.provider == last,
         )
     return table

@@ -56,7 +56,7 @@ def cross_entropy(
     options: Options,
     given: Extensions,
     sharding: tuple,
-    inplace: bool | str,
+    inplace: bool | str | None,
 ) -> Tensor:
     """The loss, with the options as the caller gives them; the class weights may be all or ours."""
     sharding = Sharding(*sharding)
@@ -91,7 +91,7 @@ def explain(
     options: Options,
     given: Extensions,
     sharding: tuple,
-    inplace: bool | str,
+    inplace: bool | str | None,
 ) -> str:
     """As :func:`fused_ce.explain`; asks nothing of the other ranks."""
     sharding = Sharding(*sharding)
@@ -125,7 +125,7 @@ def plan_of(
     given: Extensions,
     sharding: Sharding,
     group: Group,
-    inplace: bool | str,
+    inplace: bool | str | None,
 ) -> Plan:
     for tensor, name in ((input, "logits"), (target, "target"), (options.weight, "weight")):
         reason = None if tensor is None else foreign(tensor, name)
@@ -150,6 +150,8 @@ def plan_of(
     extensions.check_targets(given, options, target, _whole(input, at, place).shape)
     dtype = given.dtype or input.dtype
     dtype = loss_dtype(dtype, target, options.weight) or dtype
+    if inplace is None and input.is_cpu:
+        inplace = "auto"  # on CUDA another stream may still read what nobody holds
     mode = mode_of(input, target, options.reduction, _GRAD_IN_FORWARD, inplace)
     if mode == "in place in backward" and width > 0:
         ops.check_overwritable(input, target, *Options(reduction=options.reduction))

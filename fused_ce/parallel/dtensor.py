@@ -134,7 +134,7 @@ def explain(
     options: Options,
     given: Extensions,
     grad_in_forward: bool,
-    inplace: bool | str,
+    inplace: bool | str | None,
 ) -> str:
     """As :func:`fused_ce.explain` of a call that is ours; moves nothing."""
     local = input.to_local()

@@ -82,7 +82,7 @@ def test_signatures_agree_up_to_our_own_options():
             (name, default, inspect.Parameter.KEYWORD_ONLY)
             for name, default in (
                 ("grad_in_forward", True),
-                ("inplace", False),
+                ("inplace", None),
                 ("dtype", None),
                 ("denominator", None),
                 ("on_all_ignored", "nan"),

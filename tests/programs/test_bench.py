@@ -491,7 +491,7 @@ def test_sharded_classes_are_measured_on_ranks(tmp_path, bench):
         assert not case["reason"], case
         assert case["median_ms"] > 0 and case["times_as_fast_as_loss_parallel"] > 0
     collectives = {name: case["collectives"] for name, case in found.items()}
-    ours = dict.fromkeys(("fused", "auto", "inplace"), 1)
+    ours = dict.fromkeys(("fused", "fresh", "inplace"), 1)
     assert collectives == {"loss_parallel": 3, "three": 3, "unsharded": 0, **ours}
 
 
