@@ -94,8 +94,9 @@ def cross_entropy(
             holds, as after any edit under ``no_grad``. Without grad mode the logits are left alone.
             Under ``torch.compile``, which plans memory itself, the option has no effect. In
             bfloat16 a ``grad_output`` that is no power of two rounds the gradient once more, but
-            not with ``grad_in_forward=False``. Default: ``None``, which is ``'auto'`` for sharded
-            classes on the CPU, whose gradient is computed in the backward anyway, else ``False``
+            not with ``grad_in_forward=False``. Default: ``None``, which on the CPU is
+            ``'auto'`` for logits of 1 MiB and more whose gradient is computed in the backward
+            anyway, and else ``False``
         dtype (torch.dtype, optional): compute the loss in this dtype, as
             :func:`torch.nn.functional.log_softmax` does; the gradient keeps the input's. With
             ``torch.float32`` half types need no copy of the logits. Default: the input's
@@ -498,6 +499,7 @@ def _by_stock(input, target, options: Options, reason: str) -> Tensor:
 
 TAKEN = "in place in backward if nobody else holds the logits"
 OVERWRITES = "in place in forward", "in place in backward"  # whoever holds the logits
+_WORTH_ASKING_FOR = 1 << 20  # bytes; to ask who holds fewer takes longer than fresh ones
 
 
 def mode_of(
@@ -534,7 +536,11 @@ def mode_of(
             return "in place in forward"
         if not overwrites and _may_become_free(input, target):
             return TAKEN
-    return "recomputed in backward" if defers else "gradient in forward"
+    if not defers:
+        return "gradient in forward"
+    # It is read twice either way. On CUDA another stream may still read what nobody holds.
+    takes = inplace is None and input.is_cpu and input.nbytes >= _WORTH_ASKING_FOR
+    return TAKEN if takes and _may_become_free(input, target) else "recomputed in backward"
 
 
 def _may_become_free(input: Tensor, target: Tensor) -> bool:

@@ -42,7 +42,7 @@ def kl_div_with_logits(
     sample_weight: Tensor | None = None,
     denominator: float | Tensor | None = None,
     grad_in_forward: bool = True,
-    inplace: bool | str = False,
+    inplace: bool | str | None = None,
 ) -> Tensor:
     r"""Computes the Kullback-Leibler divergence between the distributions of a teacher's logits and
     a student's, in one fused pass over both.
@@ -237,7 +237,7 @@ def _mode(
     target_logits: Tensor,
     settings: Settings,
     grad_in_forward: bool,
-    inplace: bool | str,
+    inplace: bool | str | None,
 ) -> str:
     """When the gradient is computed; a key of _RUN."""
     return functional.mode_of(input, target_logits, settings.reduction, grad_in_forward, inplace)
@@ -249,7 +249,7 @@ def _fused(
     sample_weight: Tensor | None,
     denominator: float | Tensor | None,
     settings: Settings,
-    *when: bool | str,
+    *when: bool | str | None,
 ) -> Tensor:
     tensors = input, target_logits
     if requires_grad(sample_weight):

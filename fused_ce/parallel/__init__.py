@@ -150,8 +150,6 @@ def plan_of(
     extensions.check_targets(given, options, target, _whole(input, at, place).shape)
     dtype = given.dtype or input.dtype
     dtype = loss_dtype(dtype, target, options.weight) or dtype
-    if inplace is None and input.is_cpu:
-        inplace = "auto"  # on CUDA another stream may still read what nobody holds
     mode = mode_of(input, target, options.reduction, _GRAD_IN_FORWARD, inplace)
     if mode == "in place in backward" and width > 0:
         ops.check_overwritable(input, target, *Options(reduction=options.reduction))

@@ -55,7 +55,7 @@ def binary_cross_entropy_with_logits(
     pos_weight: Tensor | None = None,
     *,
     grad_in_forward: bool = True,
-    inplace: bool | str = False,
+    inplace: bool | str | None = None,
 ) -> Tensor:
     r"""Computes the binary cross entropy between logits and target, in one fused pass.
 
@@ -80,7 +80,7 @@ def binary_cross_entropy_with_logits(
         grad_in_forward (bool): compute the gradient along with the loss, for a ``grad_output`` of
             1; see :func:`fused_ce.cross_entropy`. Default: ``True``
         inplace (bool or str): write the gradient over the input, or do so with ``'auto'`` if nobody
-            else holds it, as :func:`fused_ce.cross_entropy` describes it. Default: ``False``
+            else holds it, as :func:`fused_ce.cross_entropy` describes it. Default: ``None``
 
     Raises:
         Exception: what torch raises for the same call.
@@ -178,7 +178,7 @@ def sigmoid_focal_loss(
     reduction: str = "none",
     *,
     grad_in_forward: bool = True,
-    inplace: bool | str = False,
+    inplace: bool | str | None = None,
 ) -> Tensor:
     r"""Computes the focal loss of `Focal Loss for Dense Object Detection
     <https://arxiv.org/abs/1708.02002>`__ of independent classes, in one fused pass.
@@ -291,7 +291,7 @@ def kl_div(
     log_target: bool = False,
     *,
     grad_in_forward: bool = True,
-    inplace: bool | str = False,
+    inplace: bool | str | None = None,
 ) -> Tensor:
     r"""Computes the Kullback-Leibler divergence of log-probabilities from a target, in one fused
     pass.
@@ -415,7 +415,7 @@ def _computed(
     settings: Settings,
     stock: Callable[..., Tensor],
     grad_in_forward: bool,
-    inplace: bool | str,
+    inplace: bool | str | None,
     reason: str | None = None,
 ) -> Tensor:
     """The loss, by the kernels if they can."""

@@ -522,3 +522,39 @@ def test_random_programs_see_what_they_see_with_stock(part, taken):
         torch.testing.assert_close(grad, expected, msg=lambda text, seed=seed: f"{seed}: {text}")
         assert all(torch.equal(a, b) for a, b in zip(bits, held, strict=True)), seed
     assert len(taken) > 10
+
+
+# name: the call of logits that nobody holds, whose gradient waits for the backward
+WAITING = {
+    "none": lambda x, t: fused_ce.cross_entropy(x, t, reduction="none").sum(),
+    "recomputed": lambda x, t: fused_ce.cross_entropy(x, t, grad_in_forward=False),
+    "an option": lambda x, t: fused_ce.cross_entropy(x, t, grad_in_forward=False, z_loss=0.1),
+    "binary": lambda x, t: fused_ce.binary_cross_entropy_with_logits(
+        x, F.one_hot(t, x.shape[1]).float(), reduction="none"
+    ).sum(),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_large_logits_that_nobody_holds_are_taken_by_default(name, taken):
+    layer, input = nn.Linear(4, 512), torch.randn(512, 4)  # 1 MiB of logits, the least
+    target = torch.randint(0, 512, (512,))
+    WAITING[name](layer(input), target).backward()
+    assert len(taken) == 1
+    WAITING[name](layer(input[:511]), target[:511]).backward()
+    held = layer(input)
+    before = held.detach().clone()
+    WAITING[name](held, target).backward()
+    assert len(taken) == 1
+    assert torch.equal(held, before)
+
+
+def test_large_logits_are_not_taken_by_default_where_the_gradient_comes_first_or_false_is_given(
+    taken,
+):
+    layer, input = nn.Linear(4, 512), torch.randn(512, 4)
+    target = torch.randint(0, 512, (512,))
+    fused_ce.cross_entropy(layer(input), target).backward()
+    for options in ({"reduction": "none"}, {"grad_in_forward": False}):
+        fused_ce.cross_entropy(layer(input), target, inplace=False, **options).sum().backward()
+    assert not taken

@@ -37,7 +37,7 @@ AXES = {
     "reduction": REDUCTIONS,
     "weighted": (None, "plain", "replicated", "sharded"),
     "options": ("none", "z-loss and smoothing", "focal", "sampled", "zero"),
-    "inplace": (None, False, True),  # the first takes what nobody holds
+    "inplace": (None, True, "auto"),
 }
 OPTIONS = {
     "none": {},
@@ -265,10 +265,7 @@ def test_explain_names_what_goes_to_stock():
             return fused_ce.explain(logits, whole, **options).rpartition(",")[0]
 
         gathered = "statistics of 2 ranks in one all-gather"
-        says = f"fused: in place in backward if nobody else holds the logits, {gathered}"
-        assert fused([ROWS, CLASSES]) == says
-        says = f"fused: recomputed in backward, {gathered}"
-        assert fused([ROWS, CLASSES], inplace=False) == says
+        assert fused([ROWS, CLASSES]) == f"fused: recomputed in backward, {gathered}"
         assert fused([ROWS, ALL]) == "fused: gradient in forward"
         assert fused([ROWS, ALL], inplace=True) == "fused: in place in forward"
         says = "stock: there is no kernel for focal_gamma of sharded classes"

@@ -37,7 +37,7 @@ AXES = {
     "kind": ("index", "probability"),
     "dtype": (torch.float32, torch.float64, torch.bfloat16),
     "reduction": REDUCTIONS,
-    "inplace": (None, False, True),  # the first takes what nobody holds
+    "inplace": (None, True, "auto"),
     "weighted": (None, "whole", "own"),
     "options": ("none", "smoothed", "mapped"),
 }
@@ -408,8 +408,9 @@ def test_explain_says_how_the_ranks_meet():
         assert explain(input, target, inplace="auto", **world) == plain  # of a leaf
         taken = explain(input * 1, target, inplace="auto", **world)
         assert taken.startswith("fused: in place in backward if nobody else holds the logits, ")
-        assert explain(input * 1, target, **world) == taken
-        assert explain(input * 1, target, inplace=False, **world) == plain
+        large, targets = torch.zeros(65536, 4).requires_grad_() * 1, torch.zeros(65536).long()
+        assert explain(large, targets, **world) == taken
+        assert explain(large, targets, inplace=False, **world) == plain
         assert explain(input, target, inplace="yes", **world).startswith("refused: fused_ce: inpl")
         assert explain(input, target, focal_gamma=1.0, **world).startswith("stock: there is no")
         assert explain(input, target, softcap=-1.0, **world).startswith("refused: fused_ce: soft")
