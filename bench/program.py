@@ -43,6 +43,9 @@ from bench.scaling.run import run as run_sizes
 from bench.statistics.measure import StatisticsFigures
 from bench.statistics.providers import PROVIDERS as STATISTICS_PROVIDERS
 from bench.statistics.run import run as run_statistics
+from bench.training.measure import TrainingFigures
+from bench.training.providers import PROVIDERS as TRAINING_PROVIDERS
+from bench.training.run import run as run_training
 
 QUICK = Effort(seconds=0, least=2, most=2)
 RUNS = {
@@ -52,6 +55,7 @@ RUNS = {
     "losses": run_losses,
     "parallel": run_parallel,
     "ownership": run_ownership,
+    "training": run_training,
     "scaling": run_sizes,
     "against": run_builds,
 }
@@ -62,6 +66,7 @@ OWN_PROVIDERS = {
     "losses": LOSSES_PROVIDERS,
     "parallel": PARALLEL_PROVIDERS,
     "ownership": OWNERSHIP_PROVIDERS,
+    "training": TRAINING_PROVIDERS,
 }
 
 
@@ -129,6 +134,11 @@ def parse(command_line: Sequence[str] | None) -> argparse.Namespace:
         help="instead of the cases: steps that hold their logits until after the backward, or not",
     )
     parser.add_argument(
+        "--training",
+        action="store_true",
+        help="instead of the cases: whole steps of training, and the largest batch in 4 GB",
+    )
+    parser.add_argument(
         "--against",
         type=Path,
         metavar="FOLDER",
@@ -150,6 +160,8 @@ def parse(command_line: Sequence[str] | None) -> argparse.Namespace:
             parser.error(
                 f"--{kind} has sizes and providers of its own; leave the others' options out"
             )
+    if args.training and (args.dtype or args.device != "cpu"):
+        parser.error("--training is float32 on the CPU; leave --dtype and --device out")
     table = TABLES[args.device]
     if args.against:
         if args.scaling or args.kind in OWN_PROVIDERS:
@@ -190,6 +202,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
             | LossesFigures
             | ShardedFigures
             | StepFigures
+            | TrainingFigures
             | Comparison
         ],
     ) -> None:

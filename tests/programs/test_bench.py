@@ -19,7 +19,7 @@ from support.processes import ROOT, finish, is_png, run
 import fused_ce
 from bench import program
 from bench.against.measure import compare, take_turns
-from bench.common import devices, process, style
+from bench.common import devices, memory, process, style
 from bench.common.devices import DEVICES
 from bench.common.figures import BOTH, COPY, FORWARD, Figures
 from bench.common.measure import Effort
@@ -36,6 +36,12 @@ from bench.ownership import measure as steps
 from bench.ownership.cases import STEPS, Size
 from bench.ownership.run import table_of, verdict
 from bench.scaling import measure as scaling
+from bench.training import measure as training
+from bench.training import report as training_report
+from bench.training.cases import CASES as TRAINED
+from bench.training.cases import QUICK as QUICKLY_TRAINED
+from bench.training.cases import Images, Text
+from bench.training.search import largest_that_fits
 from fused_ce import ops
 
 UNCOMPILED = ("stock", "fused", "recompute", "inplace", "copy")
@@ -170,6 +176,7 @@ def test_a_case_that_cannot_be_made_has_a_reason_and_no_figure():
         (["--against", "no/such/folder"], "expects a built fused_ce in"),
         (["--against", ".", "--linear"], "name them in --cases"),
         (["--losses", "--cases", "8x10"], "leave the others' options out"),
+        (["--training", "--dtype", "bf16"], "--training is float32 on the CPU"),
     ],
 )
 def test_what_is_not_there_is_named(options, message, capsys):
@@ -594,3 +601,132 @@ def test_the_picture_of_the_losses_holds_all_that_was_measured():
     ]
     assert drawn == [{(8.0, 0.0), (16.0, 0.0)}, {(9.0, 0.0), (2.0, 0.0)}]
     assert memory.get_xlim()[0] == 0 and memory.get_xlim()[1] > 9 and speed.get_xlim()[1] > 16
+
+
+ROOM_FOR = {"stock": 3, "patch": 5, "head": 9}
+REFUSED = "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory"
+SMALL_TRAINED = (
+    Text(50, batch=2, length=8, width=16, layers=1),
+    Images(5, batch=2, size=16, width=4),
+)
+
+
+@pytest.fixture
+def trained_here(monkeypatch):
+    """Every process but this one is left out, and with it the limit: each provider has a largest
+    batch that is written down above."""
+
+    def step_within(limit, case, name, count):
+        if count > ROOM_FOR[name]:
+            raise process.Failed(REFUSED)
+
+    def call(function, *arguments, notice=None):
+        return function(*arguments, *([notice] if notice else []))
+
+    monkeypatch.setattr(memory, "keep_nothing_freed", lambda: None)
+    monkeypatch.setattr(training, "step_within", step_within)
+    monkeypatch.setattr(process, "call", call)
+
+
+def test_training_leaves_figures_and_a_picture(tmp_path, bench, trained_here):
+    printed = bench("--training")
+    assert "language model, 2x64 tokens, 2000 classes" in printed
+    assert is_png(tmp_path / "training.png")
+    data = json.loads((tmp_path / "training.json").read_text())
+    found = {result["provider"]: result for result in data["cases"]}
+    assert list(found) == list(ROOM_FOR)
+    for name, result in found.items():
+        assert not result["reason"] and len(result["samples_ms"]) == 2, result
+        assert 0 < result["min_ms"] <= result["median_ms"]
+        assert result["path"].startswith("fused: ") == (name != "stock")
+        assert result["peak_extra_bytes"] >= 0
+        tried, largest = result["tried_batches"], result["largest_batch"]
+        assert largest == ROOM_FOR[name] and f"{largest} sequences" in printed
+        assert tried[str(largest)] and not tried[str(largest + 1)]
+
+
+def test_a_batch_that_the_system_has_no_memory_for_does_not_fit():
+    (case,) = QUICKLY_TRAINED
+    found = training.TrainingFigures("stock", case=case, limit=1_000_000_000)
+    # Its logits alone are twice the limit; the batch of 1 that goes before them fits.
+    assert not training.fits(found, lambda text: None, 4000)
+    assert found.tried == {4000: False}
+
+
+def test_what_fails_for_another_reason_than_memory_is_no_largest_batch(trained_here, monkeypatch):
+    def broken(limit, case, name, count):
+        raise process.Failed("its process ended: SIGSEGV")
+
+    monkeypatch.setattr(training, "step_within", broken)
+    found = training.TrainingFigures("stock", case=QUICKLY_TRAINED[0])
+    training.measure_memory(found, lambda text: None)
+    assert found.reason == "largest batch: its process ended: SIGSEGV"
+    assert found.largest is None and found.tried == {}
+
+
+@pytest.mark.parametrize("guess", [-3, 0, 1, 7, 8, 30])
+@pytest.mark.parametrize("largest", [0, 1, 7, 8, 9, 23])
+def test_the_largest_that_fits_is_found_from_any_guess(largest, guess):
+    tried = []
+
+    def fits(count):
+        assert count > 0 and count not in tried
+        tried.append(count)
+        return count <= largest
+
+    assert largest_that_fits(fits, guess) == largest
+    assert largest + 1 in tried and (largest == 0 or largest in tried)
+    if guess == largest > 0:
+        assert tried == [largest + 1, largest]  # one step that is taken, and it takes long
+
+
+@pytest.mark.parametrize("case", SMALL_TRAINED, ids=lambda case: type(case).__name__)
+def test_every_way_to_train_is_judged_and_is_stocks(case):
+    subjects = training.make_subjects(case, case.providers, DEVICES["cpu"])
+    for subject in subjects:
+        subject.prepare()
+        assert subject.figures.path.startswith("fused: ") == (subject.figures.provider != "stock")
+    assert {type(trained) for trained in TRAINED} == {type(case) for case in SMALL_TRAINED}
+
+
+def gradient_changed(loss):
+    """Of the same value, with another gradient."""
+    return loss + 0.01 * (loss - loss.detach())
+
+
+@pytest.mark.parametrize(
+    ("fault", "path", "reason"),
+    [
+        (lambda loss: loss * 1.001, "fused: so it says", "ArithmeticError: the loss is"),
+        (gradient_changed, "fused: so it says", "ArithmeticError: the gradient of tokens.weight"),
+        (lambda loss: loss, "stock: for a change", "NotFused: stock: for a change"),
+    ],
+    ids=["loss", "gradient", "stock"],
+)
+def test_training_on_a_wrong_loss_has_no_figure(monkeypatch, fault, path, reason):
+    right = fused_ce.linear_cross_entropy
+    wrong = lambda *arguments, **options: fault(right(*arguments, **options))  # noqa: E731
+    monkeypatch.setattr(fused_ce, "linear_cross_entropy", wrong)
+    monkeypatch.setattr(fused_ce, "explain_call", lambda *arguments, **options: path)
+    effort = Effort(0, least=1, most=1)
+    case = SMALL_TRAINED[0]
+    monkeypatch.setattr(Text, "providers", ("stock", "head"))
+    stock, head = training.time_here(case, DEVICES["cpu"], effort, lambda text: None)
+    assert head.reason.startswith(reason) and head.samples == []
+    assert stock.samples and not stock.reason
+
+
+def test_the_picture_of_training_holds_all_that_was_measured():
+    case = TRAINED[1]
+    stock, head, missing = (
+        training.TrainingFigures(name, case=case, limit=case.limit)
+        for name in ("stock", "head", "patch")
+    )
+    stock.samples, stock.peak, stock.largest = [8000.0], 2_000_000_000, 6
+    head.samples, head.peak, head.largest = [4000.0], 500_000_000, 60
+    panels = training_report.picture([stock, head, missing], "a machine").axes
+    drawn = [[bar.get_width() for bars in axes.containers for bar in bars] for axes in panels]
+    written = [[text.get_text() for text in axes.texts] for axes in panels]
+    assert written == [["8.00 s", "4.00 s"], ["2.00 GB", "0.50 GB"], ["6", "60"]]
+    assert drawn == [[1.0, 0.5], [1.0, 0.25], [1.0, 10.0]]
+    assert panels[2].get_title() == "largest batch in 4 GB"
