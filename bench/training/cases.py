@@ -51,7 +51,7 @@ class Images:
     classes: int
     batch: int = 2
     size: int = 512
-    width: int = 64
+    width: int = 32
     limit: int | None = LIMIT
     # In place for those who have logits to give up; a language model need not make any.
     providers: ClassVar = ("stock", "patch", "inplace")

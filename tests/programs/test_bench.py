@@ -689,6 +689,30 @@ def test_every_way_to_train_is_judged_and_is_stocks(case):
     assert {type(trained) for trained in TRAINED} == {type(case) for case in SMALL_TRAINED}
 
 
+def test_a_step_is_weighed_beyond_parameters_and_optimizers_state():
+    class Weighing(type(DEVICES["cpu"])):
+        def rise(self, call):
+            assert all(parameter.grad is None for parameter in parameters())
+            assert len(subject.tensors.optimizer.state) == len(parameters())
+            call()
+            return sum(parameter.grad.nbytes for parameter in parameters())
+
+    def parameters():
+        return list(subject.tensors.model.parameters())
+
+    (subject,) = training.make_subjects(SMALL_TRAINED[0], ["head"], Weighing())
+    subject.warm_up()
+    subject.weigh()
+    assert subject.figures.peak == sum(parameter.nbytes for parameter in parameters())
+
+
+def test_the_guess_is_the_batch_that_a_straight_line_gives():
+    # 100 of memory for each of a batch, beside 1000 for any: 4600 - 600 - 1000 hold 30.
+    footprint = training.Footprint(rest=600, half=1200, whole=1400)
+    assert footprint.guess(batch=4, limit=4600) == 30
+    assert footprint.guess(batch=4, limit=4599) == 29
+
+
 def gradient_changed(loss):
     """Of the same value, with another gradient."""
     return loss + 0.01 * (loss - loss.detach())
