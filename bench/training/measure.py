@@ -112,7 +112,7 @@ class Footprint:
 
 def weigh_here(case: Case, name: str, device: Device) -> Footprint:
     device.keep_nothing_freed()
-    (subject,) = make_subjects(replace(case, batch=1), [name], device)
+    (subject,) = make_subjects(replace(case, batch=case.batch // 2), [name], device)
     subject.warm_up()
     peaks = []
     for count in (case.batch // 2, case.batch):
