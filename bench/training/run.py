@@ -13,13 +13,11 @@ from bench.training.cases import CASES, QUICK
 from bench.training.measure import TrainingFigures
 from bench.training.report import draw, table_of
 
-OPTIMIZERS = ("torch._dynamo",)  # which an optimizer imports: seconds, if every process does
-
 
 def run(
     console: Console, args: Namespace, effort: Effort, note: str
 ) -> Iterator[list[TrainingFigures]]:
-    process.preload("fused_ce", "bench.training.measure", *OPTIMIZERS)
+    process.preload("fused_ce", "bench.training.measure")
     cases = QUICK if args.quick else CASES
     figures = []
     with progress(console, measure.notices(cases)) as notice:
