@@ -199,7 +199,7 @@ def scale_overwritten(
         # A graph holds no operator that returns what it was given. As the operator has it, a zero
         # stays one even times nan.
         return torch.where(grad == 0, grad, grad * grad_output)
-    if grad.is_cpu and not math.isfinite(grad_output):
+    if type(grad) is Tensor and grad.is_cpu and not math.isfinite(grad_output):
         # The operator keeps every zero, and does not wait for a device to look at this.
         rows = left_out()
         grad.data.mul_(grad_output if rows is None else torch.where(rows, 0, grad_output))

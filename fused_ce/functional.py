@@ -539,7 +539,8 @@ def mode_of(
     if not defers:
         return "gradient in forward"
     # It is read twice either way. On CUDA another stream may still read what nobody holds.
-    takes = inplace is None and input.is_cpu and input.nbytes >= _WORTH_ASKING_FOR
+    takes = inplace is None and type(input) is Tensor and input.is_cpu
+    takes = takes and input.nbytes >= _WORTH_ASKING_FOR
     return TAKEN if takes and _may_become_free(input, target) else "recomputed in backward"
 
 
