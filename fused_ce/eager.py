@@ -241,13 +241,12 @@ class TakeInBackward(Recompute):
 
     @staticmethod
     def backward(ctx, grad_output):
-        saved = ctx.saved_tensors
-        if not may_take(ctx, grad_output, saved):
-            return _recomputed_gradients(ctx, grad_output, saved)
-        (input, *tensors), options = _saved_call(ctx, saved)
-        found = _overwritten_gradients(ctx, input, (*tensors, grad_output, *options))
-        increment_version(input)
-        return found
+        return take_or_leave(ctx, grad_output, _taken_gradients, _recomputed_gradients)
+
+
+def _taken_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:
+    (input, *tensors), options = _saved_call(ctx, saved)
+    return _overwritten_gradients(ctx, input, (*tensors, grad_output, *options))
 
 
 def _overwritten_gradients(ctx: Any, input: Tensor, call: tuple) -> tuple:
@@ -260,12 +259,18 @@ def _overwritten_gradients(ctx: Any, input: Tensor, call: tuple) -> tuple:
     return grad, target_grad, *gradients_of(scale_grad)
 
 
-def may_take(ctx: Any, grad_output: Tensor, saved: tuple) -> bool:
-    """Whether this backward may write over the first of the tensors that it has just unpacked, into
-    `saved` and no other variable. Another backward may need it, or a hook may have a copy of it."""
-    if backward_needs_stock(grad_output) or graph_is_kept() or ctx.version is not None:
-        return False
-    return is_last_user(saved)
+def take_or_leave(ctx: Any, grad_output: Tensor, take: Callable, leave: Callable) -> Any:
+    """What ``take`` finds, which writes over the first of the saved tensors, if nobody else can see
+    that, and else what ``leave`` does. Both are given the context, ``grad_output`` and what was
+    saved, which no variable but one may hold: references are counted."""
+    saved = ctx.saved_tensors
+    # Another backward may need it, or a hook may have a copy of it.
+    is_needed = backward_needs_stock(grad_output) or graph_is_kept() or ctx.version is not None
+    if is_needed or not is_last_user(saved):
+        return leave(ctx, grad_output, saved)
+    found = take(ctx, grad_output, saved)
+    increment_version(saved[0])
+    return found
 
 
 def keep_to_overwrite(ctx: Any, input: Tensor) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.graph import increment_version
 
 from .. import ops, stock
 from ..eager import (
@@ -20,8 +19,8 @@ from ..eager import (
     keep_overwritten,
     keep_to_overwrite,
     may_overwrite,
-    may_take,
     scale_overwritten,
+    take_or_leave,
     tell_overwritten,
     version_of,
 )
@@ -149,11 +148,7 @@ class TakeInBackward(Recompute):
 
     @staticmethod
     def backward(ctx, grad_output):
-        saved = ctx.saved_tensors
-        if not may_take(ctx, grad_output, saved):
-            return _recomputed_gradient(ctx, grad_output, saved), *_NOTHING_ELSE
-        grad = _overwritten(ctx, grad_output, saved)
-        increment_version(saved[0])
+        grad = take_or_leave(ctx, grad_output, _overwritten, _recomputed_gradient)
         return grad, *_NOTHING_ELSE
 
 

@@ -45,20 +45,29 @@ class Problem:
         columns = linear_weight.shape[0]
         self.classes = columns // max(math.prod(self.positions), 1)
         self.all_classes = self.whole(self.classes)
-        self.check_range(target, options)
         self.reduction, self.loss_dtype = options.reduction, options.loss_dtype
-        if options.reduction == MEAN and (options.denominator is None or options.on_all_ignored):
-            options = options._replace(denominator=self._denominators(options), on_all_ignored=0)
+        divides = options.reduction == MEAN
+        divides = divides and (options.denominator is None or bool(options.on_all_ignored))
+        left_out = self._left_out(options) if divides or device.checks_values else None
+        if device.checks_values and not options.on_out_of_range:
+            self.check_range(left_out)
+        if divides:
+            found = self._denominators(options, left_out)
+            options = options._replace(denominator=found, on_all_ignored=0)
         self.options = options._replace(loss_dtype=torch.float64)  # of a chunk's own loss
         # The rows that count, where others do not and the host may look; else all of them.
-        self.counted = self.rows_that_count(options) if device.checks_values else None
+        self.counted = self.rows_that_count(left_out) if device.checks_values else None
         copied = target.dtype.itemsize if dims > 1 else 0
         self.rows = self.sizes(columns, copied).chunk_rows(limits, self.dtype, device)
 
-    def check_range(self, target: Tensor, options: Options) -> None:
+    def check_range(self, left_out: Tensor) -> None:
         """Before the first chunk, since the operators see each no more than their own."""
-        if not self.probabilities and self.device.checks_values and not options.on_out_of_range:
-            _check_range(target, self.classes, options)
+        if self.probabilities:
+            return
+        outside = self._outside(left_out)
+        if outside.any():
+            found = self.target.long()[outside][0].item()
+            raise IndexError(f"Target {found} is out of bounds.")
 
     def sizes(self, columns: int, copied_bytes: int) -> Sizes:
         """What decides how many rows a chunk has."""
@@ -66,11 +75,10 @@ class Problem:
         features = self.input.shape[1]
         return Sizes(self.count, features, self.classes, columns, copies, copied_bytes)
 
-    def rows_that_count(self, options: Options) -> Tensor | None:
+    def rows_that_count(self, left_out: Tensor) -> Tensor | None:
         """The others get no logits: a padded batch does not pay for its padding. None for all."""
-        if isinstance(self.target, Rows) or (self.probabilities and options.sample_weight is None):
+        if isinstance(self.target, Rows):
             return None
-        left_out = self._left_out(options)
         if left_out.dim() > 1:
             left_out = left_out.flatten(1).all(1)
         return left_out.logical_not().nonzero().squeeze(1) if left_out.any() else None
@@ -80,10 +88,9 @@ class Problem:
         """How many rows get logits."""
         return len(self.input if self.counted is None else self.counted)
 
-    def _denominators(self, options: Options) -> Tensor:
+    def _denominators(self, options: Options, left_out: Tensor) -> Tensor:
         """What the mean divides the losses and the z-losses by, in float64; no number visits the
         host."""
-        left_out = self._left_out(options)
         count = left_out.logical_not().sum(dtype=torch.float64)
         if options.denominator is not None:
             found = options.denominator.double().expand(2)
@@ -234,12 +241,3 @@ class Problem:
         if self.reduction == MEAN and not losses:
             loss /= self.options.denominator.view(-1)[0]
         return loss.to(self.loss_dtype)
-
-
-def _check_range(target: Tensor, classes: int, options: Options) -> None:
-    target = target.long()
-    outside = ((target < 0) | (target >= classes)) & (target != options.ignore_index)
-    if options.sample_weight is not None:
-        outside &= options.sample_weight != 0
-    if outside.any():
-        raise IndexError(f"Target {target[outside][0].item()} is out of bounds.")

@@ -93,7 +93,7 @@ class Sizes(NamedTuple):
     features: int
     classes: int
     columns: int  # the classes times all positions
-    converts: bool  # the GEMMs' type is not the input's
+    copies: bool  # a chunk's input is a copy: of rows apart, or in the GEMMs' type
     copied_bytes: int  # of a probability, where a chunk's are a copy
     held: int = 1  # chunks whose logits are there at a time
 
@@ -106,8 +106,8 @@ class Sizes(NamedTuple):
             weight_bytes = self.columns * self.features * dtype.itemsize
             scratch = min(TILE_BYTES, weight_bytes) if device.sums_by_tiles(dtype) else 0
             budget = (max_chunk_bytes or device.chunk_bytes) - scratch
-            # Besides the logits, the input and its gradient where they are converted.
-            columns = self.columns * self.held + 2 * self.features * self.converts
+            # Besides the logits, the input and its gradient where they are copies.
+            columns = self.columns * self.held + 2 * self.features * self.copies
             row_bytes = columns * dtype.itemsize + self.columns * self.copied_bytes
             chunk_size = max(budget // max(row_bytes, 1), 1)
             least = device.least_rows

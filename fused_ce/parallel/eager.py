@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.graph import increment_version
 
 from .. import ops
 from ..eager import (
@@ -17,7 +16,7 @@ from ..eager import (
     check_version,
     keep_to_overwrite,
     may_overwrite,
-    may_take,
+    take_or_leave,
     tell_overwritten,
     version_of,
 )
@@ -119,12 +118,7 @@ class TakeInBackward(Recompute):
 
     @staticmethod
     def backward(ctx, grad_output):
-        saved = ctx.saved_tensors
-        if not may_take(ctx, grad_output, saved):
-            return _gradients(ctx, grad_output, saved)
-        found = _overwritten_gradients(ctx, grad_output, saved)
-        increment_version(saved[0])
-        return found
+        return take_or_leave(ctx, grad_output, _overwritten_gradients, _gradients)
 
 
 def _overwritten_gradients(ctx: Any, grad_output: Tensor, saved: tuple) -> tuple:

@@ -73,10 +73,10 @@ class ShardedProblem(Problem):
     def whole(self, classes: int) -> int:
         return self.shard.place.num_classes
 
-    def check_range(self, target: Tensor, options: Options) -> None:
+    def check_range(self, left_out: Tensor) -> None:
         """It is done where the ranks meet, for all of them."""
 
-    def rows_that_count(self, options: Options) -> None:
+    def rows_that_count(self, left_out: Tensor) -> None:
         """All: the chunks must be the same before the ranks know each other's targets."""
 
     def sizes(self, columns: int, copied_bytes: int) -> Sizes:

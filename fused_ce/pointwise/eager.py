@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.graph import increment_version
 
 from .. import ops
 from ..eager import (
@@ -20,8 +19,8 @@ from ..eager import (
     keep_overwritten,
     keep_to_overwrite,
     may_overwrite,
-    may_take,
     scale_overwritten,
+    take_or_leave,
     tell_overwritten,
     version_of,
 )
@@ -135,12 +134,7 @@ class TakeInBackward(Recompute):
 
     @staticmethod
     def backward(ctx, grad_output):
-        tensors = ctx.saved_tensors
-        if not may_take(ctx, grad_output, tensors):
-            return _gradient(ctx, grad_output, tensors), *_NOTHING_ELSE
-        grad = _overwritten(ctx, grad_output, tensors)
-        increment_version(tensors[0])
-        return grad, *_NOTHING_ELSE
+        return take_or_leave(ctx, grad_output, _overwritten, _gradient), *_NOTHING_ELSE
 
 
 def _overwritten(ctx: Any, grad_output: Tensor, tensors: tuple) -> Tensor:

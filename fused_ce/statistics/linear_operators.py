@@ -31,7 +31,7 @@ _RESULTS = "Tensor log_prob, Tensor entropy, Tensor logsumexp, Tensor argmax, Te
 class _EveryRow(Problem):
     """A row without a target has statistics too."""
 
-    def rows_that_count(self, options: Options) -> None:
+    def rows_that_count(self, left_out: Tensor) -> None:
         pass
 
 
