@@ -353,6 +353,16 @@ def test_the_loss_is_in_the_dtype_and_the_gradient_in_the_inputs(dtype, input_dt
         torch.testing.assert_close(leaf.grad, other.grad, **tolerance)
 
 
+@pytest.mark.parametrize("classes", [1, 9, 300])  # the last of a few, lanes, a vector and its rest
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_nan_whose_bits_are_all_set_stays_nan_in_a_half_type(dtype, classes):
+    # To round it as a number would make a zero of it.
+    input = torch.randn(3, classes).to(dtype).requires_grad_()
+    loss = fused_ce.cross_entropy(input, torch.zeros(3, dtype=torch.int64), dtype=torch.float32)
+    loss.backward(torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32))
+    assert input.grad.isnan().all()
+
+
 def test_half_types_keep_a_float32_loss_without_a_copy():
     input, target = torch.randn(64, 1000, dtype=torch.bfloat16), torch.randint(0, 1000, (64,))
     loss = fused_ce.cross_entropy(input, target, dtype=torch.float32)

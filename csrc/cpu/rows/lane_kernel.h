@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "../../formula.h"
+#include "../vector/exp_avx2.h"
 #include "../vector/exp_avx512.h"
 #include "../vector/math.h"
 #include "../vector/scratch.h"
@@ -31,6 +32,8 @@ class LaneKernel {
         batch_(p, tiling.tile_rows),
         smoothing_(p.options.label_smoothing, p.all_classes()),
         weight_(static_cast<const A*>(p.options.weight.data)),
+        digits_(digits_of_terms(p)),
+        digits_of_grad_(digits_of(out_)),
         input_direct_(is_direct(tiling, p.input) && !p.maps_logits()),
         grad_direct_(is_direct(tiling, out_)),
         target_direct_(is_direct(tiling, p.target)),
@@ -73,7 +76,8 @@ class LaneKernel {
 
  private:
   static constexpr bool kAvx512 = kLevel == simd::Level::kAvx512 && std::is_same_v<A, float>;
-  static constexpr bool kTellsNormal = !kAvx512 && std::is_same_v<A, float>;
+  static constexpr bool kAvx2 = kLevel == simd::Level::kAvx2 && std::is_same_v<A, float>;
+  static constexpr bool kTellsNormal = !kAvx512 && !kAvx2 && std::is_same_v<A, float>;
   // Small enough that a tile and what it is made from stay in the second-level cache.
   static constexpr int64_t kMaxTile = 65536;
   // Lanes between the classes of a tile: at a distance of a power of two their cache lines would
@@ -332,6 +336,11 @@ class LaneKernel {
     A* sums = sums_;
     if constexpr (kAvx512) {
       avx512::keep_lane_terms<Count::value>(x.data, x.stride, n, max, terms, stride, sums, ones);
+    } else if constexpr (kAvx2) {
+      with_digits(digits_, [&](auto digits) {
+        avx2::keep_lane_terms<digits, Count::value>(x.data, x.stride, n, max, terms, stride, sums,
+                                                    ones);
+      });
     } else {
 #pragma omp simd
       for (int64_t l = 0; l < n; l++) {
@@ -443,6 +452,11 @@ class LaneKernel {
     if constexpr (kAvx512) {
       avx512::exp_differences<false>(x, 1.0f, max, n_, out);
       write_class(c, out, [=](int64_t l) { return out[l]; });
+    } else if constexpr (kAvx2) {
+      with_digits(digits_of_grad_, [&](auto digits) {
+        avx2::exp_differences<digits, false>(x, 1.0f, max, n_, out);
+      });
+      write_class(c, out, [=](int64_t l) { return out[l]; });
     } else {
       write_class(c, out, [=](int64_t l) { return math::exp_nonpositive(x[l] - max[l]); });
     }
@@ -490,6 +504,7 @@ class LaneKernel {
   RowBatch<A> batch_;
   const Smoothing<A> smoothing_;
   const A* const weight_;
+  const Digits digits_, digits_of_grad_;
   const bool input_direct_, grad_direct_, target_direct_, needs_tile_;
   const int64_t stride_;  // of a class in the tile
   const Scratch<A> tile_;

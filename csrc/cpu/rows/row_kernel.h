@@ -13,7 +13,9 @@
 #include <vector>
 
 #include "../../formula.h"
+#include "../vector/exp_avx2.h"
 #include "../vector/exp_avx512.h"
+#include "../vector/extent.h"
 #include "../vector/math.h"
 #include "../vector/scratch.h"
 #include "../vector/span.h"
@@ -30,11 +32,6 @@ constexpr int64_t kChunk = 256;
 constexpr int64_t kMaxScratch = 262144;
 
 inline int64_t blocks_of(const Problem& p) { return (p.classes + kRowBlock - 1) / kRowBlock; }
-
-template <class A>
-struct Extent {
-  A min, max;
-};
 
 // What a block of a row comes down to.
 template <class A>
@@ -60,7 +57,10 @@ class RowKernel {
         batch_(p, tiling.tile_rows),
         smoothing_(p.options.label_smoothing, p.all_classes()),
         factor_(batch_.map.bends() ? A(1) : batch_.map.factor),
+        digits_(digits_of_terms(p)),
+        digits_of_grad_(digits_of(p.grad)),
         adjacent_(p.input.class_stride == 1),
+        loads_extents_{adjacent_ && half::has_instructions(p.input.dtype) && !batch_.map.bends()},
         grad_direct_(is_direct<A>(p.grad, p.grad.class_stride)),
         keeps_terms_((grad_direct_ && !batch_.map.bends()) ||
                      (p.grad.data && p.classes <= kMaxScratch)),
@@ -175,7 +175,8 @@ class RowKernel {
 
  private:
   static constexpr bool kAvx512 = kLevel == simd::Level::kAvx512 && std::is_same_v<A, float>;
-  static constexpr bool kTellsNormal = !kAvx512 && std::is_same_v<A, float>;
+  static constexpr bool kAvx2 = kLevel == simd::Level::kAvx2 && std::is_same_v<A, float>;
+  static constexpr bool kTellsNormal = !kAvx512 && !kAvx2 && std::is_same_v<A, float>;
   static constexpr auto exp_of_double = [](double x) { return math::exp_nonpositive(x); };
 
   void rewrite_gradient(int64_t r, int64_t first, int64_t last) {
@@ -195,6 +196,12 @@ class RowKernel {
         A* e = grad_direct_ ? grad_block(r, b) : buffer_;
         avx512::exp_differences<kScaled>(x, scale, max, n, e);
         return weighted_exps(factor, [=](int64_t i) { return e[i]; });
+      } else if constexpr (kAvx2) {
+        A* e = grad_direct_ ? grad_block(r, b) : buffer_;
+        with_digits(digits_of_grad_, [&](auto digits) {
+          avx2::exp_differences<digits, kScaled>(x, scale, max, n, e);
+        });
+        return weighted_exps(factor, [=](int64_t i) { return e[i]; });
       } else {
         return weighted_exps(factor, [=](int64_t i) {
           return math::exp_nonpositive((kScaled ? scale * x[i] : x[i]) - max);
@@ -202,6 +209,13 @@ class RowKernel {
       }
     });
   }
+
+  // A bool that the compiler knows to be false where kMay is.
+  template <bool kMay>
+  struct Only {
+    bool value;
+    operator bool() const { return kMay && value; }
+  };
 
   // Elements of the widest vector, in float.
   static constexpr int64_t kVector = 16;
@@ -292,12 +306,13 @@ class RowKernel {
 
   // Returns where the logits of the block are to be had as A, and finds its maximum.
   const A* measure_block(int64_t r, int64_t b, int64_t n, BlockSums<A>& sums) {
-    const A* x = read_logits_for_terms(r, b, n);
+    A* loaded = term_block(r, b);
+    const A* x = loads_extents_ ? loaded : read_logits_for_terms(r, b, n);
     const bool turned = factor_ < A(0);
     Extent<A> all{kInfinity<A>, -kInfinity<A>};
     for_chunks(n, [&](int64_t i, auto count) {
-      const Extent<A> extent =
-          kTellsNormal || turned ? extent_of(x + i, count) : Extent<A>{A(0), max_of(x + i, count)};
+      const Extent<A> extent = loads_extents_ ? load_extent(r, b + i, count, loaded + i)
+                                              : extent_of(x + i, count, turned);
       sums.extents[i / kChunk] = extent;
       all = {std::min(all.min, extent.min), std::max(all.max, extent.max)};
     });
@@ -317,6 +332,24 @@ class RowKernel {
                               : keep_terms<true>(x + i, count, base, extent, terms + i));
     });
     sums.add(all);
+  }
+
+  // Of half logits, on their way to where the terms will be; adjacent, and with no map that bends.
+  Extent<A> load_extent(int64_t r, int64_t c, int64_t n, A* to) const {
+    if constexpr (kAvx2) {
+      return half::with_pointer(p_.input, at(input_, p_.input, r, c),
+                                [=](const auto* x) { return half::load_extent(x, n, to); });
+    } else {
+      return {};
+    }
+  }
+
+  // The smallest is found where it is asked for: by the exps, or by a factor below zero.
+  template <class Count>
+  static Extent<A> extent_of(const A* x, Count n, bool turned) {
+    if (kTellsNormal || turned) return extent_of(x, n);
+    if constexpr (kAvx2) return {A(0), avx2::max_of(x, n)};
+    return {A(0), max_of(x, n)};
   }
 
   template <class Count>
@@ -351,6 +384,14 @@ class RowKernel {
   TermSums<A> keep_terms(const A* x, Count n, A base, const Extent<A>& extent, A* terms) const {
     if constexpr (kAvx512) {
       return avx512::keep_terms<kScaled, kHasBase>(x, factor_, n, base, terms);
+    } else if constexpr (kAvx2) {
+      TermSums<A> sums;
+      with_digits(digits_, [&](auto digits) {
+        sums = keeps_terms_
+                   ? avx2::sum_terms<digits, kScaled, kHasBase, true>(x, factor_, n, base, terms)
+                   : avx2::sum_terms<digits, kScaled, kHasBase, false>(x, factor_, n, base, terms);
+      });
+      return sums;
     } else {
       const A least = kScaled
                           ? std::max(factor_ * (base - extent.min), factor_ * (base - extent.max))
@@ -572,7 +613,9 @@ class RowKernel {
   RowBatch<A> batch_;
   const Smoothing<A> smoothing_;
   const A factor_;  // of what is read for exps
+  const Digits digits_, digits_of_grad_;
   const bool adjacent_, grad_direct_, keeps_terms_;
+  const Only<kAvx2> loads_extents_;
   const int64_t group_;
   const Scratch<A> terms_, kept_slopes_, buffers_;
   A *const buffer_, *const coefficients_, *const slopes_;

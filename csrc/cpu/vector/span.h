@@ -68,10 +68,11 @@ inline void with_floating_pointer(const Storage& storage, int64_t offset, const 
 template <class A>
 __attribute__((noinline)) void load_runs(const Operand& from, const Runs& runs, A* to) {
   if constexpr (sizeof(A) == sizeof(float))
-    if (from.dtype == DType::kFloat16 && half::has_instructions())
-      return runs.for_each([&](int64_t i, int64_t offset) {
-        half::load(static_cast<const Float16*>(from.data) + offset, runs.stride, runs.length,
-                   to + i);
+    if (half::has_instructions(from.dtype))
+      return half::with_pointer(from, 0, [&](const auto* p) {
+        runs.for_each([&](int64_t i, int64_t offset) {
+          half::load(p + offset, runs.stride, runs.length, to + i);
+        });
       });
   simd::run([&] {
     with_floating_pointer(from, 0, [&](auto* p) {
@@ -85,9 +86,11 @@ __attribute__((noinline)) void load_runs(const Operand& from, const Runs& runs, 
 template <class A>
 __attribute__((noinline)) void store_runs(const A* from, const Operand& to, const Runs& runs) {
   if constexpr (sizeof(A) == sizeof(float))
-    if (to.dtype == DType::kFloat16 && half::has_instructions())
-      return runs.for_each([&](int64_t i, int64_t offset) {
-        half::store(from + i, runs.length, static_cast<Float16*>(to.data) + offset, runs.stride);
+    if (half::has_instructions(to.dtype))
+      return half::with_pointer(to, 0, [&](auto* p) {
+        runs.for_each([&](int64_t i, int64_t offset) {
+          half::store(from + i, runs.length, p + offset, runs.stride);
+        });
       });
   simd::run([&] {
     with_floating_pointer(to, 0, [&](auto* p) {

@@ -10,6 +10,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "../../../csrc/cpu/vector/exp_avx2.h"
 #include "../../../csrc/cpu/vector/exp_avx512.h"
 #include "../../../csrc/cpu/vector/math.h"
 #include "../../../csrc/cpu/vector/simd.h"
@@ -98,18 +99,27 @@ int main(int, char** argv) {
                         return x > -fused_ce::cpu::math::kNormalExp;
                       }));
 
-  bits = 0x80000000u;
-  if (fused_ce::cpu::simd::level() == fused_ce::cpu::simd::Level::kAvx512)
-    report("exp_avx512", sweep_spans<float>(
-                             [](const float* x, int64_t n, float* y) {
-                               fused_ce::cpu::avx512::exp_differences<false>(x, 1.0f, 0.0f, n, y);
-                             },
-                             exp,
-                             [&](float& x) {
-                               x = bits_as<float>(static_cast<uint32_t>(bits));
-                               bits += step;
-                               return x >= -104.5f;
-                             }));
+  // Those that are loops over vectors of one instruction set.
+  const auto of_level = [&](fused_ce::cpu::simd::Level level, const char* name, auto exps) {
+    if (fused_ce::cpu::simd::level() != level) return;
+    bits = 0x80000000u;
+    report(name, sweep_spans<float>(exps, exp, [&](float& x) {
+             x = bits_as<float>(static_cast<uint32_t>(bits));
+             bits += step;
+             return x >= -104.5f;
+           }));
+  };
+  using fused_ce::cpu::Digits;
+  using fused_ce::cpu::simd::Level;
+  of_level(Level::kAvx512, "exp_avx512", [](const float* x, int64_t n, float* y) {
+    fused_ce::cpu::avx512::exp_differences<false>(x, 1.0f, 0.0f, n, y);
+  });
+  of_level(Level::kAvx2, "exp_avx2", [](const float* x, int64_t n, float* y) {
+    fused_ce::cpu::avx2::exp_differences<Digits::kFloat, false>(x, 1.0f, 0.0f, n, y);
+  });
+  of_level(Level::kAvx2, "exp_avx2_half", [](const float* x, int64_t n, float* y) {
+    fused_ce::cpu::avx2::exp_differences<Digits::kHalf, false>(x, 1.0f, 0.0f, n, y);
+  });
 
   // The same floats, spread over the arguments of the other two.
   bits = 0x80000000u;
