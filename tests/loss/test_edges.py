@@ -173,15 +173,16 @@ def test_large_logits_keep_their_digits(offset, dtype, mode):
 @together
 @every_dtype
 @every_mode
-def test_confident_row_keeps_all_its_digits(dtype, mode):
+@pytest.mark.parametrize("classes", [5, 300])  # lanes; a row with whole vectors and a rest
+def test_confident_row_keeps_all_its_digits(dtype, mode, classes):
     # p - 1 in float is 0 beyond 17 nats; the other classes' sum is still exact.
     gaps = (1.0, 5.0, 10.0, 20.0, 40.0, 80.0)
-    input = torch.zeros(len(gaps), 5)
+    input = torch.zeros(len(gaps), classes)
     input[:, 2] = torch.tensor(gaps)
     input, target = input.to(dtype), torch.full((len(gaps),), 2)
     result = ours(input, target, mode=mode, reduction="none")
-    # Without the cancellation of p - 1: 4 exp(-gap) / (1 + 4 exp(-gap)).
-    others = [4 * math.exp(-gap) for gap in gaps]
+    # Without the cancellation of p - 1: n exp(-gap) / (1 + n exp(-gap)) for n other classes.
+    others = [(classes - 1) * math.exp(-gap) for gap in gaps]
     losses = torch.tensor([math.log1p(x) for x in others], dtype=torch.float64)
     info = torch.finfo(dtype)
     tolerance = {"rtol": 4 * max(info.eps, 1e-15), "atol": info.tiny * info.eps}

@@ -370,6 +370,19 @@ def test_half_types_keep_a_float32_loss_without_a_copy():
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("classes", [5, 300])  # lanes, and a row
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_float32_loss_of_half_types_has_the_digits_of_float32(dtype, classes):
+    # Of one gap alone, so that no error of an exp is lost among those of others.
+    for gap in (0.5, 3.0, 8.0, 13.0, 21.0):
+        input = torch.zeros(1, classes, dtype=dtype)
+        input[0, 2] = gap
+        target = torch.tensor([2])
+        loss = fused_ce.cross_entropy(input, target, dtype=torch.float32)
+        exact = F.cross_entropy(input.double(), target)
+        torch.testing.assert_close(loss.double(), exact, rtol=5e-7, atol=0)
+
+
 ONE = {"z_loss": 0.1}
 CHECKED = [
     ({"denominator": 2.0, "reduction": "sum"}, "denominator is what 'mean' divides by"),
