@@ -33,12 +33,14 @@ void scale_as(const Elements& e, A factor, int64_t begin, int64_t end) {
       offset += run % e.sizes[d] * e.strides[d];
       run /= e.sizes[d];
     }
-    load_span(operand, offset, e.strides[inner], n, buffer);
+    const bool direct = is_direct<A>(operand, e.strides[inner]);
+    A* x = direct ? static_cast<A*>(e.data) + offset : buffer;
+    if (!direct) load_span(operand, offset, e.strides[inner], n, buffer);
     simd::run([&] {
 #pragma omp simd
-      for (int64_t i = 0; i < n; i++) buffer[i] = buffer[i] == A(0) ? A(0) : buffer[i] * factor;
+      for (int64_t i = 0; i < n; i++) x[i] = x[i] == A(0) ? A(0) : x[i] * factor;
     });
-    store_span(buffer, n, operand, offset, e.strides[inner]);
+    if (!direct) store_span(buffer, n, operand, offset, e.strides[inner]);
   }
 }
 

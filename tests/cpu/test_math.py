@@ -24,7 +24,7 @@ BOUNDS = {
     "exp_normal_float": 1.2,
     "exp_avx512": 1.0,
     "exp_avx2": 1.2,
-    "exp_avx2_half": 64.0,  # 18 bits and more, for results that are rounded to 8 or 11
+    "exp_avx2_half": 64.0,  # 17 bits and more, for results that are rounded to 8 or 11
     "exp_double": 1.1,
     "log1p_double": 2.0,
     "log1p_float": 2.0,

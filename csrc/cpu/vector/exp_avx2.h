@@ -4,7 +4,7 @@
 // writes the chains one after another, and a processor that looks a hundred instructions ahead has
 // three in work; here it meets four at a time. A table of four powers in a register saves two
 // degrees of the polynomial. Where every result is rounded to a half type, a polynomial of fewer
-// digits serves. NaN comes out as NaN; exp is within 1 ulp of exact, or within 2^-18 of it
+// digits serves. NaN comes out as NaN; exp is within 1.2 ulp of exact, or has 17 bits and more
 // (tests/cpu/test_math.py).
 #pragma once
 
