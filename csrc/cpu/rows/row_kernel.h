@@ -60,10 +60,10 @@ class RowKernel {
         digits_(digits_of_terms(p)),
         digits_of_grad_(digits_of(p.grad)),
         adjacent_(p.input.class_stride == 1),
-        loads_extents_{adjacent_ && half::has_instructions(p.input.dtype) && !batch_.map.bends()},
         grad_direct_(is_direct<A>(p.grad, p.grad.class_stride)),
         keeps_terms_((grad_direct_ && !batch_.map.bends()) ||
                      (p.grad.data && p.classes <= kMaxScratch)),
+        loads_extents_{adjacent_ && half::has_instructions(p.input.dtype) && !batch_.map.bends()},
         group_(std::max<int64_t>(1, kGroupElements / std::max<int64_t>(1, p.classes))),
         terms_(keeps_terms_ && !grad_direct_ ? p.classes * tiling.tile_rows : 0),
         kept_slopes_(keeps_terms_ && batch_.map.bends() ? p.classes * tiling.tile_rows : 0),
@@ -210,7 +210,7 @@ class RowKernel {
     });
   }
 
-  // A bool that the compiler knows to be false where kMay is.
+  // A bool that the compiler knows to be false unless kMay.
   template <bool kMay>
   struct Only {
     bool value;

@@ -18,6 +18,8 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define FCE_AVX2_CODE __attribute__((target(FCE_AVX2)))
+// A loop is compiled once for each of its forms, not once more wherever it is called.
+#define FCE_AVX2_LOOP __attribute__((target(FCE_AVX2), flatten, noinline))
 #define FCE_EACH _Pragma("GCC unroll 4") for (int k = 0; k < kTogether; k++)
 #endif
 
@@ -132,7 +134,7 @@ FCE_AVX2_CODE inline float sum_of(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1)));
 }
 
-FCE_AVX2_CODE inline float max_of(const float* x, int64_t n) {
+FCE_AVX2_LOOP inline float max_of(const float* x, int64_t n) {
   // The second one, where the first is NaN.
   __m256 max = all(-kInfinity<float>), other = max;
   int64_t i = 0;
@@ -183,7 +185,7 @@ struct RowTerms {
 // Sums the exp(x[i] - base), or exp(factor (x[i] - base)), and keeps them where kKeeps is; kHasBase
 // tells that some x[i] may be base.
 template <Digits kDigits, bool kScaled, bool kHasBase, bool kKeeps>
-FCE_AVX2_CODE inline TermSums<float> sum_terms(const float* x, float factor, int64_t n, float base,
+FCE_AVX2_LOOP inline TermSums<float> sum_terms(const float* x, float factor, int64_t n, float base,
                                                float* terms) {
   RowTerms<kDigits, kScaled, kHasBase, kKeeps> step{x, factor, base, terms, all(0.0f), all(0.0f)};
   for_vectors(n, step);
@@ -219,7 +221,7 @@ struct LaneTerms {
 // Keeps and sums those of kClasses classes of n lanes, lane l of class j being x[j * x_stride + l];
 // adds to the sums of each lane.
 template <Digits kDigits, int kClasses>
-FCE_AVX2_CODE inline void keep_lane_terms(const float* x, int64_t x_stride, int64_t n,
+FCE_AVX2_LOOP inline void keep_lane_terms(const float* x, int64_t x_stride, int64_t n,
                                           const float* base, float* terms, int64_t terms_stride,
                                           float* sums, float* ones) {
   const LaneTerms<kDigits, kClasses> step{x, x_stride, base, terms, terms_stride, sums, ones};
@@ -251,13 +253,14 @@ struct Exps {
 // out[i] = exp(x[i] - base), or exp(factor x[i] - base), or base[i] for base; x and out may be the
 // same memory.
 template <Digits kDigits, bool kScaled, class Base>
-FCE_AVX2_CODE inline void exp_differences(const float* x, float factor, Base base, int64_t n,
+FCE_AVX2_LOOP inline void exp_differences(const float* x, float factor, Base base, int64_t n,
                                           float* out) {
   const Exps<kDigits, kScaled, Base> step{x, factor, base, out};
   for_vectors(n, step);
 }
 
 #undef FCE_EACH
+#undef FCE_AVX2_LOOP
 #undef FCE_AVX2_CODE
 
 #else
