@@ -18,8 +18,13 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define FCE_AVX2_CODE __attribute__((target(FCE_AVX2)))
-// A loop is compiled once for each of its forms, not once more wherever it is called.
+// Under a sanitizer, whose checks of every access take a compiler minutes, a loop is compiled once
+// for each of its forms; elsewhere once more wherever it is called, which saves 5 %.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define FCE_AVX2_LOOP __attribute__((target(FCE_AVX2), flatten, noinline))
+#else
+#define FCE_AVX2_LOOP FCE_AVX2_CODE
+#endif
 #define FCE_EACH _Pragma("GCC unroll 4") for (int k = 0; k < kTogether; k++)
 #endif
 
