@@ -82,8 +82,8 @@ class ShardedProblem(Problem):
     def sizes(self, columns: int, copied_bytes: int) -> Sizes:
         part = self.shard.classes
         columns = part * self.positions.numel()
-        converts = self.input.dtype != self.dtype
-        return Sizes(*self.input.shape, part, columns, converts, copied_bytes, self.shard.held)
+        copies = self.input.dtype != self.dtype
+        return Sizes(*self.input.shape, part, columns, copies, copied_bytes, self.shard.held)
 
     def own_class(self, target: Tensor) -> Tensor:
         return target - self.shard.place.class_offset

@@ -449,13 +449,13 @@ class LaneKernel {
 
   void write_exps(int64_t c, const A* x, A* out) {
     const A* max = batch_.max;
-    if constexpr (kAvx512) {
-      avx512::exp_differences<false>(x, 1.0f, max, n_, out);
-      write_class(c, out, [=](int64_t l) { return out[l]; });
-    } else if constexpr (kAvx2) {
-      with_digits(digits_of_grad_, [&](auto digits) {
-        avx2::exp_differences<digits, false>(x, 1.0f, max, n_, out);
-      });
+    if constexpr (kAvx512 || kAvx2) {
+      if constexpr (kAvx512)
+        avx512::exp_differences<false>(x, 1.0f, max, n_, out);
+      else
+        with_digits(digits_of_grad_, [&](auto digits) {
+          avx2::exp_differences<digits, false>(x, 1.0f, max, n_, out);
+        });
       write_class(c, out, [=](int64_t l) { return out[l]; });
     } else {
       write_class(c, out, [=](int64_t l) { return math::exp_nonpositive(x[l] - max[l]); });

@@ -63,7 +63,7 @@ class RowKernel {
         grad_direct_(is_direct<A>(p.grad, p.grad.class_stride)),
         keeps_terms_((grad_direct_ && !batch_.map.bends()) ||
                      (p.grad.data && p.classes <= kMaxScratch)),
-        loads_extents_{adjacent_ && half::has_instructions(p.input.dtype) && !batch_.map.bends()},
+        loads_extents_(adjacent_ && half::has_instructions(p.input.dtype) && !batch_.map.bends()),
         group_(std::max<int64_t>(1, kGroupElements / std::max<int64_t>(1, p.classes))),
         terms_(keeps_terms_ && !grad_direct_ ? p.classes * tiling.tile_rows : 0),
         kept_slopes_(keeps_terms_ && batch_.map.bends() ? p.classes * tiling.tile_rows : 0),
@@ -192,15 +192,14 @@ class RowKernel {
     const double factor = batch_.exp_factor[r];
     write_blocks<false>(r, first, last, [&](int64_t b, int64_t n) {
       const A* x = read_logits_and_slopes(r, b, n, buffer_);
-      if constexpr (kAvx512) {
+      if constexpr (kAvx512 || kAvx2) {
         A* e = grad_direct_ ? grad_block(r, b) : buffer_;
-        avx512::exp_differences<kScaled>(x, scale, max, n, e);
-        return weighted_exps(factor, [=](int64_t i) { return e[i]; });
-      } else if constexpr (kAvx2) {
-        A* e = grad_direct_ ? grad_block(r, b) : buffer_;
-        with_digits(digits_of_grad_, [&](auto digits) {
-          avx2::exp_differences<digits, kScaled>(x, scale, max, n, e);
-        });
+        if constexpr (kAvx512)
+          avx512::exp_differences<kScaled>(x, scale, max, n, e);
+        else
+          with_digits(digits_of_grad_, [&](auto digits) {
+            avx2::exp_differences<digits, kScaled>(x, scale, max, n, e);
+          });
         return weighted_exps(factor, [=](int64_t i) { return e[i]; });
       } else {
         return weighted_exps(factor, [=](int64_t i) {
@@ -209,13 +208,6 @@ class RowKernel {
       }
     });
   }
-
-  // A bool that the compiler knows to be false unless kMay.
-  template <bool kMay>
-  struct Only {
-    bool value;
-    operator bool() const { return kMay && value; }
-  };
 
   // Elements of the widest vector, in float.
   static constexpr int64_t kVector = 16;
@@ -306,13 +298,14 @@ class RowKernel {
 
   // Returns where the logits of the block are to be had as A, and finds its maximum.
   const A* measure_block(int64_t r, int64_t b, int64_t n, BlockSums<A>& sums) {
+    const bool loads = kAvx2 && loads_extents_;
     A* loaded = term_block(r, b);
-    const A* x = loads_extents_ ? loaded : read_logits_for_terms(r, b, n);
+    const A* x = loads ? loaded : read_logits_for_terms(r, b, n);
     const bool turned = factor_ < A(0);
     Extent<A> all{kInfinity<A>, -kInfinity<A>};
     for_chunks(n, [&](int64_t i, auto count) {
-      const Extent<A> extent = loads_extents_ ? load_extent(r, b + i, count, loaded + i)
-                                              : extent_of(x + i, count, turned);
+      const Extent<A> extent =
+          loads ? load_extent(r, b + i, count, loaded + i) : extent_of(x + i, count, turned);
       sums.extents[i / kChunk] = extent;
       all = {std::min(all.min, extent.min), std::max(all.max, extent.max)};
     });
@@ -614,8 +607,7 @@ class RowKernel {
   const Smoothing<A> smoothing_;
   const A factor_;  // of what is read for exps
   const Digits digits_, digits_of_grad_;
-  const bool adjacent_, grad_direct_, keeps_terms_;
-  const Only<kAvx2> loads_extents_;
+  const bool adjacent_, grad_direct_, keeps_terms_, loads_extents_;
   const int64_t group_;
   const Scratch<A> terms_, kept_slopes_, buffers_;
   A *const buffer_, *const coefficients_, *const slopes_;
